@@ -1,0 +1,118 @@
+r"""SR-Sinkhorn in its diagonal form: X_L = diag(r) G diag(c), so the gradient is read and never rewritten.
+
+The squares of the entries follow the classical Sinkhorn iteration: with P = G * G, u_i = n / sum_j P_ij v_j and
+v_j = m / sum_i P_ij u_i, started at v = 1, give r = sqrt(u) and c = sqrt(v). The vectors are float32 whatever the
+gradient's dtype: 2e-7 relative error where iterating on a bf16 matrix has 5e-3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .norms import power_of_two_inverse
+
+
+# Sums of squares below this are made of denormal numbers and have lost their digits: entries smaller than about
+# 1e-18 of their row's largest count as zero.
+_SMALLEST_SUM = 1e-36
+# Row sums of squares between these need no scaling: what underflows is below 1e-9 of its row's norm.
+_SAFE_SUMS = (1e-20, 1e30)
+
+
+def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return matrix @ vector for (..., m, n) and (..., n); on CPU a loop, since bmm is slow with one column."""
+    if matrix.ndim == 2:
+        return torch.mv(matrix, vector)
+    if matrix.device.type == "cpu":
+        flat, vectors = matrix.reshape(-1, *matrix.shape[-2:]), vector.reshape(-1, vector.shape[-1])
+        return torch.stack([torch.mv(a, b) for a, b in zip(flat, vectors, strict=True)]).view(matrix.shape[:-1])
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _squares_(grad: Tensor, squares: Tensor) -> Tensor | None:
+    """Write the squares of a gradient whose rows are scaled by powers of two; return the factors, or None if all 1.
+
+    On CPU the row sums tell whether the scaling can be left out; on an accelerator reading them would cost a
+    synchronisation, and the scaling costs little.
+    """
+    if grad.device.type == "cpu" and squares.dtype == torch.float32:
+        sums = _matvec(squares.copy_(grad).square_(), torch.ones_like(squares[..., 0, :]))
+        if _SAFE_SUMS[0] < sums.min() and sums.max() < _SAFE_SUMS[1]:
+            return None
+    row_scale = power_of_two_inverse(squares.copy_(grad).abs_().amax(-1))
+    squares.mul_(row_scale.unsqueeze(-1)).square_()
+    return row_scale
+
+
+def sinkhorn_scalings(
+    grad: Tensor, num_iterations: float = 5, *, scratch: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Return the vectors r in R^m and c in R^n with SR-Sinkhorn(G) = diag(r) G diag(c), for G in R^{m x n}.
+
+    State kept: none. Temporary: one float32 matrix of G's size. A zero row or column gets 0; a gradient that is not
+    finite gives NaN in r or c.
+
+    Args:
+        grad: (..., m, n) gradient in any floating dtype, m = out_features.
+        num_iterations: L, each one row and one column step. A half (5.5) adds a last row step.
+        scratch: buffer of G's shape, float32 (float64 for a float64 gradient), that is overwritten.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.sinkhorn import sinkhorn_scalings
+        >>> G = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+        >>> r, c = sinkhorn_scalings(G)
+        >>> (r[:, None] * G * c).round(decimals=4)
+        tensor([[1., 1.],
+                [1., 1.]])
+
+    References:
+        https://huggingface.co/papers/2502.06742, Algorithm 3 (SR-Sinkhorn).
+    """
+    m, n = grad.shape[-2:]
+    squares = scratch
+    if squares is None:
+        squares = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+    row_scale = _squares_(grad, squares)
+    row_sums, column_sums = torch.ones_like(squares[..., 0]), torch.ones_like(squares[..., 0, :])
+    u, v = row_sums, column_sums
+    half_steps = round(2 * num_iterations)
+    for half_step in range(half_steps):
+        # The targets n and m cancel from one step to the next, so only the last one is put in, at the end.
+        if half_step % 2 == 0:
+            row_sums = _matvec(squares, v)
+            u = row_sums.clamp_min(_SMALLEST_SUM).reciprocal_()
+        else:
+            column_sums = _matvec(squares.mT, u)
+            v = column_sums.clamp_min(_SMALLEST_SUM).reciprocal_()
+    r = u.mul(n if half_steps % 2 else m).sqrt_().masked_fill_(row_sums < _SMALLEST_SUM, 0)
+    c = v.sqrt().masked_fill_(column_sums < _SMALLEST_SUM, 0)
+    return (r if row_scale is None else r.mul_(row_scale)), c
+
+
+def sr_sinkhorn(grad: Tensor, num_iterations: float = 5, *, dtype: torch.dtype | None = None) -> Tensor:
+    r"""Alternate row and column l2 normalisation L times: the SinkGD update, G in R^{m x n}.
+
+    The fixed point has all row norms sqrt(n), all column norms sqrt(m) and entry RMS 1; the last step is the columns'.
+    State kept: none.
+
+    Args:
+        grad: (..., m, n) gradient, m = out_features.
+        num_iterations: L (paper: 5).
+        dtype: dtype of the result; default that of `grad`.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.sinkhorn import sr_sinkhorn
+        >>> sr_sinkhorn(torch.tensor([[1.0, 2.0], [3.0, -6.0]])).round(decimals=4)
+        tensor([[ 1.,  1.],
+                [ 1., -1.]])
+
+    References:
+        https://huggingface.co/papers/2502.06742, Algorithm 3 (SR-Sinkhorn).
+    """
+    scratch = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+    row, column = sinkhorn_scalings(grad, num_iterations, scratch=scratch)
+    torch.mul(grad, column.unsqueeze(-2), out=scratch).mul_(row.unsqueeze(-1))
+    return scratch.to(dtype or grad.dtype)
