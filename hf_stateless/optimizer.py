@@ -1,0 +1,281 @@
+"""`StatelessOptimizer`: one optimizer, one `step()`, one rule per parameter group."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adamw import adamw_state, adamw_update_
+from .rounding import rounding_key
+from .sharding import agree, is_sharded, local_shard, part_of, shard_number, whole_matrix
+from .update_rules import multinorm_update_, sinkhorn_momentum_update_
+
+
+logger = logging.getLogger(__name__)
+
+# What a group of each algorithm has to say, with the defaults of groups that are made by hand. Plain values only: they
+# are saved with the optimizer and read back by torch.load(weights_only=True).
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "multinorm": {
+        "norms": ("row_l2", "col_l2"),
+        "num_iterations": 5,
+        "whitening": "newton_schulz",
+        "ns_steps": None,
+        "ns_beta": None,
+        "lr_scale": 0.2,
+        "layout": "out_in",
+    },
+    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "adamw_8bit": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "sinkhorn_momentum": {"momentum": 0.95, "num_iterations": 5.5, "row_threshold": 1e-3, "lr_scale": 0.18},
+}
+_COMMON: dict[str, Any] = {"weight_decay": 0.0, "stochastic_rounding": True, "seed": 0, "role": "rest"}
+# Bytes of gradient that are stacked into one batch on an accelerator: bounds the temporaries of a step.
+_BATCH_BYTES = 64 << 20
+
+
+class StatelessOptimizer(torch.optim.Optimizer):
+    r"""Multi-normalized gradients for matrices, AdamW for the rest; every group names its algorithm.
+
+    For W in R^{m x n} (m = out_features) with gradient G: W <- (1 - lr weight_decay) W - lr lr_scale X with
+    X = multi_normalize(G). State kept: a one-element `step` for each matrix (FSDP2 cannot save parameters without
+    state); two moments for AdamW groups, one buffer for `sinkhorn_momentum`. Everything is read from the group at each
+    step, so any scheduler works. A zero gradient, lr = 0 and a step before any backward change nothing; a gradient
+    with NaN or infinity leaves its parameter unchanged, with a warning that names it.
+
+    Args:
+        params: groups (dicts) with `params` and `algorithm`, see `hf_stateless.optimizer.ALGORITHMS` for what else.
+            `create_optimizer` makes them from a model.
+        lr: learning rate of groups that have none.
+
+    Raises:
+        ValueError: a group without `algorithm` or with unknown or invalid values.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless import StatelessOptimizer
+        >>> W = torch.nn.Parameter(torch.zeros(2, 3))
+        >>> optimizer = StatelessOptimizer([{"params": [W], "algorithm": "multinorm", "lr_scale": 1.0}], lr=0.1)
+        >>> W.grad = torch.tensor([[1.0, -2.0, 4.0], [2.0, -4.0, 8.0]])
+        >>> optimizer.step()
+        >>> W.data.round(decimals=4)
+        tensor([[-0.1000,  0.1000, -0.1000],
+                [-0.1000,  0.1000, -0.1000]])
+        >>> [tuple(t.shape) for t in optimizer.state[W].values()]
+        [(1,)]
+
+    References:
+        SWAN, https://huggingface.co/papers/2412.13148, Algorithm 1; SinkGD, https://huggingface.co/papers/2502.06742,
+        Algorithm 4.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})  # type: ignore[arg-type]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking it and filling in the defaults of its algorithm.
+
+        Raises:
+            ValueError: no or unknown `algorithm`, an unknown key, or a learning rate that is negative or not finite.
+        """
+        algorithm = param_group.get("algorithm")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(
+                f"A parameter group needs algorithm={' | '.join(ALGORITHMS)}, got {algorithm!r}: "
+                "type hf_stateless.create_optimizer(model, name, lr=...) to have the groups made from a model."
+            )
+        lr = param_group.get("lr", self.defaults["lr"])
+        if not 0 <= float(lr) < math.inf:
+            raise ValueError(f"The learning rate must be a finite number of at least 0, got {lr}.")
+        super().add_param_group({**_COMMON, **ALGORITHMS[algorithm], **param_group})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as for any torch optimizer.
+
+        Returns:
+            The loss of the closure, if there is one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first = 0
+        for group in self.param_groups:
+            active = [(first + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+            first += len(group["params"])
+            if active:
+                self._update(group, active)
+        return loss
+
+    def _update(self, group: dict[str, Any], active: list[tuple[int, Tensor]]) -> None:
+        """Update the parameters of one group, given with their positions among all parameters."""
+        if group["algorithm"] == "multinorm":
+            for batch in _batches(active):
+                self._multinorm(group, batch)
+            return
+        finite = self._finite(active)
+        if finite:
+            rule = self._sinkhorn_momentum if group["algorithm"] == "sinkhorn_momentum" else self._adamw
+            rule(group, finite)
+
+    def _multinorm(self, group: dict[str, Any], batch: list[tuple[int, Tensor]]) -> None:
+        params = [p for _, p in batch]
+        states = [self._state(p, lambda p: {"step": torch.zeros(1, device=p.device)}) for p in params]
+        finite = multinorm_update_(
+            [local_shard(p) for p in params],
+            [whole_matrix(p.grad) for p in params],  # type: ignore[arg-type]
+            self._keys(group, batch, [state["step"] for state in states]),
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            place=(lambda update, i: part_of(update, params[i])) if is_sharded(params[0]) else None,
+            **{key: group[key] for key in ALGORITHMS["multinorm"]},
+        )
+        for (index, _), state, good in zip(batch, states, finite, strict=True):
+            if not good:
+                self._warn_skipped(index)
+            elif group["lr"] != 0:  # torch's checkpoint code makes the state by a step at lr = 0, which must not count
+                state["step"] += 1
+
+    def _adamw(self, group: dict[str, Any], active: list[tuple[int, Tensor]]) -> None:
+        bits = 8 if group["algorithm"] == "adamw_8bit" else 32
+        states = [self._state(p, lambda p: adamw_state(p, bits=bits)) for _, p in active]
+        keys = self._keys(group, active, [state["step"] for state in states])
+        plain = keys is None and bits == 32  # then torch's kernel takes DTensors as they are
+        beta1, beta2 = group["betas"]
+        adamw_update_(
+            [p if plain else local_shard(p) for _, p in active],
+            [p.grad if plain else local_shard(p.grad) for _, p in active],  # type: ignore[arg-type, misc]
+            [s if plain else {name: local_shard(t) for name, t in s.items()} for s in states],
+            keys,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _sinkhorn_momentum(self, group: dict[str, Any], active: list[tuple[int, Tensor]]) -> None:
+        options = {key: group[key] for key in ("lr", "weight_decay", *ALGORITHMS["sinkhorn_momentum"])}
+        for index, p in active:
+            state = self._state(
+                p, lambda p: {"step": torch.zeros(1, device=p.device), "momentum_buffer": torch.zeros_like(p)}
+            )
+            keys = self._keys(group, [(index, p)], [state["step"]])
+            sinkhorn_momentum_update_(p, p.grad, state["momentum_buffer"], keys[0] if keys else None, **options)  # type: ignore[arg-type]
+            state["step"] += 1
+
+    def _state(self, p: Tensor, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the state of a parameter, made at its first update: FSDP2 swaps parameters after construction."""
+        state: dict[str, Tensor] = self.state[p]
+        if not state:
+            state.update(make(p))
+        return state
+
+    def _keys(
+        self, group: Mapping[str, Any], batch: list[tuple[int, Tensor]], steps: list[Tensor]
+    ) -> list[Tensor] | None:
+        """Return the rounding keys of bf16 parameters, or None where nothing is rounded stochastically."""
+        if not group["stochastic_rounding"] or batch[0][1].dtype != torch.bfloat16:
+            return None
+        return [
+            rounding_key(group["seed"] + 0x01000193 * shard_number(p), index, step.to(p.device))
+            for (index, p), step in zip(batch, steps, strict=True)
+        ]
+
+    def _finite(self, active: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+        """Return the parameters whose gradient is finite everywhere, with one synchronisation for all of them."""
+        extremes = [local_shard(p.grad) for _, p in active]  # type: ignore[arg-type]
+        flags = torch.stack([_is_finite(grad) for grad in extremes])
+        kept = agree(flags, active[0][1]).tolist()
+        for (index, _), good in zip(active, kept, strict=True):
+            if not good:
+                self._warn_skipped(index)
+        return [entry for entry, good in zip(active, kept, strict=True) if good]
+
+    def _warn_skipped(self, index: int) -> None:
+        names = [
+            name
+            for g in self.param_groups
+            for name in g.get("param_names", [f"#{i}" for i in range(len(g["params"]))])
+        ]
+        logger.warning(
+            "The gradient of %s has NaN or infinite entries: it is left unchanged in this step. "
+            "Look at the loss and the learning rate if this goes on.",
+            names[index],
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, keep the dtypes of its tensors, and keep the options of this optimizer.
+
+        torch casts every state tensor but `step` to the dtype of its parameter, and lets the saved groups win; here
+        8-bit codes stay codes, and an option that was changed since the checkpoint was written is applied, with a
+        warning. The learning rate is the scheduler's and comes from the checkpoint.
+
+        Raises:
+            ValueError: the state was written by another optimizer, or for other groups of parameters.
+        """
+        self._check_loadable(state_dict)
+        options = [
+            {key: value for key, value in group.items() if key not in _FROM_CHECKPOINT} for group in self.param_groups
+        ]
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved_ids, params, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                self.state[p][name] = value.to(p.device) if value.dim() else value.clone()
+        changed: dict[str, tuple[Any, Any]] = {}
+        for group, current in zip(self.param_groups, options, strict=True):
+            changed |= {k: (group.get(k), v) for k, v in current.items() if group.get(k) != v}
+            group.update(current)
+        for key, (saved, value) in changed.items():
+            logger.warning("The checkpoint was written with %s=%r; this run goes on with %r.", key, saved, value)
+
+    def _check_loadable(self, state_dict: Mapping[str, Any]) -> None:
+        saved, current = state_dict["param_groups"], self.param_groups
+        if any("algorithm" not in group for group in saved):
+            raise ValueError(
+                "This optimizer state was written by another optimizer than hf_stateless and cannot be converted: "
+                "delete optimizer.pt (and scheduler.pt) from the checkpoint to go on from its weights alone."
+            )
+        sizes = [[(g["algorithm"], len(g["params"])) for g in groups] for groups in (saved, current)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"The checkpoint has the groups (algorithm, parameters) {sizes[0]}, this run has {sizes[1]}: use the "
+                "same optim, embeddings and optim_target_modules, or delete optimizer.pt to go on from the weights."
+            )
+
+
+# What a checkpoint decides when it is resumed; everything else in a group is an option of the run.
+_FROM_CHECKPOINT = ("params", "param_names", "lr", "initial_lr")
+
+
+def _is_finite(grad: Tensor) -> Tensor:
+    if grad.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=grad.device)
+    smallest, largest = torch.aminmax(grad)
+    return torch.isfinite(smallest) & torch.isfinite(largest)
+
+
+def _batches(active: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Put matrices of one shape together on an accelerator, where a loop over small ones waits for kernel launches."""
+    pending: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+    for index, p in active:
+        if p.device.type == "cpu" or type(p) not in (torch.nn.Parameter, Tensor):
+            yield [(index, p)]
+            continue
+        key = (p.shape, p.dtype, p.device, p.grad.dtype if p.grad is not None else None)
+        batch = pending.setdefault(key, [])
+        batch.append((index, p))
+        if len(batch) * p.numel() * p.element_size() >= _BATCH_BYTES:
+            yield pending.pop(key)
+    yield from pending.values()

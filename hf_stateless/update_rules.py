@@ -1,0 +1,178 @@
+r"""In-place updates of weights: pure functions of weight, gradient, state and hyperparameters.
+
+All have the decoupled form W <- (1 - lr weight_decay) W - step X. bf16 weights are computed in float32 and written
+with stochastic rounding when a rounding key is given, else to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .multi_norm import SINKHORN_CHAIN, multi_normalize
+from .rounding import write_rounded_
+from .sinkhorn import sinkhorn_scalings, sr_sinkhorn
+
+
+def as_matrix(tensor: Tensor, layout: str) -> Tensor:
+    """View a weight or gradient as (..., out_features, in_features).
+
+    Args:
+        tensor: the stored tensor.
+        layout: `out_in`, `in_out` (GPT-2's Conv1D, some experts), `conv` (out, in, kernel...) or `vector` (one row).
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.update_rules import as_matrix
+        >>> as_matrix(torch.zeros(8, 3, 2, 2), "conv").shape
+        torch.Size([8, 12])
+    """
+    if layout == "conv":
+        return tensor.flatten(1)
+    if layout == "vector":
+        return tensor.reshape(1, -1)
+    return tensor.mT if layout == "in_out" else tensor
+
+
+def multinorm_update_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    keys: Sequence[Tensor] | None,
+    *,
+    lr: float,
+    lr_scale: float,
+    weight_decay: float,
+    layout: str,
+    place: Callable[[Tensor, int], Tensor] | None = None,
+    **chain: Any,
+) -> list[bool]:
+    r"""Update weights of one shape by their multi-normalized gradients: W <- (1 - lr wd) W - lr lr_scale X.
+
+    X = multi_normalize(G) has entry RMS 1. A weight whose gradient is zero or not finite is left unchanged, decay
+    included: a gradient without signal must not become a full-size step. State kept: none.
+
+    Args:
+        weights: (..., m, n) tensors of one shape, updated in place.
+        grads: their gradients; stacked into one batch if there are several.
+        keys: rounding keys for bf16 weights, or None for rounding to nearest.
+        lr: learning rate (per step).
+        lr_scale: factor on the learning rate of X, not of the decay.
+        weight_decay: decoupled decay, per unit of learning rate.
+        layout: how the weight is stored, see `as_matrix`.
+        place: takes the update in the shape of the gradient and its position in the list, and returns the part that
+            belongs to the weight; for weights of which only a shard is here.
+        chain: `norms`, `num_iterations` and the whitening options of `multi_normalize`.
+
+    Returns:
+        For each weight, whether its gradient was finite.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.update_rules import multinorm_update_
+        >>> W = torch.zeros(1, 2)
+        >>> multinorm_update_([W], [torch.tensor([[3.0, -4.0]])], None, lr=0.1, lr_scale=1.0, weight_decay=0.0,
+        ...                   layout="out_in", norms=("sign",), num_iterations=1)
+        [True]
+        >>> W
+        tensor([[-0.1000,  0.1000]])
+
+    References:
+        https://huggingface.co/papers/2502.06742, Algorithms 2 (MNGD) and 4 (SinkGD).
+    """
+    matrices = [as_matrix(grad, layout) for grad in grads]
+    step_size, decay = lr * lr_scale, 1 - lr * weight_decay
+    if len(matrices) == 1 and tuple(chain["norms"]) == SINKHORN_CHAIN and place is None and layout != "conv":
+        key = keys[0] if keys else None
+        return [_sinkhorn_update_(weights[0], matrices[0], key, layout, chain["num_iterations"], step_size, decay)]
+    batch = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
+    updates = multi_normalize(batch, dtype=torch.promote_types(batch.dtype, torch.float32), **chain)
+    updates = updates.unsqueeze(0) if len(matrices) == 1 else updates
+    sizes = torch.linalg.vector_norm(updates.flatten(1), dim=1).tolist()
+    for i, (weight, size) in enumerate(zip(weights, sizes, strict=True)):
+        if 0 < size < float("inf"):
+            update = updates[i].mT if layout == "in_out" else updates[i].reshape(grads[i].shape)
+            _write_(weight, place(update, i) if place else update, step_size, decay, keys[i] if keys else None)
+    return [size < float("inf") for size in sizes]
+
+
+def _sinkhorn_update_(
+    weight: Tensor, grad: Tensor, key: Tensor | None, layout: str, num_iterations: int, step_size: float, decay: float
+) -> bool:
+    """Apply the SinkGD step of one matrix from its two vectors, without forming the normalised gradient."""
+    scratch = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+    row, column = sinkhorn_scalings(grad, num_iterations, scratch=scratch)
+    size = float(row.sum() + 0 * column.sum())
+    if 0 < size < float("inf"):
+        exact = weight.to(scratch.dtype)
+        if decay != 1:
+            exact.mul_(decay)
+        torch.mul(grad, column.unsqueeze(-2), out=scratch)
+        as_matrix(exact, layout).addcmul_(scratch, row.unsqueeze(-1), value=-step_size)
+        write_rounded_(weight, exact, key, scratch=as_matrix(scratch, layout))
+    return size < float("inf")
+
+
+def _write_(weight: Tensor, update: Tensor, step_size: float, decay: float, key: Tensor | None) -> None:
+    """Apply W <- decay W - step_size X; the update is used as working space where the weight is bf16."""
+    exact = weight.to(update.dtype)  # the weight itself where the dtypes agree
+    if decay != 1:
+        exact.mul_(decay)
+    exact.add_(update, alpha=-step_size)
+    write_rounded_(weight, exact, key, scratch=update)
+
+
+def sinkhorn_momentum_update_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    key: Tensor | None,
+    *,
+    lr: float,
+    lr_scale: float,
+    weight_decay: float,
+    momentum: float,
+    num_iterations: float,
+    row_threshold: float,
+) -> None:
+    r"""Sinkhorn-balanced Nesterov momentum for embedding tables W in R^{V x d}: one buffer instead of AdamW's two.
+
+    B <- mu B + (1 - mu) G; N = (1 - mu) G + mu B; rows with a norm of at most `row_threshold` times the mean row norm
+    are masked, then SR-Sinkhorn with an odd number of half steps (it starts and ends on rows), so that every active
+    row has the norm sqrt(d); W <- (1 - lr wd) W - lr lr_scale X. State kept: the buffer, in the parameter's dtype.
+
+    Args:
+        param: (V, d) weight, updated in place.
+        grad: its gradient.
+        momentum_buffer: B, updated in place.
+        key: rounding key of a bf16 weight, or None.
+        lr: learning rate.
+        lr_scale: gamma of the report, 0.18.
+        weight_decay: decoupled decay, per unit of learning rate.
+        momentum: mu, 0.95.
+        num_iterations: 5.5 for eleven half steps.
+        row_threshold: tau, 1e-3: tokens that were not seen for long get no step.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.update_rules import sinkhorn_momentum_update_
+        >>> W, B = torch.zeros(2, 2), torch.zeros(2, 2)
+        >>> sinkhorn_momentum_update_(W, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), B, None, lr=1.0, lr_scale=0.18,
+        ...                           weight_decay=0.0, momentum=0.95, num_iterations=5.5, row_threshold=1e-3)
+        >>> W
+        tensor([[-0.1800, -0.1800],
+                [ 0.0000,  0.0000]])
+
+    References:
+        The optimizer of embedding tables in the DeepSeek-V4.1-Flash report, after
+        https://huggingface.co/papers/2502.06742, Algorithm 3.
+    """
+    buffer = momentum_buffer.float().lerp(grad.float(), 1 - momentum)
+    direction = grad.float().lerp(buffer, momentum)
+    momentum_buffer.copy_(buffer)
+    row_norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    direction.masked_fill_(row_norms <= row_threshold * row_norms.mean(-2, keepdim=True), 0)
+    update = sr_sinkhorn(direction, num_iterations)
+    _write_(param, update, lr * lr_scale, 1 - lr * weight_decay, key)
