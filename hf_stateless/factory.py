@@ -1,0 +1,209 @@
+"""From a model and validated options to the optimizer: parameter groups, factories, and the handler of the Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .optimizer import StatelessOptimizer
+from .options import Options, parse_options
+from .partition import PartitionedParameter, describe, partition_parameters
+
+
+if TYPE_CHECKING:
+    from transformers.trainer_optimizer import OptimizerContext
+
+logger = logging.getLogger(__name__)
+
+
+def parameter_groups(
+    model: nn.Module,
+    options: Options,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    target_modules: str | Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the ordered groups of a model, matrices first, each with the rule and the options it is updated by.
+
+    Args:
+        model: the model that is trained.
+        options: from `hf_stateless.options.parse_options`.
+        lr: learning rate.
+        weight_decay: decoupled decay of the parameters that the Trainer decays.
+        target_modules: which modules are matrices, see `partition_parameters`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_stateless.factory import parameter_groups
+        >>> from hf_stateless.options import parse_options
+        >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=2, vocab_size=32)
+        >>> groups = parameter_groups(LlamaForCausalLM(config), parse_options("sinkgd", {}), lr=1e-3)
+        >>> [(group["role"], group["algorithm"]) for group in groups]
+        [('matrix', 'multinorm'), ('embedding', 'adamw'), ('head', 'adamw'), ('rest', 'adamw')]
+    """
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in partition_parameters(model, target_modules):
+        rule = _rule(entry, options, lr)
+        decay = weight_decay if entry.decay and rule["algorithm"] != "sinkhorn_momentum" else 0.0
+        key = (entry.role, rule["algorithm"], rule.get("layout"), decay)
+        group = groups.setdefault(key, {"params": [], "param_names": [], "role": entry.role})
+        group["params"].append(entry.parameter)
+        group["param_names"].append(entry.name)
+        group.update(rule, weight_decay=decay, stochastic_rounding=options.stochastic_rounding, seed=options.seed)
+    return list(groups.values())
+
+
+def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str, Any]:
+    """Return the algorithm of one parameter with the values it needs."""
+    chain = {
+        "algorithm": "multinorm",
+        "lr": lr,
+        "lr_scale": options.lr_scale,
+        "norms": options.norms,
+        "num_iterations": options.num_iterations,
+        "whitening": options.whitening,
+        "ns_steps": options.ns_steps,
+        "ns_beta": options.ns_beta,
+        "layout": entry.layout,
+    }
+    adamw_lr = lr if options.adamw_lr is None else options.adamw_lr
+    if entry.role in ("matrix", "adapter"):
+        return chain
+    table = entry.role in ("embedding", "head") and entry.parameter.ndim == 2
+    if options.embeddings == "stateless":
+        # A vector has one norm only: its entries are scaled to root mean square 1.
+        return chain if table else {**chain, "norms": ("frobenius",), "num_iterations": 1, "layout": "vector"}
+    if table and options.embeddings == "sinkhorn_momentum":
+        return {"algorithm": "sinkhorn_momentum", "lr": adamw_lr}
+    return {
+        "algorithm": "adamw_8bit" if table and options.embeddings == "adamw_8bit" else "adamw",
+        "lr": adamw_lr,
+        "betas": (options.adamw_beta1, options.adamw_beta2),
+        "eps": options.adamw_eps,
+    }
+
+
+def create_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    target_modules: str | Sequence[str] | None = None,
+    **options: Any,
+) -> StatelessOptimizer:
+    """Make the optimizer of a name for a model, without a Trainer: the same object that `optim=name` gives.
+
+    Args:
+        model: the model that is trained; its frozen parameters are left out.
+        name: `swan`, `sinkgd` or `multinorm`.
+        lr: learning rate; matrices move by `lr * lr_scale` times an update of entry RMS 1, the AdamW part by
+            `adamw_lr`, or `lr` if there is none.
+        weight_decay: decoupled decay, per unit of learning rate; norms and biases are not decayed.
+        target_modules: which modules are matrices: a list, a regular expression or `all-linear` (default).
+        options: the keys of `optim_args` as Python values.
+
+    Raises:
+        ValueError: unknown name, key or value; no matrix in the model; a learning rate that is not finite; FSDP1.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> import hf_stateless
+        >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=2, vocab_size=32)
+        >>> optimizer = hf_stateless.create_optimizer(LlamaForCausalLM(config), "sinkgd", lr=1e-3, num_iterations=3)
+        >>> optimizer.param_groups[0]["num_iterations"]
+        3
+    """
+    parsed = parse_options(name, options)
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"The learning rate must be a finite number of at least 0, got {lr}.")
+    groups = parameter_groups(model, parsed, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
+    logger.info("optim=%s:\n%s", name, describe(groups))
+    return StatelessOptimizer(groups, lr=lr)
+
+
+def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], dict[str, Any]]:
+    """Answer the Trainer for `optim=name`: the optimizer class and its groups, as transformers' own handlers do.
+
+    Args:
+        name: `swan`, `sinkgd` or `multinorm`.
+        ctx: transformers' context: training arguments, model and the parsed `optim_args`.
+
+    Raises:
+        ValueError: what `create_optimizer` refuses, a missing model, FSDP1, or DeepSpeed ZeRO.
+    """
+    if ctx.model is None:
+        raise ValueError(f"optim={name!r} needs the model to tell matrices from the rest: pass model= to the call.")
+    _refuse_partitioning(ctx.args)
+    adam = {"adamw_beta1": ctx.adam_kwargs["betas"][0], "adamw_beta2": ctx.adam_kwargs["betas"][1]}
+    given = {**adam, "adamw_eps": ctx.adam_kwargs["eps"], **ctx.optim_args}
+    optimizer = create_optimizer(
+        ctx.model,
+        name,
+        lr=ctx.args.learning_rate,
+        weight_decay=ctx.args.weight_decay,
+        target_modules=ctx.args.optim_target_modules,
+        **given,
+    )
+    return StatelessOptimizer, {"params": optimizer.param_groups, **ctx.optimizer_kwargs}
+
+
+def _refuse_partitioning(args: Any) -> None:
+    """Refuse what hands the optimizer flattened or partitioned matrices: it would train something else, silently."""
+    if getattr(args, "deepspeed", None):
+        raise ValueError(
+            "DeepSpeed ZeRO hands the optimizer flat partitions, so row norms, column norms and whitening are "
+            "undefined: leave out --deepspeed and shard with FSDP2 (fsdp_version: 2 in the accelerate config)."
+        )
+
+
+class _Factory:
+    """Zero-argument factory of the kind that `Trainer(optimizer_cls_and_kwargs=(factory, kwargs))` takes."""
+
+    name: str
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> StatelessOptimizer:
+        return create_optimizer(model, self.name, **kwargs)
+
+
+class SwanFactory(_Factory):
+    """`Trainer(optimizer_cls_and_kwargs=(SwanFactory, {"lr": 1e-3}))`: SWAN without a registered name.
+
+    Example:
+        >>> from hf_stateless import SwanFactory
+        >>> SwanFactory().name
+        'swan'
+    """
+
+    name = "swan"
+
+
+class SinkGDFactory(_Factory):
+    """`Trainer(optimizer_cls_and_kwargs=(SinkGDFactory, {"lr": 1e-3}))`: SinkGD without a registered name.
+
+    Example:
+        >>> from hf_stateless import SinkGDFactory
+        >>> SinkGDFactory().name
+        'sinkgd'
+    """
+
+    name = "sinkgd"
+
+
+class MultiNormFactory(_Factory):
+    """`Trainer(optimizer_cls_and_kwargs=(MultiNormFactory, {"lr": 1e-3, "norms": ("sign",)}))`: any chain.
+
+    Example:
+        >>> from hf_stateless import MultiNormFactory
+        >>> MultiNormFactory().name
+        'multinorm'
+    """
+
+    name = "multinorm"

@@ -1,0 +1,221 @@
+"""From a model to parameter groups: which weights are matrices, which go to AdamW, and how each is laid out.
+
+Parameters are recognised by the module that owns them and by storage, never by name or number of dimensions: a tied
+head is the embedding, GPT-2's `Conv1D` is a linear layer stored the other way round, a two-dimensional bias of a
+mixture of experts is no matrix.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import check_target_module_exists
+
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("matrix", "adapter", "embedding", "head", "rest")
+"""What a parameter is, in the order of the groups: the learning rate that the Trainer logs is the first group's."""
+
+# Expert stacks stored (experts, in, out) whose module does not say so by `is_transposed` (in every supported version).
+_IN_OUT_EXPERTS = ("GptOssExperts", "Llama4TextExperts")
+
+
+@dataclass
+class PartitionedParameter:
+    """One trainable parameter with what the optimizer has to know about it."""
+
+    name: str
+    parameter: nn.Parameter
+    role: str
+    """One of `ROLES`; `adapter` is a LoRA matrix."""
+    layout: str
+    """How the weight is stored: `out_in`, `in_out` (Conv1D, some experts) or `conv` (out, in, kernel...)."""
+    decay: bool
+    """Whether the Trainer's rule applies weight decay to it."""
+
+
+def partition_parameters(
+    model: nn.Module, target_modules: str | Sequence[str] | None = None
+) -> list[PartitionedParameter]:
+    """Assign a role to every trainable parameter of a model, each exactly once, in the order of `ROLES`.
+
+    Linear layers (and `Conv1D`, and stacks of experts) inside the backbone are matrices; input embeddings, whatever
+    lies outside the backbone (`lm_head`, classification heads), and everything else are not. Frozen and quantised
+    weights are left out. Nothing is stored on the model.
+
+    Args:
+        model: any module; PEFT models and models without an `lm_head` included.
+        target_modules: as `TrainingArguments.optim_target_modules`: a list of substrings, a regular expression or
+            `"all-linear"` (the default, and the same as None). Explicitly named convolutions and heads become
+            matrices too.
+
+    Returns:
+        One entry for each trainable parameter; tied weights appear once.
+
+    Raises:
+        ValueError: nothing trainable, no matrix found, FSDP1, or a parameter without a role.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_stateless.partition import partition_parameters
+        >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=2, vocab_size=32)
+        >>> entries = partition_parameters(LlamaForCausalLM(config))
+        >>> [sum(entry.role == role for entry in entries) for role in ("matrix", "embedding", "head", "rest")]
+        [7, 1, 1, 3]
+    """
+    _refuse_flattened(model)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("The model has no trainable parameter: every requires_grad is False.")
+    matrices = _matrix_layouts(model, target_modules)
+    heads = _head_keys(model)
+    embeddings = {_storage_key(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(False)}
+    embeddings |= _lora_embedding_keys(model)
+    explicit = target_modules is not None and not _is_all_linear(target_modules)
+    # The Trainer's own rule, which does not look at its self: norms and biases are not decayed.
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    entries = []
+    for name, p in named:
+        key = _storage_key(p)
+        layout, adapter = matrices.get(key, ("out_in", False))
+        if key in embeddings:
+            role = "embedding"
+        elif key in heads and not (explicit and key in matrices):
+            role = "head"
+        elif key in matrices:
+            role = "adapter" if adapter else "matrix"
+        else:
+            role = "rest"
+        entries.append(PartitionedParameter(name, p, role, layout, name in decayed))
+    if not any(entry.role in ("matrix", "adapter") for entry in entries):
+        _refuse_no_matrix(model, target_modules)
+    return sorted(entries, key=lambda entry: ROLES.index(entry.role))
+
+
+def describe(groups: Sequence[dict[str, object]]) -> str:
+    """Return the table of who went where, one line per group: role, algorithm, tensors, parameters, decay.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.partition import describe
+        >>> print(describe([{"role": "matrix", "algorithm": "multinorm", "weight_decay": 0.0,
+        ...                  "params": [torch.zeros(3, 4)]}]))
+        role       algorithm          tensors   parameters  weight decay
+        matrix     multinorm                1           12           0.0
+    """
+    lines = [f"{'role':<11}{'algorithm':<19}{'tensors':>7}{'parameters':>13}{'weight decay':>14}"]
+    for group in groups:
+        params: list[torch.Tensor] = group["params"]  # type: ignore[assignment]
+        numel = sum(p.numel() for p in params)
+        row = f"{group['role']:<11}{group['algorithm']:<19}{len(params):>7}{numel:>13,}"
+        lines.append(f"{row}{group['weight_decay']:>14}")
+    return "\n".join(lines)
+
+
+def _storage_key(p: torch.Tensor) -> tuple[object, ...]:
+    """Identify a tensor by its memory, so that two Parameter objects over one storage count as tied."""
+    if p.device.type == "meta" or p.numel() == 0 or type(p) not in (nn.Parameter, torch.Tensor):
+        return (id(p),)
+    return (p.device, p.data_ptr(), tuple(p.shape), p.stride())
+
+
+def _is_all_linear(target_modules: str | Sequence[str] | None) -> bool:
+    return target_modules is None or (
+        isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear"
+    )
+
+
+def _matrix_layouts(
+    model: nn.Module, target_modules: str | Sequence[str] | None
+) -> dict[tuple[object, ...], tuple[str, bool]]:
+    """Map the storage of each weight that can be treated as a matrix to (layout, belongs to an adapter)."""
+    all_linear = _is_all_linear(target_modules)
+    found: dict[tuple[object, ...], tuple[str, bool]] = {}
+    adapters = {id(m) for module in model.modules() for m in _lora_linears(module)}
+    for name, module in model.named_modules():
+        if not all_linear and not check_target_module_exists(target_modules, name):
+            continue
+        for p, layout in _matrix_weights(module, explicit=not all_linear):
+            if p.requires_grad:
+                found[_storage_key(p)] = (layout, id(module) in adapters)
+    return found
+
+
+def _matrix_weights(module: nn.Module, explicit: bool) -> Iterator[tuple[torch.Tensor, str]]:
+    """Yield the weights of one module that are matrices, with their layout."""
+    if isinstance(module, nn.Linear):
+        yield module.weight, "out_in"
+    elif isinstance(module, Conv1D):
+        yield module.weight, "in_out"
+    elif explicit and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        yield module.weight, "conv"
+    elif type(module).__name__.endswith("Experts"):
+        in_out = getattr(module, "is_transposed", False) or type(module).__name__ in _IN_OUT_EXPERTS
+        for p in module.parameters(recurse=False):
+            if p.ndim == 3:
+                yield p, "in_out" if in_out else "out_in"
+
+
+def _lora_linears(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the linear layers that a PEFT tuner layer added to the layer it wraps."""
+    if hasattr(module, "base_layer"):
+        for name, child in module.named_children():
+            if name != "base_layer":
+                yield from (m for m in child.modules() if isinstance(m, nn.Linear))
+
+
+def _lora_embedding_keys(model: nn.Module) -> set[tuple[object, ...]]:
+    """Return the low-rank factors that PEFT trains for an embedding: looked up by token, like the embedding itself."""
+    keys = set()
+    for module in model.modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Embedding):
+            keys |= {_storage_key(p) for p in module.parameters() if p.requires_grad}
+    return keys
+
+
+def _head_keys(model: nn.Module) -> set[tuple[object, ...]]:
+    """Return every weight outside the backbone, and the output embedding wherever it lies; adapters stay matrices."""
+    inner: Any = model
+    if hasattr(model, "get_base_model"):  # PEFT
+        inner = inner.get_base_model()
+    outside: list[Any] = []
+    backbone = getattr(inner, "base_model", inner)
+    if isinstance(backbone, nn.Module) and backbone is not inner:
+        outside += [child for child in inner.children() if child is not backbone]
+    if hasattr(inner, "get_output_embeddings"):
+        outside.append(inner.get_output_embeddings())
+    adapters = {id(m) for module in model.modules() for m in _lora_linears(module)}
+    return {
+        _storage_key(p)
+        for root in outside
+        if root is not None
+        for module in root.modules()
+        if id(module) not in adapters
+        for p in module.parameters(recurse=False)
+    }
+
+
+def _refuse_flattened(model: nn.Module) -> None:
+    """Refuse FSDP1, which turns matrices into flat vectors before the optimizer sees them."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            "FSDP1 flattens parameters, so row norms, column norms and whitening are undefined: "
+            "set fsdp_version: 2 in the accelerate config."
+        )
+
+
+def _refuse_no_matrix(model: nn.Module, target_modules: str | Sequence[str] | None) -> None:
+    linears = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if list(_matrix_weights(m, True))})
+    raise ValueError(
+        f"optim_target_modules={target_modules!r} matched no trainable matrix. "
+        f"Linear layers of this model: {', '.join(linears) or 'none'}; type one of them, or 'all-linear'."
+    )
