@@ -20,7 +20,7 @@ _GOLDEN = 0x9E3779B9 - (1 << 32)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Hash int32 values in place; products wrap and shifts are arithmetic, so each step is a bijection."""
+    """Hash int32 values in place; products wrap, shifts are arithmetic."""
     x ^= x >> 16
     x *= _MIX_1
     x ^= x >> 15
@@ -97,7 +97,7 @@ def rounding_noise(rows: int, columns: int, key: Tensor, *, row_offset: int = 0,
 def stochastic_round_(target: Tensor, source: Tensor, key: Tensor, *, scratch: Tensor | None = None) -> Tensor:
     r"""Write float32 `source` into bfloat16 `target`, up with probability (x - lower) / (upper - lower).
 
-    A value that bfloat16 represents is written unchanged; infinities and NaN stay what they are.
+    A value that bfloat16 represents is written unchanged, infinities and the ordinary NaN included.
 
     Args:
         target: contiguous bfloat16 tensor, overwritten.

@@ -16,8 +16,8 @@ from .norms import power_of_two_inverse
 # Sums of squares below this are made of denormal numbers and have lost their digits: entries smaller than about
 # 1e-18 of their row's largest count as zero.
 _SMALLEST_SUM = 1e-36
-# Row sums of squares between these need no scaling: what underflows is below 1e-9 of its row's norm.
-_SAFE_SUMS = (1e-20, 1e30)
+# Row sums of squares between these need no scaling by row: what underflows is below 1e-16 of its row's norm.
+_SAFE_SUMS = (1e-4, 1e30)
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -30,16 +30,18 @@ def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def _squares_(grad: Tensor, squares: Tensor) -> Tensor | None:
-    """Write the squares of a gradient whose rows are scaled by powers of two; return the factors, or None if all 1.
+def _squares_(grad: Tensor, squares: Tensor) -> Tensor:
+    """Write the squares of a gradient whose rows are scaled by powers of two; return the factors.
 
     On CPU the row sums tell whether the scaling can be left out; on an accelerator reading them would cost a
     synchronisation, and the scaling costs little.
     """
     if grad.device.type == "cpu" and squares.dtype == torch.float32:
-        sums = _matvec(squares.copy_(grad).square_(), torch.ones_like(squares[..., 0, :]))
+        # One power of two, from the first row, brings most gradients to size one without a pass of its own.
+        scale = power_of_two_inverse(grad[..., :1, :].to(squares.dtype).abs().amax(-1))
+        sums = _matvec(scale_rows_(grad, scale, squares).square_(), torch.ones_like(squares[..., 0, :]))
         if _SAFE_SUMS[0] < sums.min() and sums.max() < _SAFE_SUMS[1]:
-            return None
+            return scale
     row_scale = power_of_two_inverse(squares.copy_(grad).abs_().amax(-1))
     squares.mul_(row_scale.unsqueeze(-1)).square_()
     return row_scale
@@ -70,6 +72,7 @@ def sinkhorn_scalings(
     References:
         https://huggingface.co/papers/2502.06742, Algorithm 3 (SR-Sinkhorn).
     """
+    grad = grad.detach()
     m, n = grad.shape[-2:]
     squares = scratch
     if squares is None:
@@ -77,18 +80,18 @@ def sinkhorn_scalings(
     row_scale = _squares_(grad, squares)
     row_sums, column_sums = torch.ones_like(squares[..., 0]), torch.ones_like(squares[..., 0, :])
     u, v = row_sums, column_sums
-    half_steps = round(2 * num_iterations)
-    for half_step in range(half_steps):
-        # The targets n and m cancel from one step to the next, so only the last one is put in, at the end.
+    for half_step in range(round(2 * num_iterations)):
         if half_step % 2 == 0:
             row_sums = _matvec(squares, v)
-            u = row_sums.clamp_min(_SMALLEST_SUM).reciprocal_()
+            u = row_sums.clamp_min(_SMALLEST_SUM).reciprocal_().mul_(n)
         else:
             column_sums = _matvec(squares.mT, u)
-            v = column_sums.clamp_min(_SMALLEST_SUM).reciprocal_()
-    r = u.mul(n if half_steps % 2 else m).sqrt_().masked_fill_(row_sums < _SMALLEST_SUM, 0)
+            v = column_sums.clamp_min(_SMALLEST_SUM).reciprocal_().mul_(m)
+    r = u.sqrt().masked_fill_(row_sums < _SMALLEST_SUM, 0)
     c = v.sqrt().masked_fill_(column_sums < _SMALLEST_SUM, 0)
-    return (r if row_scale is None else r.mul_(row_scale)), c
+    r.mul_(row_scale)
+    r.masked_fill_(r == torch.inf, 0)  # a row of denormal numbers: its factor is beyond float32, so it counts as zero
+    return r, c
 
 
 def sr_sinkhorn(grad: Tensor, num_iterations: float = 5, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -114,5 +117,19 @@ def sr_sinkhorn(grad: Tensor, num_iterations: float = 5, *, dtype: torch.dtype |
     """
     scratch = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     row, column = sinkhorn_scalings(grad, num_iterations, scratch=scratch)
-    torch.mul(grad, column.unsqueeze(-2), out=scratch).mul_(row.unsqueeze(-1))
+    scale_rows_(grad.detach(), row, scratch).mul_(column.unsqueeze(-2))
     return scratch.to(dtype or grad.dtype)
+
+
+def scale_rows_(grad: Tensor, row: Tensor, out: Tensor) -> Tensor:
+    """Write diag(r) G into a buffer of at least float32: of order one whatever the scale of G, unlike G diag(c).
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.sinkhorn import scale_rows_
+        >>> scale_rows_(torch.ones(1, 2), torch.tensor([2.0]), torch.empty(1, 2))
+        tensor([[2., 2.]])
+    """
+    if grad.dtype == out.dtype:
+        return torch.mul(grad, row.unsqueeze(-1), out=out)
+    return out.copy_(grad).mul_(row.unsqueeze(-1))  # a product of mixed dtypes is three times slower on CPU

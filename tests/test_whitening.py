@@ -1,0 +1,202 @@
+"""Whitening iterations against their formulas in float64, over well and badly conditioned spectra."""
+
+import pytest
+import reference
+import torch
+from conftest import dense, gradients, relative_error, tiny_inputs
+from hypothesis import given
+
+from hf_stateless.norms import row_standardize, spectral
+from hf_stateless.whitening import WHITENINGS, eigh, newton_schulz, nsds, polar_express
+
+
+SHAPES = [(1, 1), (1, 9), (9, 1), (7, 33), (33, 7), (48, 48), (48, 129), (129, 48)]
+SPECTRA = {
+    "flat": lambda i, k: torch.ones_like(i),
+    "1/i": lambda i, k: 1 / i,
+    "1/i^2": lambda i, k: i**-2.0,
+    "log to 1e-4": lambda i, k: 10 ** (-4 * (i - 1) / max(k - 1, 1)),
+}
+
+
+def with_spectrum(m, n, spectrum, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    k = min(m, n)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, k, dtype=torch.float64, generator=generator))[0] for size in (m, n)
+    )
+    values = SPECTRA[spectrum](torch.arange(1, k + 1, dtype=torch.float64), k)
+    return ((left * values) @ right.mT).float()
+
+
+def singular_values(x):
+    return torch.linalg.svdvals(x.double())
+
+
+def cosine(a, b):
+    return torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
+def test_the_table_of_whitenings_is_complete():
+    assert set(WHITENINGS) == {"newton_schulz", "nsds", "eigh", "polar_express"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_newton_schulz_is_the_papers_polynomial(shape, dtype):
+    grad = dense(*shape, dtype=dtype)
+    assert relative_error(newton_schulz(grad), reference.newton_schulz(grad)) <= 1e-4
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(48, 48), (48, 129), (129, 48)])
+def test_newton_schulz_is_the_papers_polynomial_on_every_spectrum(shape, spectrum):
+    """Small singular values grow 6340 times, and a float32 Gram matrix loses those below 3e-4 of the largest."""
+    grad = with_spectrum(*shape, spectrum)
+    assert relative_error(newton_schulz(grad), reference.newton_schulz(grad)) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:])
+@pytest.mark.parametrize(("steps", "beta"), [(1, 0.8), (2, 0.4), (5, 0.5), (6, 0.5), (6, 0.8), (10, 0.5), (15, 0.5)])
+def test_newton_schulz_follows_its_steps_and_beta(shape, steps, beta):
+    grad = dense(*shape)
+    result = newton_schulz(grad, ns_steps=steps, ns_beta=beta)
+    assert relative_error(result, reference.newton_schulz(grad, steps, beta)) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:])
+def test_beta_one_half_is_the_cubic_iteration_for_the_polar_factor(shape):
+    grad = dense(*shape)
+    x = grad.double() / grad.double().norm()
+    for _ in range(8):
+        x = 1.5 * x - 0.5 * x @ x.mT @ x
+    assert relative_error(newton_schulz(grad, ns_steps=8, ns_beta=0.5), x) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_beta_one_half_converges_to_the_polar_factor(shape):
+    grad = dense(*shape)
+    assert relative_error(newton_schulz(grad, ns_steps=30, ns_beta=0.5), reference.polar(grad)) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:])
+@pytest.mark.parametrize("spectrum", ["flat", "1/i"])
+def test_beta_0_8_leaves_singular_values_in_its_band_before_the_rescaling(shape, spectrum):
+    values = singular_values(newton_schulz(with_spectrum(*shape, spectrum)))
+    assert values.min() >= 0.5
+    assert values.max() <= 1.7
+
+
+def test_ten_steps_of_beta_0_8_amplify_a_vanishing_singular_value_6340_times():
+    """Told apart from other polynomials by f'(0) = (3 beta)^k; a diagonal matrix keeps the two directions apart."""
+    tiny = 1e-6
+    result = newton_schulz(torch.tensor([[1.0, 0.0, 0.0], [0.0, tiny, 0.0]]))
+    assert result[1, 1].item() / tiny == pytest.approx(2.4**10, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:])
+def test_swan_matches_its_reference(shape):
+    grad = dense(*shape)
+    assert relative_error(spectral(row_standardize(grad)), reference.swan(grad)) <= 1e-4
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(48, 48), (48, 129), (129, 48)])
+def test_swan_matches_its_reference_on_every_spectrum(shape, spectrum):
+    grad = with_spectrum(*shape, spectrum)
+    assert relative_error(spectral(row_standardize(grad)), reference.swan(grad)) <= 1e-4
+
+
+def test_swan_matches_its_reference_on_the_gradients_of_a_language_model(make_model):
+    model = make_model("llama")
+    model(**tiny_inputs("llama")).loss.backward()
+    for name, parameter in model.model.layers.named_parameters():
+        if parameter.ndim == 2:
+            error = relative_error(spectral(row_standardize(parameter.grad)), reference.swan(parameter.grad))
+            assert error <= 1e-4, name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("steps", "beta"), [(1, 0.4), (2, 0.4), (2, 0.8), (3, 0.5)])
+def test_nsds_is_newton_schulz_with_diagonal_substitution(shape, steps, beta):
+    grad = dense(*shape)
+    assert relative_error(nsds(grad, ns_steps=steps, ns_beta=beta), reference.nsds(grad, steps, beta)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eigh_is_the_polar_factor(shape, dtype):
+    grad = dense(*shape, dtype=dtype)
+    assert relative_error(eigh(grad), reference.polar(grad)) <= 1e-4
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(48, 48), (48, 129), (129, 48)])
+def test_eigh_is_the_polar_factor_on_every_spectrum(shape, spectrum):
+    grad = with_spectrum(*shape, spectrum)
+    assert relative_error(eigh(grad), reference.polar(grad)) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (129, 48), (33, 7)])
+def test_eigh_leaves_out_the_null_direction_that_row_centring_creates(shape):
+    """G~ 1 = 0 makes every matrix with m >= n singular; inverting that direction would turn rounding into a step."""
+    centred = row_standardize(dense(*shape))
+    result = eigh(centred)
+    assert cosine(result, reference.polar(centred, rtol=1e-5)) >= 0.9999
+    assert torch.count_nonzero(singular_values(result) > 0.5).item() == min(shape) - 1
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("name", WHITENINGS)
+def test_low_rank_gradients_stay_finite_and_keep_their_rank(name, rank):
+    grad = dense(40, rank) @ dense(rank, 64, seed=1)
+    values = singular_values(WHITENINGS[name](grad))
+    assert values.isfinite().all()
+    assert values[rank:].max() <= 5e-3 * values[0]
+
+
+@given(grad=gradients(dtypes=(torch.float32, torch.bfloat16, torch.float16)))
+def test_half_gradients_are_whitened_in_float32(grad):
+    for whiten in WHITENINGS.values():
+        result = whiten(torch.ldexp(grad.float(), -torch.frexp(grad.float().abs().max()).exponent).to(grad.dtype))
+        assert result.dtype == torch.float32
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(48, 129), (129, 48)])
+@pytest.mark.parametrize(("steps", "least_cosine", "error"), [(5, 0.99, 0.3), (6, 0.999, 0.05), (8, 0.99999, 1e-3)])
+def test_polar_express_approaches_the_polar_factor(shape, steps, least_cosine, error):
+    grad = dense(*shape)
+    result = polar_express(grad, ns_steps=steps)
+    assert cosine(result, reference.polar(grad)) >= least_cosine
+    assert (singular_values(result) - 1).square().mean().sqrt() <= error
+
+
+@pytest.mark.parametrize("steps", [12, 20])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("name", ["newton_schulz", "polar_express"])
+def test_more_steps_than_the_default_stay_bounded(name, spectrum, steps):
+    """A negative eigenvalue of a rounded Gram matrix must not be amplified without end."""
+    values = singular_values(WHITENINGS[name](with_spectrum(48, 48, spectrum), ns_steps=steps))
+    assert values.max() <= 1.7
+
+
+@pytest.mark.parametrize("name", WHITENINGS)
+@pytest.mark.parametrize("shape", [(5, 7, 16), (5, 16, 7), (2, 3, 8, 8)])
+def test_a_batch_equals_a_loop_and_the_input_is_left_alone(name, shape):
+    grad = dense(*shape)
+    before = grad.clone()
+    result = WHITENINGS[name](grad)
+    loop = torch.stack([WHITENINGS[name](g) for g in grad.reshape(-1, *shape[-2:])]).view(shape)
+    assert relative_error(result, loop) <= 1e-4
+    assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_whitenings_are_different_maps_and_not_faster_versions_of_one(shape):
+    """All of them share the singular vectors, so U^T f(G) V is diagonal; only the singular values differ."""
+    grad = dense(*shape)
+    u, _, vh = torch.linalg.svd(grad.double(), full_matrices=False)
+    for name in ("newton_schulz", "eigh", "polar_express"):
+        rotated = u.mT @ WHITENINGS[name](grad).double() @ vh.mT
+        assert relative_error(rotated, torch.diag(rotated.diagonal())) <= 1e-4
