@@ -12,8 +12,7 @@ from torch.optim.adamw import adamw
 from .rounding import write_rounded_
 
 
-# Elements that AdamW works on at once where it needs float32 copies: bounds its temporaries to 64 MiB each. A multiple
-# of the block of the 8-bit moments.
+# Elements that AdamW works on at once, in whole rows, where it needs float32 copies: bounds each to 64 MiB.
 _CHUNK = 1 << 24
 _BLOCK = 256
 
@@ -21,7 +20,7 @@ _FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 def adamw_state(param: Tensor, *, bits: int = 32) -> dict[str, Tensor]:
-    """Return the moments of AdamW at zero: in the parameter's dtype, or as 8-bit codes with a maximum per 256.
+    """Return the moments of AdamW at zero: in the parameter's dtype, or as 8-bit codes with a maximum per 256 of a row.
 
     Args:
         param: the parameter, whose shape, dtype and device the state takes.
@@ -38,13 +37,17 @@ def adamw_state(param: Tensor, *, bits: int = 32) -> dict[str, Tensor]:
     """
     step = torch.zeros((), dtype=torch.float32, device=param.device)
     if bits != 8:
-        return {"step": step, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+        names = ("exp_avg", "exp_avg_sq")
+        return {"step": step, **{k: torch.zeros_like(param, memory_format=torch.contiguous_format) for k in names}}
     state = {"step": step}
-    blocks = -(-param.numel() // _BLOCK)
+    # Blocks end with the row, so that the maxima are sharded over ranks as the rows are.
+    blocks = -(-param.shape[-1] // _BLOCK)
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         zero_code = int(_codebook(signed, torch.device("cpu")).abs().argmin())
-        state[name] = torch.full_like(param, zero_code, dtype=torch.uint8)
-        state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+        state[name] = torch.full_like(param, zero_code, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        state[f"{name}_absmax"] = torch.zeros_like(
+            param.narrow(-1, 0, blocks), dtype=torch.float32, memory_format=torch.contiguous_format
+        )
     return state
 
 
@@ -81,8 +84,10 @@ def adamw_update_(
         AdamW, https://huggingface.co/papers/1711.05101, Algorithm 2; 8-bit moments,
         https://huggingface.co/papers/2110.02861, section 2.
     """
+    grads = [grad.contiguous() for grad in grads]
+    # The fused kernel of CPUs reads memory in order whatever the strides say.
     in_chunks = [
-        "exp_avg_absmax" in state or (keys is not None and p.dtype == torch.bfloat16)
+        "exp_avg_absmax" in state or (keys is not None and p.dtype == torch.bfloat16) or not p.is_contiguous()
         for p, state in zip(params, states, strict=True)
     ]
     whole = [i for i, chunked in enumerate(in_chunks) if not chunked]
@@ -109,46 +114,54 @@ def _torch_adamw(
 def _adamw_in_chunks_(
     param: Tensor, grad: Tensor, state: dict[str, Tensor], key: Tensor | None, hyper: Mapping[str, float]
 ) -> None:
-    flat = {name: t.reshape(-1) for name, t in {"param": param, "grad": grad, **state}.items()}
+    if param.numel() == 0:  # a rank's shard may be empty
+        return
+    width = param.shape[-1] if param.ndim > 1 else param.numel()
+    count = param.numel() // width
+    tensors = {"param": param, "grad": grad, **{name: t for name, t in state.items() if name != "step"}}
+    rows = {name: t.contiguous().view(count, -1) for name, t in tensors.items()}
+    wide = torch.promote_types(param.dtype, torch.float32)
     start_step = state["step"].clone()
-    for index, start in enumerate(range(0, param.numel(), _CHUNK)):
-        part = slice(start, min(start + _CHUNK, param.numel()))
-        blocks = slice(start // _BLOCK, -(-part.stop // _BLOCK))
-        exact, grad32 = flat["param"][part].float(), flat["grad"][part].float()
-        moments = {name: _load_moment(flat, name, part, blocks) for name in ("exp_avg", "exp_avg_sq")}
+    chunk = max(1, _CHUNK // width)
+    for index, start in enumerate(range(0, count, chunk)):
+        part = {name: t[start : start + chunk] for name, t in rows.items()}
+        exact, exact_grad = part["param"].to(wide), part["grad"].to(wide)
+        moments = {name: _load_moment(part, name).to(wide).contiguous() for name in ("exp_avg", "exp_avg_sq")}
         state["step"].copy_(start_step)
-        _torch_adamw([exact], [grad32], [moments["exp_avg"]], [moments["exp_avg_sq"]], [state["step"]], hyper)
-        write_rounded_(flat["param"][part], exact, None if key is None else key + 2 * index)
-        for name, moment in moments.items():
-            _store_moment_(flat, name, part, blocks, moment, None if key is None else key + (2 * index + 1))
-    if not param.is_contiguous():  # then the flat tensor was a copy
-        param.copy_(flat["param"].view(param.shape))
+        _torch_adamw([exact], [exact_grad], [moments["exp_avg"]], [moments["exp_avg_sq"]], [state["step"]], hyper)
+        write_rounded_(part["param"], exact, None if key is None else key + 2 * index)
+        # The first moment moves by a tenth each step, which rounding to nearest follows.
+        _store_moment_(part, "exp_avg", moments["exp_avg"], None)
+        _store_moment_(part, "exp_avg_sq", moments["exp_avg_sq"], None if key is None else key + (2 * index + 1))
+    if not param.is_contiguous():  # then its rows were a copy
+        param.copy_(rows["param"].view(param.shape))
 
 
-def _load_moment(flat: Mapping[str, Tensor], name: str, part: slice, blocks: slice) -> Tensor:
-    if f"{name}_absmax" not in flat:
-        return flat[name][part].float()
+def _load_moment(part: Mapping[str, Tensor], name: str) -> Tensor:
+    if f"{name}_absmax" not in part:
+        return part[name]
     from bitsandbytes.functional import dequantize_blockwise
 
-    code = _codebook(name == "exp_avg", flat[name].device)
-    value: Tensor = dequantize_blockwise(
-        flat[name][part], absmax=flat[f"{name}_absmax"][blocks], code=code, blocksize=_BLOCK
-    )
-    return value
+    codes, code = _whole_blocks(part[name]), _codebook(name == "exp_avg", part[name].device)
+    absmax = part[f"{name}_absmax"].reshape(-1)
+    value: Tensor = dequantize_blockwise(codes.view(-1), absmax=absmax, code=code, blocksize=_BLOCK)
+    return value.view(codes.shape)[:, : part[name].shape[1]]
 
 
-def _store_moment_(
-    flat: Mapping[str, Tensor], name: str, part: slice, blocks: slice, value: Tensor, key: Tensor | None
-) -> None:
-    if f"{name}_absmax" not in flat:
-        # The first moment moves by a tenth each step, which rounding to nearest follows.
-        write_rounded_(flat[name][part], value, key if name == "exp_avg_sq" else None)
+def _store_moment_(part: Mapping[str, Tensor], name: str, value: Tensor, key: Tensor | None) -> None:
+    if f"{name}_absmax" not in part:
+        write_rounded_(part[name], value, key)
         return
     from bitsandbytes.functional import quantize_blockwise
 
-    codes, quant = quantize_blockwise(value, code=_codebook(name == "exp_avg", value.device), blocksize=_BLOCK)
-    flat[name][part].copy_(codes)
-    flat[f"{name}_absmax"][blocks].copy_(quant.absmax)
+    padded, code = _whole_blocks(value.float()), _codebook(name == "exp_avg", value.device)
+    codes, quant = quantize_blockwise(padded.view(-1), code=code, blocksize=_BLOCK)
+    part[name].copy_(codes.view(padded.shape)[:, : value.shape[1]])
+    part[f"{name}_absmax"].copy_(quant.absmax.view_as(part[f"{name}_absmax"]))
+
+
+def _whole_blocks(rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % _BLOCK))
 
 
 @cache

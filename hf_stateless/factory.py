@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .optimizer import StatelessOptimizer
-from .options import Options, parse_options
-from .partition import PartitionedParameter, describe, partition_parameters
+from .options import LAYERWISE, Options, parse_options
+from .partition import PartitionedParameter, describe, partition_parameters, refuse_fsdp1
+from .registration import count_released_gradients_in_clipping, keep_out_of_ddp
 
 
 if TYPE_CHECKING:
@@ -102,7 +106,7 @@ def create_optimizer(
 
     Args:
         model: the model that is trained; its frozen parameters are left out.
-        name: `swan`, `sinkgd` or `multinorm`.
+        name: `swan`, `sinkgd` or `multinorm`, or one of them with `_layerwise` for updates in backward.
         lr: learning rate; matrices move by `lr * lr_scale` times an update of entry RMS 1, the AdamW part by
             `adamw_lr`, or `lr` if there is none.
         weight_decay: decoupled decay, per unit of learning rate; norms and biases are not decayed.
@@ -121,12 +125,40 @@ def create_optimizer(
         >>> optimizer.param_groups[0]["num_iterations"]
         3
     """
-    parsed = parse_options(name, options)
+    groups, release = _build(model, name, lr, weight_decay, target_modules, options)
+    optimizer = StatelessOptimizer(groups, lr=lr, layerwise=release)
+    optimizer.train()
+    return optimizer
+
+
+def _build(
+    model: nn.Module,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    target_modules: str | Sequence[str] | None,
+    given: dict[str, Any],
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Return the groups and what layer-wise updates release, after all checks and with the table logged."""
+    options = parse_options(name, given)
     if not 0 <= lr < math.inf:
         raise ValueError(f"The learning rate must be a finite number of at least 0, got {lr}.")
-    groups = parameter_groups(model, parsed, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
+    groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
     logger.info("optim=%s:\n%s", name, describe(groups))
-    return StatelessOptimizer(groups, lr=lr)
+    if options.release:
+        _prepare_layerwise(model, groups, options.release)
+    return groups, options.release
+
+
+def _prepare_layerwise(model: nn.Module, groups: list[dict[str, Any]], release: str) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "Layer-wise updates have to be prepared before DDP makes its buckets: "
+            "create the optimizer first and wrap the model in DistributedDataParallel afterwards."
+        )
+    released = [g for g in groups if release == "all" or g["algorithm"] == "multinorm"]
+    keep_out_of_ddp(model, [name for group in released for name in group["param_names"]])
+    count_released_gradients_in_clipping()
 
 
 def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], dict[str, Any]]:
@@ -144,24 +176,60 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
     _refuse_partitioning(ctx.args)
     adam = {"adamw_beta1": ctx.adam_kwargs["betas"][0], "adamw_beta2": ctx.adam_kwargs["betas"][1]}
     given = {**adam, "adamw_eps": ctx.adam_kwargs["eps"], **ctx.optim_args}
-    optimizer = create_optimizer(
-        ctx.model,
-        name,
-        lr=ctx.args.learning_rate,
-        weight_decay=ctx.args.weight_decay,
-        target_modules=ctx.args.optim_target_modules,
-        **given,
+    if name.endswith(LAYERWISE):
+        _refuse_layerwise(ctx.args, given.get("release", "matrices"))
+    groups, release = _build(
+        ctx.model, name, ctx.args.learning_rate, ctx.args.weight_decay, ctx.args.optim_target_modules, given
     )
-    return StatelessOptimizer, {"params": optimizer.param_groups, **ctx.optimizer_kwargs}
+    steps = ctx.args.gradient_accumulation_steps
+    if release and steps > 1:
+        held = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
+        logger.warning(
+            "optim=%s with gradient_accumulation_steps=%d: the gradients of all %.2f GiB of weights are held between "
+            "micro-batches, and freed layer by layer only in the last one. A batch in one piece saves that memory.",
+            name,
+            steps,
+            held / 2**30,
+        )
+    return StatelessOptimizer, {"params": groups, "layerwise": release, **ctx.optimizer_kwargs}
+
+
+def _refuse_layerwise(args: Any, release: str) -> None:
+    """Refuse the settings of the Trainer that cannot be combined with updates in backward."""
+    if args.fp16:
+        raise ValueError(
+            "fp16=True scales the loss and may have to undo a step, but layer-wise updates are done before that is "
+            "known: set bf16=True instead, or leave out _layerwise."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True starts over after running out of memory, but by then layer-wise updates have "
+            "changed some of the weights: set per_device_train_batch_size, or leave out _layerwise."
+        )
+    if release == "all" and args.max_grad_norm:
+        raise ValueError(
+            f"release=all updates the AdamW part before the gradient norm is known, so max_grad_norm="
+            f"{args.max_grad_norm} cannot be applied: set max_grad_norm=0, or release=matrices."
+        )
 
 
 def _refuse_partitioning(args: Any) -> None:
-    """Refuse what hands the optimizer flattened or partitioned matrices: it would train something else, silently."""
-    if getattr(args, "deepspeed", None):
+    """Refuse what hands the optimizer flattened or partitioned matrices: it would train something else, silently.
+
+    It is announced by the training arguments, or by `accelerate launch` through the environment.
+    """
+    announced = [getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")]
+    if any(announced) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "DeepSpeed ZeRO hands the optimizer flat partitions, so row norms, column norms and whitening are "
-            "undefined: leave out --deepspeed and shard with FSDP2 (fsdp_version: 2 in the accelerate config)."
+            "undefined: leave out --deepspeed, or set distributed_type: FSDP and fsdp_version: 2 in the accelerate "
+            "config to shard with FSDP2."
         )
+    plugin = getattr(args, "fsdp_plugin_args", None)
+    # An Accelerator sets ACCELERATE_USE_FSDP without a version, `accelerate launch` always with one.
+    version = os.environ.get("FSDP_VERSION") if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+    if str(plugin.get("fsdp_version", version or 1) if plugin else version) == "1":
+        refuse_fsdp1()
 
 
 class _Factory:

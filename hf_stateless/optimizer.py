@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from .adamw import adamw_state, adamw_update_
+from .checkpoint import apply_options, check_same_groups, options_of
+from .layerwise import LayerwiseUpdates
 from .rounding import rounding_key
 from .sharding import agree, is_sharded, local_shard, part_of, shard_number, whole_matrix
-from .update_rules import multinorm_update_, sinkhorn_momentum_update_
+from .update_rules import Workspace, multinorm_update_, sinkhorn_momentum_update_
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"betas": (0.9, 0.999), "eps": 1e-8},
     "sinkhorn_momentum": {"momentum": 0.95, "num_iterations": 5.5, "row_threshold": 1e-3, "lr_scale": 0.18},
 }
+RELEASE = ("matrices", "all")
+"""What layer-wise updates release in backward."""
+
 _COMMON: dict[str, Any] = {"weight_decay": 0.0, "stochastic_rounding": True, "seed": 0, "role": "rest"}
 # Bytes of gradient that are stacked into one batch on an accelerator: bounds the temporaries of a step.
 _BATCH_BYTES = 64 << 20
@@ -52,6 +58,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
         params: groups (dicts) with `params` and `algorithm`, see `hf_stateless.optimizer.ALGORITHMS` for what else.
             `create_optimizer` makes them from a model.
         lr: learning rate of groups that have none.
+        layerwise: update in backward and free each gradient: `matrices`, or `all` for the AdamW part too; None for
+            updates in `step()`. The hooks are installed by `train()`, which the Trainer calls before each forward.
 
     Raises:
         ValueError: a group without `algorithm` or with unknown or invalid values.
@@ -74,8 +82,15 @@ class StatelessOptimizer(torch.optim.Optimizer):
         Algorithm 4.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], lr: float = 1e-3) -> None:
+    layerwise: LayerwiseUpdates | None = None
+    _workspace: Workspace | None = None
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float = 1e-3, *, layerwise: str | None = None) -> None:
         super().__init__(params, {"lr": lr})  # type: ignore[arg-type]
+        if layerwise not in (None, *RELEASE):
+            raise ValueError(f"layerwise={layerwise!r}: expected None, {' or '.join(RELEASE)}.")
+        if layerwise:
+            self.layerwise = LayerwiseUpdates(self, everything=layerwise == "all")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it and filling in the defaults of its algorithm.
@@ -89,6 +104,12 @@ class StatelessOptimizer(torch.optim.Optimizer):
                 f"A parameter group needs algorithm={' | '.join(ALGORITHMS)}, got {algorithm!r}: "
                 "type hf_stateless.create_optimizer(model, name, lr=...) to have the groups made from a model."
             )
+        known = {"params", "param_names", "algorithm", "lr", "initial_lr", *_COMMON, *ALGORITHMS[algorithm]}
+        for key in param_group:
+            if key not in known:
+                raise ValueError(
+                    f"A group with algorithm={algorithm!r} has no option {key!r}. Valid: {', '.join(sorted(known))}."
+                )
         lr = param_group.get("lr", self.defaults["lr"])
         if not 0 <= float(lr) < math.inf:
             raise ValueError(f"The learning rate must be a finite number of at least 0, got {lr}.")
@@ -108,16 +129,79 @@ class StatelessOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.layerwise:
+            self.layerwise.finish()
+        self._workspace = self._workspace or Workspace()
         first = 0
         for group in self.param_groups:
             active = [(first + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
             first += len(group["params"])
             if active:
                 self._update(group, active)
+        self._workspace = None
         return loss
+
+    def train(self) -> None:
+        """Install the hooks of layer-wise updates on the parameters of now; called by the Trainer, no-op otherwise."""
+        if self.layerwise:
+            self.layerwise.install()
+
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which backward only accumulates, for all but the last of several passes in one step.
+
+        Example:
+            >>> import torch
+            >>> from hf_stateless import StatelessOptimizer
+            >>> W = torch.nn.Parameter(torch.ones(2, 2))
+            >>> optimizer = StatelessOptimizer([{"params": [W], "algorithm": "multinorm"}], layerwise="matrices")
+            >>> optimizer.train()
+            >>> with optimizer.hold():
+            ...     W.sum().backward()
+            >>> W.sum().backward()  # updates W with the sum of both gradients
+            >>> W.grad is None
+            True
+        """
+        return self.layerwise.hold() if self.layerwise else contextlib.nullcontext()
+
+    def released_norm(self) -> Tensor | None:
+        """Return the norm of the gradients that backward has released since the last step; None if there are none."""
+        return self.layerwise.released_norm() if self.layerwise else None
+
+    @torch.no_grad()
+    def update_parameter(self, index: int) -> None:
+        """Apply the rule of its group to one parameter, given by its position among all parameters.
+
+        Args:
+            index: position, counted over all groups.
+        """
+        # Fresh pages are dear on CPU, so its buffers last until `step()`; a GPU's allocator keeps what it frees.
+        group, p = self._locate(index)
+        if p.device.type == "cpu":
+            self._workspace = self._workspace or Workspace()
+        self._update(group, [(index, p)])
+
+    def name_of(self, index: int) -> str:
+        """Return the name of a parameter for messages.
+
+        Args:
+            index: position, counted over all groups.
+        """
+        group, p = self._locate(index)
+        position = next(i for i, other in enumerate(group["params"]) if other is p)
+        return str(group["param_names"][position]) if "param_names" in group else f"parameter {index}"
+
+    def _locate(self, index: int) -> tuple[dict[str, Any], Tensor]:
+        for group in self.param_groups:
+            if index < len(group["params"]):
+                return group, group["params"][index]
+            index -= len(group["params"])
+        raise IndexError(f"There is no parameter {index}.")
 
     def _update(self, group: dict[str, Any], active: list[tuple[int, Tensor]]) -> None:
         """Update the parameters of one group, given with their positions among all parameters."""
+        active = [(index, p) for index, p in active if p.numel()]
+        if not active:
+            return
         if group["algorithm"] == "multinorm":
             for batch in _batches(active):
                 self._multinorm(group, batch)
@@ -136,6 +220,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
             self._keys(group, batch, [state["step"] for state in states]),
             lr=group["lr"],
             weight_decay=group["weight_decay"],
+            workspace=self._workspace,
             place=(lambda update, i: part_of(update, params[i])) if is_sharded(params[0]) else None,
             **{key: group[key] for key in ALGORITHMS["multinorm"]},
         )
@@ -149,12 +234,11 @@ class StatelessOptimizer(torch.optim.Optimizer):
         bits = 8 if group["algorithm"] == "adamw_8bit" else 32
         states = [self._state(p, lambda p: adamw_state(p, bits=bits)) for _, p in active]
         keys = self._keys(group, active, [state["step"] for state in states])
-        plain = keys is None and bits == 32  # then torch's kernel takes DTensors as they are
         beta1, beta2 = group["betas"]
         adamw_update_(
-            [p if plain else local_shard(p) for _, p in active],
-            [p.grad if plain else local_shard(p.grad) for _, p in active],  # type: ignore[arg-type, misc]
-            [s if plain else {name: local_shard(t) for name, t in s.items()} for s in states],
+            [local_shard(p) for _, p in active],
+            [local_shard(p.grad) for _, p in active],  # type: ignore[arg-type]
+            [{name: local_shard(t) for name, t in s.items()} for s in states],
             keys,
             lr=group["lr"],
             beta1=beta1,
@@ -184,7 +268,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         self, group: Mapping[str, Any], batch: list[tuple[int, Tensor]], steps: list[Tensor]
     ) -> list[Tensor] | None:
         """Return the rounding keys of bf16 parameters, or None where nothing is rounded stochastically."""
-        if not group["stochastic_rounding"] or batch[0][1].dtype != torch.bfloat16:
+        if not group["stochastic_rounding"] or all(p.dtype != torch.bfloat16 for _, p in batch):
             return None
         return [
             rounding_key(group["seed"] + 0x01000193 * shard_number(p), index, step.to(p.device))
@@ -193,24 +277,20 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
     def _finite(self, active: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
         """Return the parameters whose gradient is finite everywhere, with one synchronisation for all of them."""
-        extremes = [local_shard(p.grad) for _, p in active]  # type: ignore[arg-type]
-        flags = torch.stack([_is_finite(grad) for grad in extremes])
-        kept = agree(flags, active[0][1]).tolist()
+        # A group may mix plain tensors with DTensors, and devices.
+        spokesman = next((p for _, p in active if is_sharded(p)), active[0][1])
+        flags = torch.stack([_is_finite(local_shard(p.grad)).to(spokesman.device) for _, p in active])  # type: ignore[arg-type]
+        kept = agree(flags, spokesman).tolist()
         for (index, _), good in zip(active, kept, strict=True):
             if not good:
                 self._warn_skipped(index)
         return [entry for entry, good in zip(active, kept, strict=True) if good]
 
     def _warn_skipped(self, index: int) -> None:
-        names = [
-            name
-            for g in self.param_groups
-            for name in g.get("param_names", [f"#{i}" for i in range(len(g["params"]))])
-        ]
         logger.warning(
             "The gradient of %s has NaN or infinite entries: it is left unchanged in this step. "
             "Look at the loss and the learning rate if this goes on.",
-            names[index],
+            self.name_of(index),
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -223,40 +303,15 @@ class StatelessOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state was written by another optimizer, or for other groups of parameters.
         """
-        self._check_loadable(state_dict)
-        options = [
-            {key: value for key, value in group.items() if key not in _FROM_CHECKPOINT} for group in self.param_groups
-        ]
+        check_same_groups(state_dict["param_groups"], self.param_groups)
+        options = options_of(self.param_groups)
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved_ids, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
                 self.state[p][name] = value.to(p.device) if value.dim() else value.clone()
-        changed: dict[str, tuple[Any, Any]] = {}
-        for group, current in zip(self.param_groups, options, strict=True):
-            changed |= {k: (group.get(k), v) for k, v in current.items() if group.get(k) != v}
-            group.update(current)
-        for key, (saved, value) in changed.items():
-            logger.warning("The checkpoint was written with %s=%r; this run goes on with %r.", key, saved, value)
-
-    def _check_loadable(self, state_dict: Mapping[str, Any]) -> None:
-        saved, current = state_dict["param_groups"], self.param_groups
-        if any("algorithm" not in group for group in saved):
-            raise ValueError(
-                "This optimizer state was written by another optimizer than hf_stateless and cannot be converted: "
-                "delete optimizer.pt (and scheduler.pt) from the checkpoint to go on from its weights alone."
-            )
-        sizes = [[(g["algorithm"], len(g["params"])) for g in groups] for groups in (saved, current)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"The checkpoint has the groups (algorithm, parameters) {sizes[0]}, this run has {sizes[1]}: use the "
-                "same optim, embeddings and optim_target_modules, or delete optimizer.pt to go on from the weights."
-            )
-
-
-# What a checkpoint decides when it is resumed; everything else in a group is an option of the run.
-_FROM_CHECKPOINT = ("params", "param_names", "lr", "initial_lr")
+        apply_options(self.param_groups, options)
 
 
 def _is_finite(grad: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ class Options:
     """Write bf16 weights by stochastic rounding."""
     seed: int = 0
     """Seed of the rounding noise."""
+    release: str | None = None
+    """Layer-wise names only: what is updated in backward, `matrices` or `all`."""
 
 
 def _integer(text: Any) -> int:
@@ -84,7 +86,10 @@ def _boolean(text: Any) -> bool:
 
 
 def _chain(text: Any) -> tuple[str, ...]:
-    return tuple(text.split("+")) if isinstance(text, str) else tuple(text)
+    norms = tuple(text.split("+")) if isinstance(text, str) else tuple(text)
+    if not all(isinstance(norm, str) for norm in norms):
+        raise ValueError
+    return norms
 
 
 def _one_of(*choices: str) -> Callable[[Any], str]:
@@ -112,8 +117,11 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "adamw_eps": (_number, "a number of at least 0"),
     "stochastic_rounding": (_boolean, "true or false"),
     "seed": (_integer, "an integer of at least 0"),
+    "release": (_one_of("matrices", "all"), "matrices | all"),
 }
+LAYERWISE = "_layerwise"
 _SPECTRAL_KEYS = ("whitening", "ns_steps", "ns_beta")
+_OWNERS = {"norms": "multinorm", "center": "swan"}
 
 
 def valid_keys(name: str, norms: tuple[str, ...] | None = None) -> list[str]:
@@ -124,12 +132,15 @@ def valid_keys(name: str, norms: tuple[str, ...] | None = None) -> list[str]:
         >>> "ns_steps" in valid_keys("swan"), "ns_steps" in valid_keys("sinkgd")
         (True, False)
     """
-    chain = norms or PRESETS[name].norms
+    preset = name.removesuffix(LAYERWISE)
+    chain = norms or PRESETS[preset].norms
     left_out = set() if "spectral" in chain else set(_SPECTRAL_KEYS)
-    if name != "multinorm":
+    if preset != "multinorm":
         left_out.add("norms")
-    if name != "swan":
+    if preset != "swan":
         left_out.add("center")
+    if preset == name:
+        left_out.add("release")
     return [key for key in _PARSERS if key not in left_out]
 
 
@@ -137,7 +148,7 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Options:
     """Check `optim_args` (strings) or keyword arguments (Python values) against a preset.
 
     Args:
-        name: `swan`, `sinkgd` or `multinorm`.
+        name: `swan`, `sinkgd` or `multinorm`, or one of them with `_layerwise`.
         given: option values by key.
 
     Returns:
@@ -151,10 +162,11 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Options:
         >>> parse_options("multinorm", {"norms": "row_l2+sign"}).norms
         ('row_l2', 'sign')
     """
-    if name not in PRESETS:
-        raise ValueError(f"Unknown optimizer {name!r}. Valid: {', '.join(PRESETS)}.")
-    preset = PRESETS[name]
-    norms = _parse(name, "norms", given["norms"]) if name == "multinorm" and "norms" in given else preset.norms
+    if name not in optimizer_names():
+        raise ValueError(f"Unknown optimizer {name!r}. Valid: {', '.join(optimizer_names())}.")
+    preset = PRESETS[name.removesuffix(LAYERWISE)]
+    own_chain = name.startswith("multinorm") and "norms" in given
+    norms = _parse(name, "norms", given["norms"]) if own_chain else preset.norms
     check_norms(norms)
     valid = valid_keys(name, norms)
     for key in given:
@@ -163,7 +175,20 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Options:
     values = {key: _parse(name, key, value) for key, value in given.items() if key != "norms"}
     if not values.pop("center", True):
         norms = tuple("row_l2" if norm == "row_standardize" else norm for norm in norms)
+    if name.endswith(LAYERWISE):
+        values.setdefault("release", "matrices")
     return _fill_whitening(name, _from_preset(preset, norms), values)
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """Return every name that `optim=` takes: the presets, and each with `_layerwise`.
+
+    Example:
+        >>> from hf_stateless.options import optimizer_names
+        >>> optimizer_names()
+        ('swan', 'sinkgd', 'multinorm', 'swan_layerwise', 'sinkgd_layerwise', 'multinorm_layerwise')
+    """
+    return (*PRESETS, *(name + LAYERWISE for name in PRESETS))
 
 
 def _from_preset(preset: MultiNormPreset, norms: tuple[str, ...]) -> Options:
@@ -196,5 +221,7 @@ def _unknown_key(name: str, key: str, valid: list[str], norms: tuple[str, ...]) 
     message = f"Unknown key {key!r} in optim_args for optim={name!r}. Valid keys: {', '.join(sorted(valid))}."
     if key in _SPECTRAL_KEYS:
         return f"{message} ({key} belongs to the norm 'spectral', which is not in the chain {'+'.join(norms)}.)"
+    if key in _OWNERS:
+        return f"{message} ({key} belongs to optim={_OWNERS[key]!r}.)"
     near = difflib.get_close_matches(key, valid, n=1)
     return f"{message} Did you mean {near[0]!r}?" if near else message

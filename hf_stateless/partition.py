@@ -8,13 +8,14 @@ mixture of experts is no matrix.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
@@ -25,7 +26,11 @@ ROLES = ("matrix", "adapter", "embedding", "head", "rest")
 """What a parameter is, in the order of the groups: the learning rate that the Trainer logs is the first group's."""
 
 # Expert stacks stored (experts, in, out) whose module does not say so by `is_transposed` (in every supported version).
-_IN_OUT_EXPERTS = ("GptOssExperts", "Llama4TextExperts")
+_IN_OUT_EXPERTS = {"GptOssExperts", "Llama4TextExperts"}
+# Classes that choose experts; some hold a linear layer, some are one.
+_ROUTER = re.compile(r"Router$|Mo[eE]\w*(Gate|Gating)$")
+# What PEFT adds to the name of a layer that it wraps.
+_PEFT_TAIL = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)(\..*)?$")
 
 
 @dataclass
@@ -48,17 +53,18 @@ def partition_parameters(
     """Assign a role to every trainable parameter of a model, each exactly once, in the order of `ROLES`.
 
     Linear layers (and `Conv1D`, and stacks of experts) inside the backbone are matrices; input embeddings, whatever
-    lies outside the backbone (`lm_head`, classification heads), and everything else are not. Frozen and quantised
-    weights are left out. Nothing is stored on the model.
+    lies outside the backbone (`lm_head`, classification heads), routers and everything else are not. Frozen and
+    quantised weights are left out. Nothing is stored on the model.
 
     Args:
-        model: any module; PEFT models and models without an `lm_head` included.
+        model: any module; PEFT models, models without an `lm_head`, compiled and DDP-wrapped models included.
         target_modules: as `TrainingArguments.optim_target_modules`: a list of substrings, a regular expression or
-            `"all-linear"` (the default, and the same as None). Explicitly named convolutions and heads become
+            `"all-linear"` (the default, and the same as None). Explicitly named convolutions, heads and routers become
             matrices too.
 
     Returns:
-        One entry for each trainable parameter; tied weights appear once.
+        One entry for each trainable parameter; a tied weight appears once. Two parameters over one storage, each with
+        a gradient of its own, are two entries with one role.
 
     Raises:
         ValueError: nothing trainable, no matrix found, FSDP1, or a parameter without a role.
@@ -141,13 +147,23 @@ def _matrix_layouts(
     all_linear = _is_all_linear(target_modules)
     found: dict[tuple[object, ...], tuple[str, bool]] = {}
     adapters = {id(m) for module in model.modules() for m in _lora_linears(module)}
-    for name, module in model.named_modules():
-        if not all_linear and not check_target_module_exists(target_modules, name):
-            continue
-        for p, layout in _matrix_weights(module, explicit=not all_linear):
+    routers = {id(m) for module in model.modules() if _ROUTER.search(type(module).__name__) for m in module.modules()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        wanted = id(module) not in routers - adapters if all_linear else _is_target(target_modules, name)
+        for p, layout in _matrix_weights(module, explicit=not all_linear) if wanted else ():
             if p.requires_grad:
                 found[_storage_key(p)] = (layout, id(module) in adapters)
     return found
+
+
+def _is_target(target_modules: str | Sequence[str] | None, name: str) -> bool:
+    try:
+        return bool(check_target_module_exists(target_modules, name))
+    except re.error as error:
+        raise ValueError(
+            f"optim_target_modules={target_modules!r} is no regular expression ({error}): a string has to match the "
+            'whole name of a module, such as ".*q_proj"; type a list for substrings, such as ["q_proj"].'
+        ) from None
 
 
 def _matrix_weights(module: nn.Module, explicit: bool) -> Iterator[tuple[torch.Tensor, str]]:
@@ -159,7 +175,9 @@ def _matrix_weights(module: nn.Module, explicit: bool) -> Iterator[tuple[torch.T
     elif explicit and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         yield module.weight, "conv"
     elif type(module).__name__.endswith("Experts"):
-        in_out = getattr(module, "is_transposed", False) or type(module).__name__ in _IN_OUT_EXPERTS
+        # FSDP2 puts a subclass of its own in place of the class, so the table is looked up along the bases.
+        in_table = any(base.__name__ in _IN_OUT_EXPERTS for base in type(module).__mro__)
+        in_out = getattr(module, "is_transposed", False) or in_table
         for p in module.parameters(recurse=False):
             if p.ndim == 3:
                 yield p, "in_out" if in_out else "out_in"
@@ -184,15 +202,13 @@ def _lora_embedding_keys(model: nn.Module) -> set[tuple[object, ...]]:
 
 def _head_keys(model: nn.Module) -> set[tuple[object, ...]]:
     """Return every weight outside the backbone, and the output embedding wherever it lies; adapters stay matrices."""
-    inner: Any = model
-    if hasattr(model, "get_base_model"):  # PEFT
-        inner = inner.get_base_model()
-    outside: list[Any] = []
-    backbone = getattr(inner, "base_model", inner)
-    if isinstance(backbone, nn.Module) and backbone is not inner:
-        outside += [child for child in inner.children() if child is not backbone]
-    if hasattr(inner, "get_output_embeddings"):
-        outside.append(inner.get_output_embeddings())
+    outside: list[nn.Module | None] = []
+    for inner in _outermost_transformers(model):
+        backbone = inner.base_model
+        children = [child for child in inner.children() if all(m is not backbone for m in child.modules())]
+        outside += children if backbone is not inner else [child for child in children if _classifies(inner, child)]
+    # A model may be made of others that have a head of their own (BLIP-2, encoder-decoder pairs).
+    outside += [m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)]
     adapters = {id(m) for module in model.modules() for m in _lora_linears(module)}
     return {
         _storage_key(p)
@@ -204,18 +220,51 @@ def _head_keys(model: nn.Module) -> set[tuple[object, ...]]:
     }
 
 
+def _outermost_transformers(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """Yield the transformers models inside PEFT, DDP, `torch.compile` and other wrappers, not the models in those."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost_transformers(child)
+
+
+def _classifies(model: PreTrainedModel, child: nn.Module) -> bool:
+    """Tell a classification head by its outputs, for models that do not name their backbone (CLIP, Whisper)."""
+    layer = getattr(child, "original_module", child)  # PEFT wraps what `modules_to_save` names
+    return isinstance(layer, nn.Linear) and layer.out_features == getattr(model.config, "num_labels", None)
+
+
 def _refuse_flattened(model: nn.Module) -> None:
     """Refuse FSDP1, which turns matrices into flat vectors before the optimizer sees them."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError(
-            "FSDP1 flattens parameters, so row norms, column norms and whitening are undefined: "
-            "set fsdp_version: 2 in the accelerate config."
-        )
+        refuse_fsdp1()
 
 
-def _refuse_no_matrix(model: nn.Module, target_modules: str | Sequence[str] | None) -> None:
-    linears = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if list(_matrix_weights(m, True))})
+def refuse_fsdp1() -> NoReturn:
+    """Raise the error of FSDP1, with what to type instead.
+
+    Raises:
+        ValueError: always.
+    """
     raise ValueError(
-        f"optim_target_modules={target_modules!r} matched no trainable matrix. "
-        f"Linear layers of this model: {', '.join(linears) or 'none'}; type one of them, or 'all-linear'."
+        "FSDP1 flattens parameters, so row norms, column norms and whitening are undefined: set fsdp_version: 2 in "
+        "the accelerate config, or fsdp_config={'version': 2} in TrainingArguments."
+    )
+
+
+def _refuse_no_matrix(model: nn.Module, target_modules: str | Sequence[str] | None) -> NoReturn:
+    names = {
+        _PEFT_TAIL.sub("", name).rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if any(p.requires_grad for p, _ in _matrix_weights(module, explicit=True))
+    }
+    if not names:
+        raise ValueError(
+            "The model has no trainable matrix: its linear layers are frozen, or it has none. Type optim=adamw_torch."
+        )
+    found = "a list of them" if _is_all_linear(target_modules) else "a list of them, or 'all-linear'"
+    raise ValueError(
+        f"optim_target_modules={target_modules!r} matched no trainable matrix. Linear layers, convolutions and heads "
+        f"of this model: {', '.join(sorted(names))}. Type {found}, such as optim_target_modules={[min(names)]!r}."
     )

@@ -9,15 +9,23 @@ moved.
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
+import torch
 import transformers
+from accelerate import Accelerator
 from packaging.version import Version
+from torch.nn.parallel import DistributedDataParallel
 
-from .presets import PRESETS
+from .layerwise import released_norm
+from .options import optimizer_names
+from .sharding import whole_matrix
 
 
 PRIVATE_PARTS = (
@@ -26,6 +34,7 @@ PRIVATE_PARTS = (
     "transformers.training_args:OptimizerNames._value2member_map_",
     "transformers.trainer_optimizer:_OPTIMIZER_HANDLERS",
     "transformers.trainer:_parse_optim_args",
+    "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
 )
 """Every private attribute that `register` reads or writes, as module:attribute."""
 
@@ -33,17 +42,6 @@ _OURS = "_hf_stateless"
 _MINIMUM_TRANSFORMERS = (5, 2)
 _LOCK = threading.Lock()
 _WARNED: set[str] = set()
-
-
-def optimizer_names() -> tuple[str, ...]:
-    """Return the names that `import hf_stateless` adds to `optim=`.
-
-    Example:
-        >>> from hf_stateless.registration import optimizer_names
-        >>> "sinkgd" in optimizer_names()
-        True
-    """
-    return tuple(PRESETS)
 
 
 def register(names: Iterable[str] | None = None) -> None:
@@ -123,9 +121,9 @@ def _new_handler(name: str) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
     """Return a handler of the Trainer, which gets an `OptimizerContext` and returns (class or factory, kwargs)."""
 
     def handler(context: Any) -> tuple[Any, dict[str, Any]]:
-        from .factory import handle
-
-        return handle(name, context)
+        # Looked up when it is called: the factory stands above this room and imports it.
+        answer: tuple[Any, dict[str, Any]] = import_module(".factory", __package__).handle(name, context)
+        return answer
 
     handler.__name__ = f"get_{name}"
     setattr(handler, _OURS, True)
@@ -205,3 +203,42 @@ def _malformed(optim_args: object) -> str:
         f"optim_args={optim_args!r} is malformed: {wrong}. Type key=value,key=value and join lists with +, "
         'for example optim_args="norms=row_l2+col_l2,num_iterations=3".'
     )
+
+
+def count_released_gradients_in_clipping() -> None:
+    """Make `Accelerator.clip_grad_norm_` see gradients that layer-wise updates have freed; repeated calls do nothing.
+
+    The Trainer clips, and logs as `grad_norm`, by this public method, which looks at `.grad` alone: without the freed
+    gradients it would clip the rest too little and log a part for the whole. The optimizers are found through
+    `Accelerator._optimizers`. To be deleted when accelerate lets an optimizer take part in clipping.
+    """
+    original = Accelerator.clip_grad_norm_
+    if hasattr(original, _OURS):
+        return
+
+    @functools.wraps(original)
+    def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        parameters = list(parameters)
+        released = released_norm(parameters)
+        if released is None:
+            return original(self, parameters, max_norm, norm_type)
+        rest = whole_matrix(original(self, parameters, math.inf, norm_type))
+        total = torch.linalg.vector_norm(torch.stack([rest.to(released), released]), norm_type)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        return total
+
+    setattr(clip_grad_norm_, _OURS, True)
+    Accelerator.clip_grad_norm_ = clip_grad_norm_
+
+
+def keep_out_of_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Tell a later `DistributedDataParallel(model)` which parameters it must not put into its buckets.
+
+    The static method is DDP's own (torch/nn/parallel/distributed.py); it marks the model, and DDP looks for the mark.
+    To be deleted when DDP takes the names as an argument.
+
+    Args:
+        model: the model before it is wrapped.
+        names: parameter names as in `model.named_parameters()`.
+    """
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .multi_norm import SINKHORN_CHAIN, multi_normalize
 from .rounding import write_rounded_
-from .sinkhorn import sinkhorn_scalings, sr_sinkhorn
+from .sinkhorn import scale_rows_, sinkhorn_scalings, sr_sinkhorn
 
 
 def as_matrix(tensor: Tensor, layout: str) -> Tensor:
@@ -37,6 +37,30 @@ def as_matrix(tensor: Tensor, layout: str) -> Tensor:
     return tensor.mT if layout == "in_out" else tensor
 
 
+class Workspace:
+    """Float buffers that the matrices of one step share: fresh pages for each would cost more than the arithmetic.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.update_rules import Workspace
+        >>> Workspace().take("squares", torch.ones(2, 3, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, like: Tensor) -> Tensor:
+        """Return an uninitialised tensor of the shape, order and device of `like`, in at least float32."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        key = (name, dtype, like.device)
+        if key not in self._buffers or self._buffers[key].numel() < like.numel():
+            self._buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        flat = self._buffers[key][: like.numel()]
+        turned = like.ndim == 2 and not like.is_contiguous() and like.mT.is_contiguous()
+        return flat.view(like.mT.shape).mT if turned else flat.view(like.shape)
+
+
 def multinorm_update_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -47,6 +71,7 @@ def multinorm_update_(
     weight_decay: float,
     layout: str,
     place: Callable[[Tensor, int], Tensor] | None = None,
+    workspace: Workspace | None = None,
     **chain: Any,
 ) -> list[bool]:
     r"""Update weights of one shape by their multi-normalized gradients: W <- (1 - lr wd) W - lr lr_scale X.
@@ -64,6 +89,7 @@ def multinorm_update_(
         layout: how the weight is stored, see `as_matrix`.
         place: takes the update in the shape of the gradient and its position in the list, and returns the part that
             belongs to the weight; for weights of which only a shard is here.
+        workspace: buffers shared with other calls of the same step.
         chain: `norms`, `num_iterations` and the whitening options of `multi_normalize`.
 
     Returns:
@@ -86,7 +112,8 @@ def multinorm_update_(
     step_size, decay = lr * lr_scale, 1 - lr * weight_decay
     if len(matrices) == 1 and tuple(chain["norms"]) == SINKHORN_CHAIN and place is None and layout != "conv":
         key = keys[0] if keys else None
-        return [_sinkhorn_update_(weights[0], matrices[0], key, layout, chain["num_iterations"], step_size, decay)]
+        scalings = {"num_iterations": chain["num_iterations"], "workspace": workspace or Workspace()}
+        return [_sinkhorn_update_(weights[0], matrices[0], key, layout, step_size, decay, **scalings)]
     batch = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
     updates = multi_normalize(batch, dtype=torch.promote_types(batch.dtype, torch.float32), **chain)
     updates = updates.unsqueeze(0) if len(matrices) == 1 else updates
@@ -99,18 +126,26 @@ def multinorm_update_(
 
 
 def _sinkhorn_update_(
-    weight: Tensor, grad: Tensor, key: Tensor | None, layout: str, num_iterations: int, step_size: float, decay: float
+    weight: Tensor,
+    grad: Tensor,
+    key: Tensor | None,
+    layout: str,
+    step_size: float,
+    decay: float,
+    *,
+    num_iterations: int,
+    workspace: Workspace,
 ) -> bool:
     """Apply the SinkGD step of one matrix from its two vectors, without forming the normalised gradient."""
-    scratch = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+    scratch = workspace.take("scratch", grad)
     row, column = sinkhorn_scalings(grad, num_iterations, scratch=scratch)
-    size = float(row.sum() + 0 * column.sum())
+    size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
     if 0 < size < float("inf"):
-        exact = weight.to(scratch.dtype)
+        exact = weight if weight.dtype == scratch.dtype else workspace.take("exact", weight).copy_(weight)
         if decay != 1:
             exact.mul_(decay)
-        torch.mul(grad, column.unsqueeze(-2), out=scratch)
-        as_matrix(exact, layout).addcmul_(scratch, row.unsqueeze(-1), value=-step_size)
+        scale_rows_(grad, row, scratch)
+        as_matrix(exact, layout).addcmul_(scratch, column.unsqueeze(-2), value=-step_size)
         write_rounded_(weight, exact, key, scratch=as_matrix(scratch, layout))
     return size < float("inf")
 
@@ -169,8 +204,9 @@ def sinkhorn_momentum_update_(
         The optimizer of embedding tables in the DeepSeek-V4.1-Flash report, after
         https://huggingface.co/papers/2502.06742, Algorithm 3.
     """
-    buffer = momentum_buffer.float().lerp(grad.float(), 1 - momentum)
-    direction = grad.float().lerp(buffer, momentum)
+    exact_grad = grad.to(torch.promote_types(param.dtype, torch.float32))
+    buffer = momentum_buffer.to(exact_grad.dtype).lerp(exact_grad, 1 - momentum)
+    direction = exact_grad.lerp(buffer, momentum)
     momentum_buffer.copy_(buffer)
     row_norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     direction.masked_fill_(row_norms <= row_threshold * row_norms.mean(-2, keepdim=True), 0)
