@@ -20,7 +20,7 @@ _FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 def adamw_state(param: Tensor, *, bits: int = 32) -> dict[str, Tensor]:
-    """Return the moments of AdamW at zero: in the parameter's dtype, or as 8-bit codes with a maximum per 256 of a row.
+    """Return the moments of AdamW at zero: in the parameter's dtype, or as 8-bit codes, a maximum per 256 of a row.
 
     Args:
         param: the parameter, whose shape, dtype and device the state takes.

@@ -55,7 +55,8 @@ def parameter_groups(
     for entry in partition_parameters(model, target_modules):
         rule = _rule(entry, options, lr)
         decay = weight_decay if entry.decay and rule["algorithm"] != "sinkhorn_momentum" else 0.0
-        key = (entry.role, rule["algorithm"], rule.get("layout"), decay)
+        # Grouped by whether a parameter may decay, not by the value, which a resumed run may change.
+        key = (entry.role, rule["algorithm"], rule.get("layout"), entry.decay)
         group = groups.setdefault(key, {"params": [], "param_names": [], "role": entry.role})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.name)

@@ -310,7 +310,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved_ids, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                self.state[p][name] = value.to(p.device) if value.dim() else value.clone()
+                self.state[p][name] = value.to(p.device, copy=value.numel() == 1)
         apply_options(self.param_groups, options)
 
 
