@@ -1,0 +1,184 @@
+"""Claims about `optim_args`: every key takes text and Python values, and everything else is refused in one line."""
+
+import pytest
+
+from hf_stateless import NORMS, PRESETS
+from hf_stateless.options import EMBEDDINGS, LAYERWISE, Options, optimizer_names, parse_options, valid_keys
+from hf_stateless.whitening import WHITENING_DEFAULTS
+
+
+NAMES = optimizer_names()
+# Each key with some text, and the Python value that means the same.
+VALUES = {
+    "norms": [("row_l2+spectral", ("row_l2", "spectral")), ("spectral", ["spectral"])],
+    "num_iterations": [("3", 3), (" 1 ", 1)],
+    "lr_scale": [("0.05", 0.05), ("1e-2", 0.01), ("2", 2), ("0", 0.0)],
+    "whitening": [(name, name) for name in WHITENING_DEFAULTS],
+    "ns_steps": [("7", 7)],
+    "ns_beta": [("0.5", 0.5)],
+    "center": [("true", True), ("False", False), ("0", 0)],
+    "embeddings": [(name, name) for name in EMBEDDINGS],
+    "adamw_lr": [("1e-3", 1e-3)],
+    "adamw_beta1": [("0.8", 0.8), ("0", 0)],
+    "adamw_beta2": [("0.95", 0.95)],
+    "adamw_eps": [("1e-6", 1e-6)],
+    "stochastic_rounding": [("false", False), ("True", True), ("1", 1)],
+    "seed": [("17", 17)],
+    "release": [("matrices", "matrices"), ("all", "all")],
+}
+CASES = [(name, key, *pair) for name in NAMES for key in valid_keys(name) for pair in VALUES[key]]
+
+
+def message_of(name, given):
+    with pytest.raises(ValueError, match=r"\S") as error:
+        parse_options(name, given)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_table_covers_every_key():
+    assert set().union(*map(valid_keys, NAMES)) == set(VALUES)
+
+
+@pytest.mark.parametrize(("name", "key", "text", "value"), CASES)
+def test_text_and_python_value_mean_the_same(name, key, text, value):
+    parsed = parse_options(name, {key: text})
+    assert parsed == parse_options(name, {key: value})
+    if key not in ("norms", "center"):
+        assert getattr(parsed, key) == value
+        assert type(getattr(parsed, key)) in (str, int, float, bool)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_given_is_the_preset(name):
+    preset = PRESETS[name.removesuffix(LAYERWISE)]
+    options = parse_options(name, {})
+    assert (options.norms, options.num_iterations, options.lr_scale) == (
+        preset.norms,
+        preset.num_iterations,
+        preset.lr_scale,
+    )
+    assert options.release == ("matrices" if name.endswith(LAYERWISE) else None)
+
+
+@pytest.mark.parametrize("whitening", WHITENING_DEFAULTS)
+@pytest.mark.parametrize("name", ["swan", "multinorm"])
+def test_defaults_of_the_whitening_are_filled_in(name, whitening):
+    options = parse_options(name, {"whitening": whitening})
+    defaults = WHITENING_DEFAULTS[whitening]
+    assert {key: getattr(options, key) for key in ("ns_steps", "ns_beta")} == {
+        key: defaults.get(key) for key in ("ns_steps", "ns_beta")
+    }
+
+
+def test_given_whitening_values_beat_its_defaults():
+    options = parse_options("swan", {"whitening": "nsds", "ns_steps": "3"})
+    assert (options.ns_steps, options.ns_beta) == (3, WHITENING_DEFAULTS["nsds"]["ns_beta"])
+
+
+def test_chain_without_whitening_has_no_whitening_values():
+    options = parse_options("sinkgd", {})
+    assert (options.ns_steps, options.ns_beta) == (None, None)
+    assert set(valid_keys("multinorm", ("sign",))) == {"norms", *valid_keys("sinkgd")}
+
+
+@pytest.mark.parametrize("off", ["false", "0", False])
+def test_swan_without_centring_normalises_rows(off):
+    centred, plain = parse_options("swan", {}), parse_options("swan", {"center": off})
+    assert centred.norms[0] == "row_standardize"
+    assert plain == Options(**{**vars(centred), "norms": ("row_l2", *centred.norms[1:])})
+    assert parse_options("swan", {"center": "true"}) == centred
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_key_is_answered_with_the_valid_ones_and_the_nearest(name):
+    message = message_of(name, {"num_iteration": "3"})
+    assert message.startswith(f"Unknown key 'num_iteration' in optim_args for optim={name!r}.")
+    assert ", ".join(sorted(valid_keys(name))) in message
+    assert message.endswith("Did you mean 'num_iterations'?")
+
+
+@pytest.mark.parametrize("key", ["ns_steps", "ns_beta", "whitening"])
+@pytest.mark.parametrize(("name", "norms"), [("sinkgd", None), ("multinorm", "row_l2+sign")])
+def test_whitening_keys_without_whitening_are_explained(name, norms, key):
+    message = message_of(name, {key: "1"} | ({"norms": norms} if norms else {}))
+    chain = norms or "row_l2+col_l2"
+    assert message.endswith(f"({key} belongs to the norm 'spectral', which is not in the chain {chain}.)")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "owner"),
+    [
+        ("swan", "norms", "multinorm"),
+        ("sinkgd", "norms", "multinorm"),
+        ("sinkgd", "center", "swan"),
+        ("multinorm", "center", "swan"),
+    ],
+)
+def test_key_of_another_optimizer_names_it(name, key, owner):
+    assert message_of(name, {key: "sign"}).endswith(f"({key} belongs to optim={owner!r}.)")
+
+
+WRONG = [
+    ("num_iterations", ["abc", "0", "-1", "2.5", 2.5, True, "true", "", None, "1_0", "nan", "inf"], "an integer of"),
+    ("seed", ["-1", "x", 1.5], "an integer of at least 0"),
+    ("lr_scale", ["nan", "-1", "true", True, "inf", "1e400", "", None, "0.1.2", (1,)], "a number of at least 0"),
+    ("adamw_lr", ["nan", "-1e-3", "fast"], "a number of at least 0"),
+    ("adamw_beta1", ["1", "-0.1", "1.5", "nan"], r"a number in [0, 1)"),
+    ("adamw_beta2", ["1.0", True], r"a number in [0, 1)"),
+    ("adamw_eps", ["-1e-8", "nan"], "a number of at least 0"),
+    ("stochastic_rounding", ["yes", "", "2", None], "true or false"),
+    ("embeddings", ["adam", "", None, ["adamw"]], " | ".join(EMBEDDINGS)),
+]
+WRONG_FOR_SWAN = [
+    ("whitening", ["svd", "", None], " | ".join(WHITENING_DEFAULTS)),
+    ("ns_steps", ["0", "1.5", "ten"], "an integer of at least 1"),
+    ("ns_beta", ["-0.5", "nan", "inf"], "a number of at least 0"),
+    ("center", ["maybe", "-1"], "true or false"),
+]
+WRONG_CASES = [
+    (name, key, value, expected)
+    for names, table in ((NAMES, WRONG), (("swan", "swan_layerwise"), WRONG_FOR_SWAN))
+    for name in names
+    for key, values, expected in table
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value", "expected"), WRONG_CASES)
+def test_wrong_value_is_answered_with_what_was_got_and_what_is_expected(name, key, value, expected):
+    message = message_of(name, {key: value})
+    assert message.startswith(f"optim_args for optim={name!r}: {key}={value!r} is not {expected}")
+
+
+@pytest.mark.parametrize("norms", ["row_l3", "", "row_l2+", "row_l2,col_l2", "row_l2+l2", [], ("l2",)])
+def test_unknown_or_empty_norms_are_answered_with_the_valid_ones(norms):
+    message = message_of("multinorm", {"norms": norms})
+    assert message.startswith("Unknown norms")
+    assert ", ".join(NORMS) in message
+
+
+@pytest.mark.parametrize("norms", [5, None, True, [["row_l2"]], [1]])
+def test_norms_that_are_no_names_are_refused(norms):
+    assert "joined by +" in message_of("multinorm", {"norms": norms})
+
+
+@pytest.mark.parametrize(
+    ("whitening", "key"),
+    [
+        (name, key)
+        for name in WHITENING_DEFAULTS
+        for key in ("ns_steps", "ns_beta")
+        if key not in WHITENING_DEFAULTS[name]
+    ],
+)
+def test_value_that_the_whitening_does_not_take_is_refused(whitening, key):
+    message = message_of("swan", {"whitening": whitening, key: "1"})
+    assert f"whitening={whitening} takes no {key}" in message
+    assert message.endswith("leave it out.")
+
+
+@pytest.mark.parametrize("name", ["sinkdg", "", "SWAN", "adamw", "swan_layer", "_layerwise"])
+def test_unknown_optimizer_is_answered_with_the_names(name):
+    message = message_of(name, {})
+    assert message == f"Unknown optimizer {name!r}. Valid: {', '.join(NAMES)}."
