@@ -127,7 +127,7 @@ def create_optimizer(
         3
     """
     groups, release = _build(model, name, lr, weight_decay, target_modules, options)
-    optimizer = StatelessOptimizer(groups, lr=lr, layerwise=release)
+    optimizer = StatelessOptimizer(groups, lr=lr, **_layerwise_kwargs(model, release))
     optimizer.train()
     return optimizer
 
@@ -142,13 +142,23 @@ def _build(
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Return the groups and what layer-wise updates release, after all checks and with the table logged."""
     options = parse_options(name, given)
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"The learning rate must be a finite number of at least 0, got {lr}.")
+    lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
     groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
     logger.info("optim=%s:\n%s", name, describe(groups))
     if options.release:
         _prepare_layerwise(model, groups, options.release)
     return groups, options.release
+
+
+def _finite(what: str, value: Any) -> float:
+    """Return a plain float: what is written into a group is saved, and read back by torch.load(weights_only=True)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf or isinstance(value, bool | str):
+        raise ValueError(f"The {what} must be a finite number of at least 0, got {value!r}.")
+    return number
 
 
 def _prepare_layerwise(model: nn.Module, groups: list[dict[str, Any]], release: str) -> None:
@@ -158,7 +168,7 @@ def _prepare_layerwise(model: nn.Module, groups: list[dict[str, Any]], release: 
             "create the optimizer first and wrap the model in DistributedDataParallel afterwards."
         )
     released = [g for g in groups if release == "all" or g["algorithm"] == "multinorm"]
-    keep_out_of_ddp(model, [name for group in released for name in group["param_names"]])
+    keep_out_of_ddp(model, [p for group in released for p in group["params"]])
     count_released_gradients_in_clipping()
 
 
@@ -192,7 +202,11 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
             steps,
             held / 2**30,
         )
-    return StatelessOptimizer, {"params": groups, "layerwise": release, **ctx.optimizer_kwargs}
+    return StatelessOptimizer, {"params": groups, **_layerwise_kwargs(ctx.model, release), **ctx.optimizer_kwargs}
+
+
+def _layerwise_kwargs(model: nn.Module, release: str | None) -> dict[str, Any]:
+    return {"layerwise": release, "order": [name for name, _ in model.named_parameters()]} if release else {}
 
 
 def _refuse_layerwise(args: Any, release: str) -> None:

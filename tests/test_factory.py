@@ -4,6 +4,7 @@ import io
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -344,3 +345,17 @@ def test_model_wrapped_by_fsdp1_is_refused(make_model):
 def test_factories_are_found_where_the_readme_says():
     assert {cls.name: cls for cls in FACTORIES.values()} == FACTORIES
     assert all(getattr(hf_stateless, cls.__name__) is cls for cls in FACTORIES.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, True, "1e-3", None])
+@pytest.mark.parametrize("what", ["lr", "weight_decay"])
+def test_a_rate_that_is_no_finite_number_is_refused_in_one_line(make_model, what, value):
+    arguments = {"lr": 1e-3, what: value}
+    with pytest.raises(ValueError, match="must be a finite number of at least 0, got") as refusal:
+        create_optimizer(make_model("llama"), "sinkgd", **arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_numpy_rate_becomes_a_plain_float(make_model):
+    optimizer = create_optimizer(make_model("llama"), "sinkgd", lr=np.float64(1e-3), weight_decay=np.float32(0.5))
+    assert {type(group[key]) for group in optimizer.param_groups for key in ("lr", "weight_decay")} == {float}
