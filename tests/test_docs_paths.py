@@ -1,0 +1,118 @@
+"""Nothing that a document points to is missing, and nothing in the tree points at the machine it was written on."""
+
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+from documents import ROOT, blocks, markdown_pages, read, tracked_files
+
+
+EXTENSIONS = ["py", "yaml", "yml", "md", "json", "jinja", "toml", "txt", "sh", "png", "cff"]
+# What a run writes and what a reader brings: a document may name it although it is not in the tree.
+OUTSIDE = ("runs/", "data/")
+
+LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
+CODE_SPAN = re.compile(r"`([^`\n]+)`")
+PATH = re.compile(rf"(?<![\w./:~$-])[\w.{{}},*-]+(?:/[\w.{{}},*-]+)+\.(?:{'|'.join(EXTENSIONS)})\b")
+FOLDER = re.compile(r"(?<![\w./:~$-])(?:recipes|hub_cards|tests|hf_stateless|\.ci)/[\w./{},*-]*")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+MACHINE = re.compile(r"(?<![\w.])/(?:home/\w+|Users/\w+|root|work|tmp/w)/")
+REGISTRY = re.compile(r"--(?:extra-)?index-url")
+
+
+def expand(path):
+    """Every path that `a/{b,c}.yaml` stands for."""
+    parts = re.split(r"\{([^}]*)\}", path)
+    choices = [part.split(",") if index % 2 else [part] for index, part in enumerate(parts)]
+    return ["".join(choice) for choice in product(*choices)]
+
+
+def missing(path, folder=ROOT):
+    """The forms of a path (braces and stars expanded) that stand neither beside the page nor below the root."""
+    forms = [form.rstrip(".") for form in expand(path)]
+    return [form for form in forms if not any(any(base.glob(form)) for base in {folder, ROOT})]
+
+
+def slug(heading):
+    """The anchor that a Markdown heading gets on the usual hosts."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def paths_in(text):
+    found = {match.group() for pattern in (PATH, FOLDER) for match in pattern.finditer(text)}
+    return {path for path in found if not path.startswith(OUTSIDE)}
+
+
+@pytest.mark.parametrize("page", markdown_pages())
+def test_links_of_a_page_lead_somewhere(page):
+    folder, text = (ROOT / page).parent, read(page)
+    anchors = {slug(heading) for heading in HEADING.findall(text)}
+    for target in LINK.findall(text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, f"{page} links to the heading {target}, which it does not have"
+        elif "://" not in target:
+            assert (folder / target.split("#")[0]).exists(), f"{page} links to {target}, which is not there"
+
+
+@pytest.mark.parametrize("page", markdown_pages())
+def test_paths_named_on_a_page_exist(page):
+    code = " ".join(CODE_SPAN.findall(read(page)) + [block.code for block in blocks(page, "bash")])
+    gone = sorted(form for path in paths_in(code) for form in missing(path, (ROOT / page).parent))
+    assert gone == [], f"{page} names files that are not there"
+
+
+LAUNCHES = [
+    (name, number, line)
+    for name in tracked_files()
+    if Path(name).suffix in {".md", ".py", ".yaml", ".yml"} and not name.startswith("tests/")
+    for number, line in enumerate(read(name).splitlines(), start=1)
+    if re.search(r"accelerate launch .*recipes/", line)
+]
+
+
+@pytest.mark.parametrize(("name", "number", "line"), LAUNCHES, ids=[f"{name}:{n}" for name, n, _ in LAUNCHES])
+def test_files_of_a_launch_command_exist(name, number, line):
+    gone = sorted(form for path in paths_in(line) for form in missing(path))
+    assert gone == [], f"{name}:{number} launches files that are not there"
+
+
+@pytest.mark.parametrize("pattern", [MACHINE, REGISTRY], ids=["machine path", "registry host"])
+def test_no_file_points_at_the_machine_it_was_written_on(pattern):
+    leaks = [
+        f"{name}:{number}: {line.strip()[:100]}"
+        for name in tracked_files()
+        if Path(name).suffix not in {".png", ".safetensors"}
+        for number, line in enumerate(read(name).splitlines(), start=1)
+        if pattern.search(line)
+    ]
+    assert leaks == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("accelerate launch recipes/a.py --config recipes/b/{x,y}.yaml", {"recipes/a.py", "recipes/b/{x,y}.yaml"}),
+        ("look into `recipes/` first", {"recipes/"}),
+        ("runs/mine/memory_report.json and https://example.org/a/b.py", set()),
+    ],
+)
+def test_paths_are_found_where_they_stand(text, found):
+    assert paths_in(text) == found
+
+
+def test_braces_and_stars_are_expanded_before_a_path_is_looked_up():
+    assert missing("tests/{conftest,no_such_file}.py") == ["tests/no_such_file.py"]
+    assert missing("tests/test_docs_*.py") == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "leak"),
+    [
+        (MACHINE, "/".join(["see ", "home", "someone", "notes.md"])),
+        (MACHINE, "/".join(["cd ", "work", "main"])),
+        (REGISTRY, "-".join(["pip install torch ", "", "index", "url https://example.org"])),
+    ],
+)
+def test_a_leak_is_recognised(pattern, leak):
+    assert pattern.search(leak)

@@ -1,0 +1,169 @@
+"""What the README shows works as shown: its Python blocks run, its commands exist with the flags it gives them."""
+
+import re
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import metadata
+
+import pytest
+import torch
+from conftest import tiny_inputs
+from documents import ROOT, blocks, commands, markdown_pages, read
+
+from hf_stateless import NORMS, PRESETS
+from hf_stateless.options import Options, valid_keys
+from hf_stateless.whitening import WHITENINGS
+
+
+PYTHON_BLOCKS = blocks("README.md", "python")
+DIFFS = blocks("README.md", "diff")
+EXECUTED = [block for block in PYTHON_BLOCKS if block.no_test is None]
+COMMANDS = [(block, words) for page in markdown_pages() for block, words in commands(page) if block.no_test is None]
+# Read by the parsers of TRL before argparse sees the command line, so `--help` does not list it.
+CONFIG_FLAG = "--config"
+
+
+@pytest.fixture
+def reader_objects(make_model, tmp_path, monkeypatch):
+    """What a reader already has, under the names that the README uses: a model and a dataset."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    batch = tiny_inputs("llama", batch_size=8)
+    rows = [{name: values[row] for name, values in batch.items()} for row in range(8)]
+    return {"__name__": "readme", "model": make_model("llama"), "dataset": rows}
+
+
+@pytest.mark.parametrize("block", EXECUTED, ids=str)
+def test_python_block_runs(block, reader_objects):
+    before = {name: weight.clone() for name, weight in reader_objects["model"].state_dict().items()}
+    exec(compile(block.code, str(block), "exec"), reader_objects)  # an exception is the failure
+    weights = reader_objects["model"].state_dict()
+    assert weights.keys() == before.keys()
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("block", DIFFS, ids=str)
+def test_both_sides_of_a_diff_train(block, reader_objects):
+    lines = block.code.splitlines()
+    model = reader_objects["model"]
+    for other_side in ("+", "-"):
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        code = "\n".join(line[1:] for line in lines if not line.startswith(other_side))
+        exec(compile(code, str(block), "exec"), dict(reader_objects))
+        assert any(not weight.equal(before[name]) for name, weight in model.state_dict().items()), code
+
+
+def test_untested_blocks_are_few_and_say_why():
+    untested = [block for page in markdown_pages() for kind in ("python", "bash") for block in blocks(page, kind)]
+    untested = [block for block in untested if block.no_test is not None]
+    assert all(len(block.no_test.split()) >= 3 for block in untested), "give the reason after 'no-test:'"
+    assert len(untested) <= 2, f"{len(untested)} blocks are not tested: {', '.join(map(str, untested))}"
+
+
+def test_the_readme_has_something_to_test():
+    assert len(EXECUTED) >= 2
+    assert len(DIFFS) == 1
+    assert any(words[:2] == ["accelerate", "launch"] for _, words in COMMANDS)
+
+
+@cache
+def flags_of(*command):
+    """The flags that a command lists in its help."""
+    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command} --help: {done.stderr[-1000:]}"
+    return set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", done.stdout))
+
+
+def split_launch(words):
+    """The flags of `accelerate launch` or `python` itself, the script, and the flags of the script."""
+    position = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    flags = [word.split("=")[0] for word in words if word.startswith("--")]
+    own = [word.split("=")[0] for word in words[:position] if word.startswith("--")]
+    return own, words[position], flags[len(own) :]
+
+
+def check_pip(words):
+    assert words[1] == "install"
+    extras = set(metadata("hf_stateless").get_all("Provides-Extra"))
+    for word in words:
+        for extra in re.findall(r"\[(.*)\]", word):
+            assert set(extra.split(",")) <= extras, f"pyproject.toml has no extra {extra!r}"
+
+
+def check_launch(words):
+    own, script, flags = split_launch(words)
+    assert (ROOT / script).is_file(), f"{script} is not there"
+    if own:
+        assert set(own) <= flags_of(sys.executable, "-m", "accelerate.commands.launch")
+    unknown = set(flags) - {CONFIG_FLAG}
+    if unknown:
+        assert unknown <= flags_of(sys.executable, script), f"{script} has no such flag"
+
+
+def check_pytest(words):
+    flags = {word.split("=")[0] for word in words if word.startswith("-")}
+    assert flags <= flags_of(sys.executable, "-m", "pytest", "--noconftest")
+
+
+CHECKS = {"pip": check_pip, "accelerate": check_launch, "python": check_launch, "pytest": check_pytest}
+
+
+@pytest.mark.parametrize(("block", "words"), COMMANDS, ids=[f"{b}: {' '.join(w)[:60]}" for b, w in COMMANDS])
+def test_command_exists_with_its_flags(block, words):
+    assert words[0] in CHECKS, f"{block}: no check for '{words[0]}'; add one to CHECKS"
+    CHECKS[words[0]](words)
+
+
+def table(first_header):
+    """The rows of the README's table whose first column has this header, as lists of cells."""
+    lines = iter(read("README.md").splitlines())
+    next(line for line in lines if line.startswith(f"| {first_header} |"))
+    next(lines)
+    rows = []
+    while (line := next(lines)).startswith("|"):
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return rows
+
+
+def code(cell):
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@pytest.mark.parametrize(
+    ("first_header", "names"),
+    [
+        ("Norm", set(NORMS)),
+        ("Key", {key for name in PRESETS for key in valid_keys(name)}),
+        ("Whitening", set(WHITENINGS)),
+    ],
+)
+def test_tables_list_exactly_what_the_package_has(first_header, names):
+    assert {name for row in table(first_header) for name in code(row[0])} == names
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_table_of_optimizers_agrees_with_the_presets(name):
+    preset = PRESETS[name]
+    row = next(row for row in table("Optimizer") if code(row[1])[:2] == [name, "+".join(preset.norms)])
+    assert f", {preset.num_iterations} iteration" in row[1]
+    assert preset.paper in row[2]
+    assert {row[0]: row[1] for row in table("Key")}["`lr_scale`"] == str(preset.lr_scale)
+
+
+@pytest.mark.parametrize("key", ["whitening", "embeddings", "stochastic_rounding", "seed"])
+def test_default_of_an_option_is_the_one_in_the_table(key):
+    row = next(row for row in table("Key") if code(row[0]) == [key])
+    assert code(row[1]) == [str(Options.__dataclass_fields__[key].default).lower()]
+
+
+@pytest.mark.parametrize("row", table("Whitening"), ids=lambda row: row[0].replace("`", ""))
+def test_whitening_amplifies_small_singular_values_as_stated(row):
+    name = code(row[0])[0]
+    beta = re.search(r"beta ([\d.]+)", row[0])
+    steps = re.search(r"(\d+) steps", row[0])
+    options = ({"ns_steps": int(steps[1])} if steps else {}) | ({"ns_beta": float(beta[1])} if beta else {})
+    small = 1e-6 if steps else 1e-3  # `eigh` has no steps: it takes every singular value to 1
+    result = WHITENINGS[name](torch.diag(torch.tensor([1.0, small], dtype=torch.float64)), **options)
+    stated = 1 / small if row[1] == "unbounded" else float(row[1])
+    torch.testing.assert_close(result[1, 1].item() / small, stated, rtol=5e-3, atol=0)
