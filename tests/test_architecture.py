@@ -13,6 +13,7 @@ import hf_stateless
 PACKAGE = "hf_stateless"
 # Each room may import the rooms above it; `__init__` may import all of them.
 ROOMS = [
+    "batching",
     "rounding",
     "whitening",
     "norms",
@@ -23,6 +24,11 @@ ROOMS = [
     "adamw",
     "update_rules",
     "sharding",
+    "sharded_sinkhorn",
+    "owners",
+    "matrix_update",
+    "distributed",
+    "averaging",
     "layerwise",
     "checkpoint",
     "optimizer",
@@ -33,7 +39,9 @@ ROOMS = [
     "memory_report",
     "callbacks",
     "model_card",
+    "integrations",
     "run",
+    "autoload",
     "cli",
 ]
 OPTIONAL = {"trl", "peft", "bitsandbytes", "matplotlib"}

@@ -1,0 +1,1 @@
+"""Plugins for frameworks that load them by a dotted name."""
