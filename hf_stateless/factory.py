@@ -76,6 +76,7 @@ def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str,
         "ns_steps": options.ns_steps,
         "ns_beta": options.ns_beta,
         "layout": entry.layout,
+        "split_whitening": options.split_whitening,
     }
     adamw_lr = lr if options.adamw_lr is None else options.adamw_lr
     if entry.role in ("matrix", "adapter"):
@@ -192,6 +193,10 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
     groups, release = _build(
         ctx.model, name, ctx.args.learning_rate, ctx.args.weight_decay, ctx.args.optim_target_modules, given
     )
+    if "split_whitening" not in given and getattr(ctx.args, "world_size", 1) > 1:
+        # The Trainer steps all processes together, with gradients that DDP has averaged.
+        for group in (group for group in groups if group["algorithm"] == "multinorm"):
+            group["split_whitening"] = True
     steps = ctx.args.gradient_accumulation_steps
     if release and steps > 1:
         held = sum(p.numel() * p.element_size() for group in groups for p in group["params"])

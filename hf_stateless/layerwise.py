@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate.state import GradientState
+from accelerate.state import AcceleratorState, GradientState, is_initialized
 from torch import Tensor
 
-from .sharding import is_sharded, whole_matrix
+from .averaging import Averaging, are_replicas
+from .sharding import whole_matrix
 
 
 if TYPE_CHECKING:
-    from torch.distributed import Work
     from torch.utils.hooks import RemovableHandle
-
-# All-reduces in flight under DDP before the oldest is waited for: their gradients are what is held in memory.
-_IN_FLIGHT = 2
-
 
 _LIVE: weakref.WeakSet[LayerwiseUpdates] = weakref.WeakSet()
 
@@ -48,6 +44,23 @@ def released_norm(parameters: Iterable[Tensor]) -> Tensor | None:
     return torch.linalg.vector_norm(torch.stack(released)) if released else None
 
 
+def unhook(parameters: Iterable[Tensor]) -> None:
+    """Take the hooks of every optimizer off these parameters: whichever optimizer trains them now has them alone.
+
+    Args:
+        parameters: those of the optimizer that takes over.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.layerwise import unhook
+        >>> unhook([torch.ones(2)])
+    """
+    ids = {id(p) for p in parameters}
+    for updates in list(_LIVE):
+        if updates.hooks_any(ids):
+            updates.remove()
+
+
 class UpdatesParameters(Protocol):
     """What the hooks need of the optimizer."""
 
@@ -64,29 +77,34 @@ class LayerwiseUpdates:
     """Drives a `StatelessOptimizer` from hooks on its parameters.
 
     Under DDP the hooks fire before DDP has averaged anything, so hooked parameters are kept out of DDP's buckets and
-    averaged here, on a process group of their own and in one fixed order on all ranks (`step()` supplies zeros for
-    those a rank did not use). Under FSDP2 the hooks fire after the reduce-scatter.
+    averaged here, over all processes; `create_optimizer` keeps them out. Under FSDP2 the hooks fire after the
+    reduce-scatter.
 
     Args:
         optimizer: the optimizer whose parameters are hooked.
         everything: also update the AdamW part in the hook, so that no gradient is left after backward; clipping is
             then impossible, since the norm is known only at the end.
+        order: names of the parameters as the model defines them. Averaging goes through them from the last to the
+            first, as backward does; in another order gradients would wait for each other, and fill the memory.
 
     Raises:
-        RuntimeError: a parameter gets a second gradient in one step, which would be a second update.
+        RuntimeError: in backward, when a parameter gets a gradient after its update in this step, or when
+            torch.distributed was initialised after the hooks were installed.
+        ValueError: accelerate runs with fp16.
     """
 
-    def __init__(self, optimizer: UpdatesParameters, *, everything: bool = False) -> None:
+    def __init__(self, optimizer: UpdatesParameters, *, everything: bool = False, order: Sequence[str] = ()) -> None:
         self.optimizer = optimizer
         self.everything = everything
+        self._position = {name: position for position, name in enumerate(order)}
         self.held = False
         self._hooked: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._done: set[int] = set()
         self._norms: list[Tensor] = []
-        self._sent = 0
-        self._in_flight: list[tuple[int, Tensor, Work]] = []
+        self._averaging: Averaging | None = None
         self._process_group: Any = None
+        self._end_queued = False
         _LIVE.add(self)
 
     def hooks_any(self, ids: set[int]) -> bool:
@@ -95,98 +113,147 @@ class LayerwiseUpdates:
 
     def install(self) -> None:
         """Hook the parameters that are in the groups now; FSDP2 puts others there after the optimizer was made."""
+        _refuse_fp16()
         groups = self.optimizer.param_groups
-        params = enumerate((group["algorithm"], p) for group in groups for p in group["params"])
+        params = list(enumerate((group["algorithm"], p) for group in groups for p in group["params"]))
         hooked = {i: p for i, (algorithm, p) in params if self.everything or algorithm == "multinorm"}
-        if [id(p) for p in hooked.values()] == [id(p) for p in self._hooked.values()]:
+        averages = are_replicas(hooked.values())
+        if averages:  # what DDP was not told to leave alone is in its buckets, and updated in `step()`
+            hooked = {i: p for i, p in hooked.items() if getattr(p, "_ddp_ignored", False)}
+        unchanged = [id(p) for p in hooked.values()] == [id(p) for p in self._hooked.values()]
+        if unchanged and averages == (self._averaging is not None):
             return
-        self.remove()
+        unhook([*self._hooked.values(), *hooked.values()])
         self._hooked = hooked
-        self._handles = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in hooked.items()]
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1 and not is_sharded(next(iter(hooked.values()))):
-            self._process_group = self._process_group or torch.distributed.new_group()
-            for p in hooked.values():  # DDP broadcasts only what it manages
-                torch.distributed.broadcast(p.detach(), src=0, group=self._process_group)
+        if averages:
+            self._average()
+        # Under DDP any parameter tells that backward runs: a rank may use none of those that are hooked.
+        listened = {i: p for i, (_, p) in params} if averages else hooked
+        self._handles = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in listened.items()]
+
+    def _average(self) -> None:
+        self._process_group = self._process_group or torch.distributed.new_group()
+        line = sorted(self._hooked, key=self._place, reverse=True)
+        self._averaging = Averaging({i: self._hooked[i] for i in line}, self._apply, self._process_group)
+        self._averaging.share_weights()
+
+    def _place(self, index: int) -> int:
+        return self._position.get(self.optimizer.name_of(index), index)
 
     def remove(self) -> None:
         """Take all hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._hooked = [], {}
+        self._forget()
+        self._handles, self._hooked, self._averaging = [], {}, None
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Let gradients accumulate in the backward passes inside: for all but the last of several in one step."""
-        self.held = True
+        before, self.held = self.held, True
         try:
             yield
         finally:
-            self.held = False
+            self.held = before
 
     def released_norm(self) -> Tensor | None:
         """Return the norm of all gradients that were released since the last step, or None if there are none."""
-        self._send_rest()
+        if self._averaging and not self._accumulates():
+            self._averaging.close()
         return torch.linalg.vector_norm(torch.stack(self._norms)) if self._norms else None
 
     def finish(self) -> None:
-        """Complete what backward left undone; called by `step()` before the rest is updated."""
-        self._send_rest()
+        """Complete what backward left undone; called by `step()` before the rest is updated, on all ranks."""
+        if self._averaging:
+            self._averaging.close()
+        self._forget()
+
+    def _forget(self) -> None:
         self._done.clear()
         self._norms.clear()
-        self._sent = 0
+        self._end_queued = False
+        if self._averaging:
+            self._averaging.reopen()
 
-    def _hook(self, index: int) -> Any:
+    def _accumulates(self) -> bool:
+        # accelerate says for each micro-batch whether it is the last one; without accelerate it always is.
+        return self.held or not GradientState().sync_gradients
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        reference = weakref.ref(self)  # an optimizer that was thrown away must not live on in the model, and update it
+
         def update_in_backward(p: Tensor) -> None:
-            # accelerate says for each micro-batch whether it is the last one; without accelerate it always is.
-            if self.held or not GradientState().sync_gradients or p.grad is None:
+            updates = reference()
+            if updates is None:
                 return
-            if index in self._done:
-                raise RuntimeError(_second_gradient(self.optimizer.name_of(index)))
-            self._done.add(index)
-            if self._process_group is None:
-                self._apply(index, p.grad)
-            else:
-                self._send(lambda next_index: next_index in self._done)
+            updates._expect_the_end()
+            if p.grad is not None and index in updates._hooked:
+                updates._complete(index, p.grad)
 
         return update_in_backward
 
+    def _expect_the_end(self) -> None:
+        """Have this rank answer the others at the end of its backward, before DDP waits for them.
+
+        A rank that leaves out a layer would else answer in `step()`, which it cannot reach: DDP waits at the end of
+        backward for ranks that wait in their backward for this one.
+        """
+        if self._averaging is None or self._end_queued or self._accumulates():
+            return
+        self._end_queued = True
+        averaging, reference = self._averaging, weakref.ref(self)
+
+        def close() -> None:
+            updates = reference()
+            if updates is not None and not updates._accumulates():
+                averaging.close()
+
+        torch.autograd.Variable._execution_engine.queue_callback(close)  # type: ignore[attr-defined]
+
+    def _complete(self, index: int, grad: Tensor) -> None:
+        """Take in the gradient of one parameter, as backward reports it."""
+        if index in self._done or (self._averaging and self._averaging.closed):
+            raise RuntimeError(_second_gradient(self.optimizer.name_of(index)))
+        if self._accumulates():
+            return
+        if self._averaging is None and are_replicas(self._hooked.values()):
+            raise RuntimeError(_initialised_late())
+        self._done.add(index)
+        if self._averaging:
+            self._averaging.offer(index)
+        else:
+            self._apply(index, grad)
+
     def _apply(self, index: int, grad: Tensor) -> None:
         p = self._hooked[index]
-        p.grad = grad
-        self._norms.append(torch.linalg.vector_norm(whole_matrix(grad).float()))
-        self.optimizer.update_parameter(index)
+        norm = whole_matrix(torch.linalg.vector_norm(grad.detach(), dtype=torch.float32))
+        # A gradient that is zero on all ranks is one that no rank had: AdamW must not decay its moments.
+        if self._averaging is None or norm != 0:
+            self._norms.append(norm)
+            p.grad = grad
+            self.optimizer.update_parameter(index)
         p.grad = None
 
-    def _send(self, may_go: Callable[[int], bool]) -> None:
-        """Start the all-reduces whose turn it is: from the last parameter to the first, as backward runs."""
-        order = list(self._hooked)[::-1]
-        while self._sent < len(order) and may_go(order[self._sent]):
-            p = self._hooked[order[self._sent]]
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = None
-            grad.div_(torch.distributed.get_world_size(self._process_group))
-            work = torch.distributed.all_reduce(grad, group=self._process_group, async_op=True)
-            self._in_flight.append((order[self._sent], grad, work))
-            self._receive(keep=_IN_FLIGHT)
-            self._sent += 1
 
-    def _send_rest(self) -> None:
-        # A step before any backward has nothing to send, on any rank.
-        if self._process_group is not None and self._done:
-            self._send(lambda _: True)
-            self._receive(keep=0)
-
-    def _receive(self, keep: int) -> None:
-        while len(self._in_flight) > keep:
-            index, grad, work = self._in_flight.pop(0)
-            work.wait()
-            self._apply(index, grad)
+def _refuse_fp16() -> None:
+    if is_initialized() and AcceleratorState().mixed_precision == "fp16":
+        raise ValueError(
+            "fp16 scales the loss and may have to undo a step, but layer-wise updates are done before that is known: "
+            "set mixed_precision='bf16', or leave out _layerwise."
+        )
 
 
 def _second_gradient(name: str) -> str:
     return (
-        f"{name} got a second gradient after it was updated in this step. For several backward passes per step put "
-        "all but the last into `with optimizer.hold():`; if activation checkpointing re-enters a shared module, set "
-        "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        f"{name} got a second gradient after it was updated in this step. Call optimizer.step() after each backward "
+        "pass, or put all but the last of several into `with optimizer.hold():`. If it comes from activation "
+        "checkpointing, set its use_reentrant=False. If another optimizer trains this model now, type "
+        "old_optimizer.layerwise.remove()."
+    )
+
+
+def _initialised_late() -> str:
+    return (
+        "torch.distributed was initialised after the hooks of layer-wise updates were installed, so that gradients "
+        "would not be averaged: initialise it first, or call optimizer.train() before the first forward."
     )

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adamw import adamw_state, adamw_update_
+from .batching import alike, bounded
 from .checkpoint import apply_options, check_same_groups, options_of
-from .layerwise import LayerwiseUpdates
+from .distributed import shares_whitening, update_together_
+from .layerwise import LayerwiseUpdates, unhook
+from .matrix_update import MatrixUpdate
 from .rounding import rounding_key
-from .sharding import agree, is_sharded, local_shard, part_of, shard_number, whole_matrix
+from .sharding import finite_gradients, is_sharded, local_shard, shard_number
 from .update_rules import Workspace, multinorm_update_, sinkhorn_momentum_update_
 
 
@@ -32,6 +35,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "ns_beta": None,
         "lr_scale": 0.2,
         "layout": "out_in",
+        "split_whitening": False,
     },
     "adamw": {"betas": (0.9, 0.999), "eps": 1e-8},
     "adamw_8bit": {"betas": (0.9, 0.999), "eps": 1e-8},
@@ -60,6 +64,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
         lr: learning rate of groups that have none.
         layerwise: update in backward and free each gradient: `matrices`, or `all` for the AdamW part too; None for
             updates in `step()`. The hooks are installed by `train()`, which the Trainer calls before each forward.
+        order: for layer-wise updates, the names of the parameters as the model defines them; DDP needs it to save
+            memory.
 
     Raises:
         ValueError: a group without `algorithm` or with unknown or invalid values.
@@ -85,12 +91,19 @@ class StatelessOptimizer(torch.optim.Optimizer):
     layerwise: LayerwiseUpdates | None = None
     _workspace: Workspace | None = None
 
-    def __init__(self, params: Iterable[dict[str, Any]], lr: float = 1e-3, *, layerwise: str | None = None) -> None:
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        *,
+        layerwise: str | None = None,
+        order: Sequence[str] = (),
+    ) -> None:
         super().__init__(params, {"lr": lr})  # type: ignore[arg-type]
         if layerwise not in (None, *RELEASE):
             raise ValueError(f"layerwise={layerwise!r}: expected None, {' or '.join(RELEASE)}.")
         if layerwise:
-            self.layerwise = LayerwiseUpdates(self, everything=layerwise == "all")
+            self.layerwise = LayerwiseUpdates(self, everything=layerwise == "all", order=order)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it and filling in the defaults of its algorithm.
@@ -132,19 +145,23 @@ class StatelessOptimizer(torch.optim.Optimizer):
         if self.layerwise:
             self.layerwise.finish()
         self._workspace = self._workspace or Workspace()
-        first = 0
+        work, first = [], 0
         for group in self.param_groups:
-            active = [(first + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+            work.append((group, [(first + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]))
             first += len(group["params"])
-            if active:
-                self._update(group, active)
+        self._update(work, alone=False)
         self._workspace = None
         return loss
 
     def train(self) -> None:
-        """Install the hooks of layer-wise updates on the parameters of now; called by the Trainer, no-op otherwise."""
+        """Install the hooks of layer-wise updates on the parameters of now; called by the Trainer before each forward.
+
+        Hooks that another optimizer has on them are taken off.
+        """
         if self.layerwise:
             self.layerwise.install()
+        else:  # a layer-wise optimizer may have trained this model before
+            unhook(p for group in self.param_groups for p in group["params"])
 
     def hold(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which backward only accumulates, for all but the last of several passes in one step.
@@ -178,7 +195,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         group, p = self._locate(index)
         if p.device.type == "cpu":
             self._workspace = self._workspace or Workspace()
-        self._update(group, [(index, p)])
+        self._update([(group, [(index, p)])], alone=True)
 
     def name_of(self, index: int) -> str:
         """Return the name of a parameter for messages.
@@ -197,38 +214,51 @@ class StatelessOptimizer(torch.optim.Optimizer):
             index -= len(group["params"])
         raise IndexError(f"There is no parameter {index}.")
 
-    def _update(self, group: dict[str, Any], active: list[tuple[int, Tensor]]) -> None:
-        """Update the parameters of one group, given with their positions among all parameters."""
-        active = [(index, p) for index, p in active if p.numel()]
-        if not active:
-            return
-        if group["algorithm"] == "multinorm":
-            for batch in _batches(active):
-                self._multinorm(group, batch)
-            return
-        finite = self._finite(active)
-        if finite:
-            rule = self._sinkhorn_momentum if group["algorithm"] == "sinkhorn_momentum" else self._adamw
-            rule(group, finite)
+    def _update(self, work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]], *, alone: bool) -> None:
+        """Update parameters, given with their positions by group; what ranks do together comes last, all at once."""
+        work = [(group, [(index, p) for index, p in active if p.numel()]) for group, active in work]
+        rest = [entry for group, active in work if group["algorithm"] != "multinorm" for entry in active]
+        together, finite = [], self._finite(rest)
+        for group, active in work:
+            if group["algorithm"] == "multinorm":
+                shared = {i for i, p in active if is_sharded(p) or (not alone and shares_whitening(group))}
+                for batch in _batches([entry for entry in active if entry[0] not in shared]):
+                    self._multinorm(group, batch)
+                together += [self._shared(group, entry) for entry in active if entry[0] in shared]
+            elif kept := [entry for entry in active if entry[0] in finite]:
+                rule = self._sinkhorn_momentum if group["algorithm"] == "sinkhorn_momentum" else self._adamw
+                rule(group, kept)
+        update_together_([update for _, _, update in together], self._workspace)
+        for index, step, update in together:
+            self._count(update.options, index, step, update.finite)
 
     def _multinorm(self, group: dict[str, Any], batch: list[tuple[int, Tensor]]) -> None:
-        params = [p for _, p in batch]
-        states = [self._state(p, lambda p: {"step": torch.zeros(1, device=p.device)}) for p in params]
+        steps = [self._step_of(p) for _, p in batch]
         finite = multinorm_update_(
-            [local_shard(p) for p in params],
-            [whole_matrix(p.grad) for p in params],  # type: ignore[arg-type]
-            self._keys(group, batch, [state["step"] for state in states]),
+            [p for _, p in batch],
+            [p.grad for _, p in batch],  # type: ignore[misc]
+            self._keys(group, batch, steps),
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             workspace=self._workspace,
-            place=(lambda update, i: part_of(update, params[i])) if is_sharded(params[0]) else None,
-            **{key: group[key] for key in ALGORITHMS["multinorm"]},
+            **{key: group[key] for key in ALGORITHMS["multinorm"] if key != "split_whitening"},
         )
-        for (index, _), state, good in zip(batch, states, finite, strict=True):
-            if not good:
-                self._warn_skipped(index)
-            elif group["lr"] != 0:  # torch's checkpoint code makes the state by a step at lr = 0, which must not count
-                state["step"] += 1
+        for (index, _), step, good in zip(batch, steps, finite, strict=True):
+            self._count(group, index, step, good)
+
+    def _shared(self, group: dict[str, Any], entry: tuple[int, Tensor]) -> tuple[int, Tensor, MatrixUpdate]:
+        step = self._step_of(entry[1])
+        keys = self._keys(group, [entry], [step])
+        return entry[0], step, MatrixUpdate(entry[1], group, keys[0] if keys else None)
+
+    def _step_of(self, p: Tensor) -> Tensor:
+        return self._state(p, lambda p: {"step": torch.zeros(1, device=p.device)})["step"]
+
+    def _count(self, group: Mapping[str, Any], index: int, step: Tensor, finite: bool) -> None:
+        if not finite:
+            self._warn_skipped(index)
+        elif group["lr"] != 0:  # torch's checkpoint code makes the state by a step at lr = 0, which must not count
+            step += 1
 
     def _adamw(self, group: dict[str, Any], active: list[tuple[int, Tensor]]) -> None:
         bits = 8 if group["algorithm"] == "adamw_8bit" else 32
@@ -275,16 +305,12 @@ class StatelessOptimizer(torch.optim.Optimizer):
             for (index, p), step in zip(batch, steps, strict=True)
         ]
 
-    def _finite(self, active: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
-        """Return the parameters whose gradient is finite everywhere, with one synchronisation for all of them."""
-        # A group may mix plain tensors with DTensors, and devices.
-        spokesman = next((p for _, p in active if is_sharded(p)), active[0][1])
-        flags = torch.stack([_is_finite(local_shard(p.grad)).to(spokesman.device) for _, p in active])  # type: ignore[arg-type]
-        kept = agree(flags, spokesman).tolist()
-        for (index, _), good in zip(active, kept, strict=True):
-            if not good:
-                self._warn_skipped(index)
-        return [entry for entry, good in zip(active, kept, strict=True) if good]
+    def _finite(self, active: list[tuple[int, Tensor]]) -> set[int]:
+        """Return the positions of parameters whose gradient is finite everywhere, with one synchronisation for all."""
+        finite = dict(zip((index for index, _ in active), finite_gradients([p for _, p in active]), strict=True))
+        for index in (index for index, good in finite.items() if not good):
+            self._warn_skipped(index)
+        return {index for index, good in finite.items() if good}
 
     def _warn_skipped(self, index: int) -> None:
         logger.warning(
@@ -314,23 +340,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
         apply_options(self.param_groups, options)
 
 
-def _is_finite(grad: Tensor) -> Tensor:
-    if grad.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=grad.device)
-    smallest, largest = torch.aminmax(grad)
-    return torch.isfinite(smallest) & torch.isfinite(largest)
-
-
 def _batches(active: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
     """Put matrices of one shape together on an accelerator, where a loop over small ones waits for kernel launches."""
-    pending: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
-    for index, p in active:
-        if p.device.type == "cpu" or type(p) not in (torch.nn.Parameter, Tensor):
-            yield [(index, p)]
-            continue
-        key = (p.shape, p.dtype, p.device, p.grad.dtype if p.grad is not None else None)
-        batch = pending.setdefault(key, [])
-        batch.append((index, p))
-        if len(batch) * p.numel() * p.element_size() >= _BATCH_BYTES:
-            yield pending.pop(key)
-    yield from pending.values()
+    for same in alike(active, lambda e: (e[1].shape, e[1].dtype, e[1].device, e[1].grad.dtype)):  # type: ignore[union-attr]
+        limit = 0 if same[0][1].device.type == "cpu" else _BATCH_BYTES
+        yield from bounded(same, lambda entry: entry[1].nbytes, limit)

@@ -49,6 +49,8 @@ class Options:
     """Write bf16 weights by stochastic rounding."""
     seed: int = 0
     """Seed of the rounding noise."""
+    split_whitening: bool = False
+    """Let each DDP replica whiten some of the matrices and share the updates; the Trainer's default is true."""
     release: str | None = None
     """Layer-wise names only: what is updated in backward, `matrices` or `all`."""
 
@@ -117,10 +119,11 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "adamw_eps": (_number, "a number of at least 0"),
     "stochastic_rounding": (_boolean, "true or false"),
     "seed": (_integer, "an integer of at least 0"),
+    "split_whitening": (_boolean, "true or false"),
     "release": (_one_of("matrices", "all"), "matrices | all"),
 }
 LAYERWISE = "_layerwise"
-_SPECTRAL_KEYS = ("whitening", "ns_steps", "ns_beta")
+_SPECTRAL_KEYS = ("whitening", "ns_steps", "ns_beta", "split_whitening")
 _OWNERS = {"norms": "multinorm", "center": "swan"}
 
 
@@ -139,8 +142,7 @@ def valid_keys(name: str, norms: tuple[str, ...] | None = None) -> list[str]:
         left_out.add("norms")
     if preset != "swan":
         left_out.add("center")
-    if preset == name:
-        left_out.add("release")
+    left_out.add("release" if preset == name else "split_whitening")
     return [key for key in _PARSERS if key not in left_out]
 
 

@@ -222,6 +222,11 @@ def count_released_gradients_in_clipping() -> None:
         released = released_norm(parameters)
         if released is None:
             return original(self, parameters, max_norm, norm_type)
+        if norm_type != 2:
+            raise ValueError(
+                f"norm_type={norm_type}: of gradients that layer-wise updates have freed only the 2-norm is known; "
+                "leave norm_type out, or take the optimizer without _layerwise."
+            )
         rest = whole_matrix(original(self, parameters, math.inf, norm_type))
         total = torch.linalg.vector_norm(torch.stack([rest.to(released), released]), norm_type)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
@@ -231,14 +236,28 @@ def count_released_gradients_in_clipping() -> None:
     Accelerator.clip_grad_norm_ = clip_grad_norm_
 
 
-def keep_out_of_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
+def keep_out_of_ddp(model: torch.nn.Module, parameters: Iterable[torch.Tensor]) -> None:
     """Tell a later `DistributedDataParallel(model)` which parameters it must not put into its buckets.
 
-    The static method is DDP's own (torch/nn/parallel/distributed.py); it marks the model, and DDP looks for the mark.
-    To be deleted when DDP takes the names as an argument.
+    The static method is DDP's own (torch/nn/parallel/distributed.py); it marks the model and its parameters, and DDP
+    looks for the names: of every module that holds a parameter, with an empty module name in front for the model's
+    own, and behind `_orig_mod.` where `torch.compile` wraps the model. To be deleted when DDP takes the names as an
+    argument.
 
     Args:
         model: the model before it is wrapped.
-        names: parameter names as in `model.named_parameters()`.
+        parameters: those to leave out. DDP refuses to have none, so the smallest stays if nothing else would: the
+            last of that size, next to the loss, since DDP also hangs where a rank uses nothing of what it has.
     """
+    ids = {id(p) for p in parameters}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if all(id(p) in ids for p in trainable):
+        ids.remove(id(min(reversed(trainable), key=torch.Tensor.numel)))
+    names = {
+        name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for own, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(p) in ids
+        for name in (f"{prefix}.{own}".removeprefix("."), f"{prefix}.{own}", f"_orig_mod.{prefix}.{own}")
+    }
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))  # type: ignore[no-untyped-call]

@@ -1,14 +1,83 @@
-"""What a sharded gradient needs: row norms, column norms and whitening are defined on whole matrices.
+"""How a parameter is spread over ranks: what this rank holds, what the others hold, and who they are.
 
-Under FSDP2 a parameter is a `DTensor` of which each rank holds some rows. The gradient is gathered, normalised as the
-single process would, and each rank keeps its own part of the update: exact for every norm projection.
+Under FSDP2 a parameter is a `DTensor` of which each rank holds some rows, while row norms, column norms and whitening
+are defined on whole matrices. The rooms below `distributed` restore the whole from these descriptions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+@dataclass(frozen=True)
+class Split:
+    """One dimension of a tensor cut into a part for each rank of a process group; parts may be uneven or empty.
+
+    Example:
+        >>> from hf_stateless.sharding import Split
+        >>> split = Split(group=None, rank=1, shape=(5, 3), dim=0, ranks=4, device="cpu")
+        >>> [split.part(rank) for rank in range(4)]
+        [(2, 3), (2, 3), (1, 3), (0, 3)]
+    """
+
+    group: dist.ProcessGroup
+    """The ranks that hold the parts; replicas of a part are in other groups."""
+    rank: int
+    """This rank's number in the group."""
+    ranks: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    dim: int
+    """Which dimension is cut."""
+    device: torch.device
+    """Where tensors have to be for the group to send them; a CPU-offloaded shard is elsewhere."""
+
+    def part(self, rank: int) -> tuple[int, ...]:
+        """Return the shape of the part of one rank: cut as `torch.chunk` does, missing chunks are empty."""
+        size = self.shape[self.dim]
+        chunk = -(-size // self.ranks)
+        return (*self.shape[: self.dim], max(0, min(chunk, size - rank * chunk)), *self.shape[self.dim + 1 :])
+
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """Return the part of each rank, as views of the whole tensor."""
+        return list(whole.split_with_sizes([self.part(rank)[self.dim] for rank in range(self.ranks)], self.dim))
+
+
+def split_of(param: Tensor) -> Split | None:
+    """Describe how a parameter is cut, or return None where it is not cut along exactly one dimension.
+
+    Its gradient has to be cut in the same way. Further mesh dimensions may replicate it (HSDP).
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.sharding import split_of
+        >>> split_of(torch.ones(2)) is None
+        True
+    """
+    grad = param.grad
+    if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
+        return None
+    mesh, placements = param.device_mesh, param.placements
+    if grad.device_mesh != mesh or grad.placements != placements:
+        return None
+    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    placement = placements[cut[0]] if cut else None
+    if len(cut) != 1 or type(placement) is not Shard:
+        return None
+    return Split(
+        group=mesh.get_group(cut[0]),
+        rank=mesh.get_local_rank(cut[0]),
+        ranks=mesh.size(cut[0]),
+        shape=tuple(param.shape),
+        dim=placement.dim % param.ndim,
+        device=torch.device(mesh.device_type),
+    )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -44,7 +113,11 @@ def whole_matrix(tensor: Tensor) -> Tensor:
         >>> whole_matrix(torch.ones(2)).shape
         torch.Size([2])
     """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    sendable = tensor.to(tensor.device_mesh.device_type)  # what is offloaded to the CPU cannot be sent from there
+    assert isinstance(sendable, DTensor)
+    return sendable.full_tensor()
 
 
 def part_of(update: Tensor, param: Tensor) -> Tensor:
@@ -59,7 +132,7 @@ def part_of(update: Tensor, param: Tensor) -> Tensor:
     if not isinstance(param, DTensor):
         return update
     replicated = DTensor.from_local(update, param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=param.placements).to_local()
+    return replicated.redistribute(placements=param.placements).to_local().to(param.device)
 
 
 def shard_number(param: Tensor) -> int:
@@ -79,18 +152,38 @@ def shard_number(param: Tensor) -> int:
     return number
 
 
-def agree(flags: Tensor, param: Tensor) -> Tensor:
-    """Return the flags that are set on every rank that holds a part of the parameter (a collective for DTensors).
+def finite_gradients(params: Sequence[Tensor]) -> list[bool]:
+    """Tell for each parameter whether its gradient is finite on every rank; a collective if there are DTensors.
 
     Example:
         >>> import torch
-        >>> from hf_stateless.sharding import agree
-        >>> agree(torch.tensor([True, False]), torch.zeros(2))
-        tensor([ True, False])
+        >>> from hf_stateless.sharding import finite_gradients
+        >>> W = torch.ones(2)
+        >>> W.grad = torch.tensor([1.0, float("inf")])
+        >>> finite_gradients([W])
+        [False]
     """
+    if not params:
+        return []
+    # A group may mix plain tensors with DTensors, and devices.
+    spokesman = next((p for p in params if isinstance(p, DTensor)), params[0])
+    flags = torch.stack([_is_finite(local_shard(p.grad)).to(spokesman.device) for p in params])  # type: ignore[arg-type]
+    return [bool(flag) for flag in _on_all_ranks(flags, spokesman).tolist()]
+
+
+def _is_finite(grad: Tensor) -> Tensor:
+    if grad.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=grad.device)
+    smallest, largest = torch.aminmax(grad)
+    return torch.isfinite(smallest) & torch.isfinite(largest)
+
+
+def _on_all_ranks(flags: Tensor, param: Tensor) -> Tensor:
+    """Return the flags that are set on every rank that holds a part of the parameter."""
     if not isinstance(param, DTensor):
         return flags
-    shared = flags.to(torch.int32)
-    for dim in range(param.device_mesh.ndim):
-        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MIN, group=param.device_mesh.get_group(dim))
-    return shared.bool()
+    shared = flags.to(param.device_mesh.device_type, torch.int32)
+    for dim, placement in enumerate(param.placements):
+        if not placement.is_replicate():  # replicas have the same gradient
+            dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=param.device_mesh.get_group(dim))
+    return shared

@@ -24,6 +24,7 @@ VALUES = {
     "adamw_eps": [("1e-6", 1e-6)],
     "stochastic_rounding": [("false", False), ("True", True), ("1", 1)],
     "seed": [("17", 17)],
+    "split_whitening": [("true", True), ("false", False)],
     "release": [("matrices", "matrices"), ("all", "all")],
 }
 CASES = [(name, key, *pair) for name in NAMES for key in valid_keys(name) for pair in VALUES[key]]
