@@ -1,0 +1,258 @@
+"""Peak memory of training a LLaMA with AdamW, SinkGD, and SinkGD layer by layer; each run in a process of its own.
+
+    python recipes/benchmarks/memory.py                                       # 200M parameters, float32, CPU
+    python recipes/benchmarks/memory.py --time --rows "sinkgd_layerwise"       # also the time of a step
+    python recipes/benchmarks/memory.py --model llama-7b --device cuda         # bf16, max_memory_allocated
+
+On CPU the peak is the largest resident set of the process, libraries included; what these take is measured too and
+printed beside it. On CUDA it is `max_memory_allocated`. Weights are random, steps are real ones on random tokens.
+`--time` alternates steps with and without hooks in one process and prints the median of their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_stateless
+
+
+# hidden size, intermediate size, layers and heads; 1b and 7b are those of the GaLore benchmark.
+MODELS = {
+    "llama-20m": (256, 688, 8, 4),
+    "llama-200m": (768, 2048, 21, 12),
+    "llama-1b": (2048, 5461, 24, 32),
+    "llama-7b": (4096, 11008, 32, 32),
+}
+BASELINE = "AdamW (fused)"
+GIB = 2**30
+
+
+def preset_row(name: str, **options: object) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
+    """Return a constructor of our optimizer from a model."""
+    return lambda model: hf_stateless.create_optimizer(model, name, lr=1e-3, **options)
+
+
+ROWS: dict[str, Callable[[torch.nn.Module], torch.optim.Optimizer]] = {
+    BASELINE: lambda model: torch.optim.AdamW(model.parameters(), fused=True),
+    "sinkgd": preset_row("sinkgd"),
+    "sinkgd_layerwise": preset_row("sinkgd_layerwise"),
+    "sinkgd_layerwise, release=all": preset_row("sinkgd_layerwise", release="all"),
+    "sinkgd_layerwise, stateless": preset_row("sinkgd_layerwise", release="all", embeddings="stateless"),
+}
+DEFAULT_ROWS = list(ROWS)[:4]
+
+
+def build(args: argparse.Namespace) -> LlamaForCausalLM:
+    """Return the model on its device, made there and in its dtype."""
+    hidden, intermediate, layers, heads = MODELS[args.model]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=args.vocab_size,
+        max_position_embeddings=args.length,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    with torch.device(args.device):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.train()
+    if args.device == "cuda":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def watch_gradients(model: torch.nn.Module) -> list[int]:
+    """Return a list to which the bytes of all gradients are added whenever backward completes one."""
+    parameters = list(model.parameters())
+    seen: list[int] = [0]
+
+    def see(_: torch.Tensor) -> None:
+        seen.append(sum(p.grad.nbytes for p in parameters if p.grad is not None))
+
+    for p in parameters:
+        p.register_post_accumulate_grad_hook(see)
+    return seen
+
+
+def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
+    """Run one training step on random tokens."""
+    tokens = torch.randint(args.vocab_size, (args.batch_size, args.length), device=args.device)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def resident() -> int:
+    """Return the largest resident set of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
+    """Train a few steps in this process and return its sizes in GiB."""
+    libraries = 0 if args.device == "cuda" else resident()
+    model = build(args)
+    gradients = watch_gradients(model)  # before the optimizer, so that each gradient is seen before it is freed
+    optimizer = ROWS[row](model)
+    for _ in range(args.steps):
+        train_step(model, optimizer, args)
+    groups = [group["params"] for group in optimizer.param_groups if group.get("algorithm", "adamw") != "multinorm"]
+    sizes = {
+        "peak": torch.cuda.max_memory_allocated() if args.device == "cuda" else resident(),
+        "libraries": libraries,
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "state": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
+        "gradients": max(gradients),
+        "gradients_of_adamw": sum(p.nbytes for params in groups for p in params),
+        "largest_gradient": max(p.nbytes for p in model.parameters()),
+    }
+    return {name: size / GIB for name, size in sizes.items()}
+
+
+def measure_in_process(row: str, args: argparse.Namespace) -> dict[str, float]:
+    """Measure one row in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", row]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    sizes: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return sizes
+
+
+def time_ratio(row: str, args: argparse.Namespace) -> dict[str, object]:
+    """Return how much longer a step takes with hooks: both kinds of step in turn, in one process."""
+    model = build(args)
+    optimizer = ROWS[row](model)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for round_number in range(args.rounds + 1):
+        for hooked in (True, False) if round_number % 2 else (False, True):
+            if hooked:
+                optimizer.layerwise.install()
+            else:
+                optimizer.layerwise.remove()
+            start = time.perf_counter()
+            train_step(model, optimizer, args)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times[hooked].append(time.perf_counter() - start)
+    ratios = [with_hooks / without for with_hooks, without in zip(times[True][1:], times[False][1:], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {
+        "time_ratio": round(statistics.median(ratios), 3),
+        "time_ratio_quartiles": [round(low, 3), round(high, 3)],
+        "seconds": round(statistics.median(times[True][1:]), 3),
+        "seconds_without_hooks": round(statistics.median(times[False][1:]), 3),
+    }
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Return one record per row: medians over the runs, which go through all rows in turn."""
+    runs: dict[str, list[dict[str, float]]] = {row: [] for row in args.rows}
+    for number in range(args.runs):
+        for row in args.rows:
+            print(f"run {number + 1}: {row} ...", flush=True)
+            runs[row].append(measure_in_process(row, args))
+    baseline = statistics.median(run["peak"] for run in runs[BASELINE])
+    records: list[dict[str, object]] = []
+    for row, measured in runs.items():
+        medians = {f"{name}_gib": round(statistics.median(run[name] for run in measured), 3) for name in measured[0]}
+        peaks = [run["peak"] for run in measured]
+        record = {"model": args.model, "dtype": args.dtype, "optimizer": row, **medians}
+        record |= {"ratio": round(statistics.median(peaks) / baseline, 3)}
+        record |= {"peak_gib_range": [round(min(peaks), 3), round(max(peaks), 3)]}
+        if args.time and "layerwise" in row:
+            print(f"timing {row} ...", flush=True)
+            record |= time_ratio(row, args)
+        records.append(record)
+    return records
+
+
+def setup(args: argparse.Namespace) -> dict[str, object]:
+    """Return what has to stand beside the numbers."""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
+    peak = "max_memory_allocated" if args.device == "cuda" else "largest resident set, libraries included"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "runs": args.runs,
+        "steps": args.steps,
+        "tokens": f"{args.batch_size} x {args.length}",
+        "vocab_size": args.vocab_size,
+        "torch": torch.__version__,
+        "hf_stateless": hf_stateless.__version__,
+        "how": f"measured, one process per run, medians; peak is the {peak}",
+    }
+
+
+def table(records: list[dict[str, object]]) -> str:
+    """Render records as a Markdown table."""
+    titles = ["optimizer", "peak GiB", "ratio", "weights", "state", "gradients at peak", "libraries"]
+    timed = any("time_ratio" in record for record in records)
+    lines = ["| " + " | ".join(titles + ["step time with hooks"] * timed) + " |", "|---|" + "--:|" * (5 + 1 + timed)]
+    for record in records:
+        cells = [f"{record[f'{name}_gib']:.2f}" for name in ("weights", "state", "gradients", "libraries")]
+        cells = [str(record["optimizer"]), f"{record['peak_gib']:.2f}", f"{record['ratio']:.2f}x", *cells]
+        if timed:
+            cells.append(f"{record['time_ratio']:.2f}x" if "time_ratio" in record else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama-200m")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on CUDA, else float32")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=DEFAULT_ROWS, help="the baseline is always added")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="training steps of a run")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--length", type=int, help="tokens of a sequence; 512 on CUDA, else 64")
+    parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument("--time", action="store_true", help="also time steps with and without hooks")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each kind that are timed")
+    parser.add_argument("--threads", type=int, help="threads of torch on CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, help="write the records as JSON")
+    parser.add_argument("--measure", choices=ROWS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rounds < 2 or args.runs < 1:
+        parser.error(f"--rounds={args.rounds} --runs={args.runs}: at least 2 rounds and 1 run are needed")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.length = args.length or (512 if args.device == "cuda" else 64)
+    args.rows = [BASELINE, *(row for row in args.rows if row != BASELINE)]
+    return args
+
+
+def main() -> None:
+    """Measure, print the table and write the JSON."""
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.measure:
+        print(json.dumps(measure(args.measure, args)))
+        return
+    records = measure_all(args)
+    print(table(records))
+    print("\n".join(f"{key}: {value}" for key, value in setup(args).items()))
+    if args.output:
+        part = args.output.with_suffix(".part")
+        part.write_text(json.dumps({"setup": setup(args), "records": records}, indent=1) + "\n")
+        part.replace(args.output)
+
+
+if __name__ == "__main__":
+    main()
