@@ -189,7 +189,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
     adam = {"adamw_beta1": ctx.adam_kwargs["betas"][0], "adamw_beta2": ctx.adam_kwargs["betas"][1]}
     given = {**adam, "adamw_eps": ctx.adam_kwargs["eps"], **ctx.optim_args}
     if name.endswith(LAYERWISE):
-        _refuse_layerwise(ctx.args, given.get("release", "matrices"))
+        _refuse_layerwise(ctx.args, ctx.model, given.get("release", "matrices"))
     groups, release = _build(
         ctx.model, name, ctx.args.learning_rate, ctx.args.weight_decay, ctx.args.optim_target_modules, given
     )
@@ -214,7 +214,7 @@ def _layerwise_kwargs(model: nn.Module, release: str | None) -> dict[str, Any]:
     return {"layerwise": release, "order": [name for name, _ in model.named_parameters()]} if release else {}
 
 
-def _refuse_layerwise(args: Any, release: str) -> None:
+def _refuse_layerwise(args: Any, model: nn.Module, release: str) -> None:
     """Refuse the settings of the Trainer that cannot be combined with updates in backward."""
     if args.fp16:
         raise ValueError(
@@ -225,6 +225,11 @@ def _refuse_layerwise(args: Any, release: str) -> None:
         raise ValueError(
             "auto_find_batch_size=True starts over after running out of memory, but by then layer-wise updates have "
             "changed some of the weights: set per_device_train_batch_size, or leave out _layerwise."
+        )
+    if len({getattr(p, "device_mesh", None) for p in model.parameters() if p.requires_grad}) > 1:
+        raise ValueError(
+            "Under tensor parallelism the Trainer clips by the norm of the gradients that are left after backward, "
+            "which lacks what layer-wise updates have freed: leave out _layerwise, or shard with FSDP2 alone."
         )
     if release == "all" and args.max_grad_norm:
         raise ValueError(

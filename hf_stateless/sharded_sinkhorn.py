@@ -15,10 +15,9 @@ from torch import Tensor
 
 from .norms import power_of_two_inverse
 from .sharding import Split
+from .sinkhorn import smallest_sum
 
 
-# Sums of squares below this have lost their digits, as in `sinkhorn`.
-_SMALLEST_SUM = 1e-36
 # Bytes of squared gradients that are kept between iterations; the squares of what goes beyond are formed each time.
 _KEPT_BYTES = 256 << 20
 
@@ -67,7 +66,7 @@ class ShardedMatrices:
         if self.along == -1:
             return (_times(squares, self._v).double() / self._row_scale.double().square()).flatten()
         self._row_sums = _times(squares, self._v)
-        self._u = self._row_sums.clamp_min(_SMALLEST_SUM).reciprocal().mul_(self.columns)
+        self._u = self._row_sums.clamp_min(smallest_sum(self.columns)).reciprocal().mul_(self.columns)
         column_sums = _times(squares.mT, self._u)
         # Whether a gradient is zero or not finite may show on one rank only: the sizes travel with the sums.
         size = _largest(self._row_factors())
@@ -99,17 +98,17 @@ class ShardedMatrices:
 
     def _set_columns(self, column_sums: Tensor) -> None:
         self._column_sums = column_sums
-        self._v = column_sums.clamp_min(_SMALLEST_SUM).reciprocal().mul_(self.rows)
+        self._v = column_sums.clamp_min(smallest_sum(self.rows)).reciprocal().mul_(self.rows)
 
     def _row_factors(self) -> Tensor:
         if self.along == -1:
             r = self._unscaled_u.sqrt().to(self._exact)
         else:
-            r = self._u.sqrt().masked_fill_(self._row_sums < _SMALLEST_SUM, 0).mul_(self._row_scale)
+            r = self._u.sqrt().masked_fill_(self._row_sums < smallest_sum(self.columns), 0).mul_(self._row_scale)
         return r.masked_fill_(r == torch.inf, 0)  # a row of denormal numbers counts as zero
 
     def _column_factors(self) -> Tensor:
-        return self._v.sqrt().masked_fill_(self._column_sums < _SMALLEST_SUM, 0)
+        return self._v.sqrt().masked_fill_(self._column_sums < smallest_sum(self.rows), 0)
 
     def _square(self) -> Tensor:
         squares = torch.stack([grad.to(self._exact) for grad in self.grads])

@@ -16,6 +16,22 @@ from .norms import power_of_two_inverse
 # Sums of squares below this are made of denormal numbers and have lost their digits: entries smaller than about
 # 1e-18 of their row's largest count as zero.
 _SMALLEST_SUM = 1e-36
+
+
+def smallest_sum(size: int) -> float:
+    """Return the sum of squares below which a row or column of a given length counts as zero.
+
+    Above `size` / float32's maximum, so that `size` / sum stays finite: infinity times a zero entry would be NaN.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.sinkhorn import smallest_sum
+        >>> smallest_sum(64), 4096 / smallest_sum(4096) < torch.finfo(torch.float32).max
+        (1e-36, True)
+    """
+    return max(_SMALLEST_SUM, size * 4e-39)
+
+
 # Row sums of squares between these need no scaling by row: what underflows is below 1e-16 of its row's norm.
 _SAFE_SUMS = (1e-4, 1e30)
 
@@ -83,12 +99,12 @@ def sinkhorn_scalings(
     for half_step in range(round(2 * num_iterations)):
         if half_step % 2 == 0:
             row_sums = _matvec(squares, v)
-            u = row_sums.clamp_min(_SMALLEST_SUM).reciprocal_().mul_(n)
+            u = row_sums.clamp_min(smallest_sum(n)).reciprocal_().mul_(n)
         else:
             column_sums = _matvec(squares.mT, u)
-            v = column_sums.clamp_min(_SMALLEST_SUM).reciprocal_().mul_(m)
-    r = u.sqrt().masked_fill_(row_sums < _SMALLEST_SUM, 0)
-    c = v.sqrt().masked_fill_(column_sums < _SMALLEST_SUM, 0)
+            v = column_sums.clamp_min(smallest_sum(m)).reciprocal_().mul_(m)
+    r = u.sqrt().masked_fill_(row_sums < smallest_sum(n), 0)
+    c = v.sqrt().masked_fill_(column_sums < smallest_sum(m), 0)
     r.mul_(row_scale)
     r.masked_fill_(r == torch.inf, 0)  # a row of denormal numbers: its factor is beyond float32, so it counts as zero
     return r, c

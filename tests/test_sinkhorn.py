@@ -275,3 +275,18 @@ def test_eleven_half_steps_give_the_sinkhorn_momentum_of_the_reference(shape):
     torch.testing.assert_close(
         delta[3:].norm(dim=1), torch.full((shape[0] - 3,), 0.18 * shape[1] ** 0.5), rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize("shape", [(400, 8), (8, 400), (1024, 2048), (3, 600, 700)])
+@pytest.mark.parametrize("zero", ["row", "column", "both", "all"])
+def test_zero_rows_and_columns_of_large_matrices_stay_zero_and_nothing_else_does(shape, zero):
+    grad = dense(*shape)
+    if zero in ("row", "both"):
+        grad[..., 2, :] = 0
+    if zero in ("column", "both"):
+        grad[..., 1] = 0
+    if zero == "all":
+        grad.zero_()
+    result = sr_sinkhorn(grad)
+    assert torch.equal(result == 0, grad == 0)
+    assert result.isfinite().all()

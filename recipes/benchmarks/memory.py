@@ -5,14 +5,17 @@
     python recipes/benchmarks/memory.py --model llama-7b --device cuda         # bf16, max_memory_allocated
 
 On CPU the peak is the largest resident set of the process, libraries included; what these take is measured too and
-printed beside it. On CUDA it is `max_memory_allocated`. Weights are random, steps are real ones on random tokens.
-`--time` alternates steps with and without hooks in one process and prints the median of their ratio.
+printed beside it. glibc is told to give back freed blocks of 1 MiB and more at once: it would else keep up to 0.1 GiB
+of them, more in one run than in the next. On CUDA the peak is `max_memory_allocated`. Weights are random, steps are
+real ones on random tokens, clipped as the Trainer does. `--time` alternates steps with and without hooks in one
+process and prints the median of their ratio.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -23,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_stateless
@@ -37,6 +41,7 @@ MODELS = {
 }
 BASELINE = "AdamW (fused)"
 GIB = 2**30
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 def preset_row(name: str, **options: object) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
@@ -91,9 +96,10 @@ def watch_gradients(model: torch.nn.Module) -> list[int]:
 
 
 def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
-    """Run one training step on random tokens."""
+    """Run one training step on random tokens, with the gradient norm that the Trainer computes and clips by."""
     tokens = torch.randint(args.vocab_size, (args.batch_size, args.length), device=args.device)
     model(input_ids=tokens, labels=tokens).loss.backward()
+    Accelerator(cpu=args.device == "cpu").clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -127,7 +133,7 @@ def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
 def measure_in_process(row: str, args: argparse.Namespace) -> dict[str, float]:
     """Measure one row in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", row]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **MALLOC})
     sizes: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return sizes
 
@@ -183,7 +189,8 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, object]]:
 def setup(args: argparse.Namespace) -> dict[str, object]:
     """Return what has to stand beside the numbers."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
-    peak = "max_memory_allocated" if args.device == "cuda" else "largest resident set, libraries included"
+    resident_set = f"largest resident set, libraries included, with {MALLOC}"
+    peak = "max_memory_allocated" if args.device == "cuda" else resident_set
     return {
         "device": device,
         "threads": torch.get_num_threads(),
