@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from .multi_norm import SINKHORN_CHAIN, multi_normalize
-from .rounding import write_rounded_
 from .sharding import is_sharded, local_shard, split_of
-from .sinkhorn import scale_rows_
-from .update_rules import Workspace, as_matrix
+from .update_rules import Workspace, as_matrix, write_scaled_, write_update_
 
 
 _CHAIN = ("norms", "num_iterations", "whitening", "ns_steps", "ns_beta")
@@ -80,9 +78,7 @@ class MatrixUpdate:
         self.finite = size < float("inf")
         if not 0 < size < float("inf") or not self.weight.numel():
             return
-        exact = self._decayed(self.weight.to(update.dtype))
-        exact.add_(update, alpha=-self._step_size)
-        write_rounded_(self.weight, exact, self.key, scratch=update)
+        write_update_(self.weight, update, self._step_size, self._decay, self.key)
 
     def write_scaled(self, row: Tensor, column: Tensor, size: float, workspace: Workspace) -> None:
         """Apply diag(row) G diag(column), for this rank's part of G."""
@@ -90,17 +86,12 @@ class MatrixUpdate:
         if not 0 < size < float("inf") or not self.weight.numel():
             return
         matrix = as_matrix(self.grad, self.layout)
-        scratch = workspace.take("scratch", matrix)
-        same = self.weight.dtype == scratch.dtype
-        exact = self._decayed(self.weight if same else workspace.take("exact", self.weight).copy_(self.weight))
-        scale_rows_(matrix, row, scratch)
-        as_matrix(exact, self.layout).addcmul_(scratch, column.unsqueeze(-2), value=-self._step_size)
-        write_rounded_(self.weight, exact, self.key, scratch=as_matrix(scratch, self.layout))
+        write_scaled_(self.weight, matrix, row, column, self._step_size, self._decay, self.key, self.layout, workspace)
 
     @property
     def _step_size(self) -> float:
         return float(self.options["lr"] * self.options["lr_scale"])
 
-    def _decayed(self, exact: Tensor) -> Tensor:
-        decay = 1 - self.options["lr"] * self.options["weight_decay"]
-        return exact.mul_(decay) if decay != 1 else exact
+    @property
+    def _decay(self) -> float:
+        return float(1 - self.options["lr"] * self.options["weight_decay"])

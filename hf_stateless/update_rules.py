@@ -121,7 +121,7 @@ def multinorm_update_(
     for i, (weight, size) in enumerate(zip(weights, sizes, strict=True)):
         if 0 < size < float("inf"):
             update = updates[i].mT if layout == "in_out" else updates[i].reshape(grads[i].shape)
-            _write_(weight, place(update, i) if place else update, step_size, decay, keys[i] if keys else None)
+            write_update_(weight, place(update, i) if place else update, step_size, decay, keys[i] if keys else None)
     return [size < float("inf") for size in sizes]
 
 
@@ -141,16 +141,32 @@ def _sinkhorn_update_(
     row, column = sinkhorn_scalings(grad, num_iterations, scratch=scratch)
     size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
     if 0 < size < float("inf"):
-        exact = weight if weight.dtype == scratch.dtype else workspace.take("exact", weight).copy_(weight)
-        if decay != 1:
-            exact.mul_(decay)
-        scale_rows_(grad, row, scratch)
-        as_matrix(exact, layout).addcmul_(scratch, column.unsqueeze(-2), value=-step_size)
-        write_rounded_(weight, exact, key, scratch=as_matrix(scratch, layout))
+        write_scaled_(weight, grad, row, column, step_size, decay, key, layout, workspace)
     return size < float("inf")
 
 
-def _write_(weight: Tensor, update: Tensor, step_size: float, decay: float, key: Tensor | None) -> None:
+def write_scaled_(
+    weight: Tensor,
+    grad: Tensor,
+    row: Tensor,
+    column: Tensor,
+    step_size: float,
+    decay: float,
+    key: Tensor | None,
+    layout: str,
+    workspace: Workspace,
+) -> None:
+    """Apply W <- decay W - step_size diag(row) G diag(column), with G viewed as a matrix and W as it is stored."""
+    scratch = workspace.take("scratch", grad)
+    exact = weight if weight.dtype == scratch.dtype else workspace.take("exact", weight).copy_(weight)
+    if decay != 1:
+        exact.mul_(decay)
+    scale_rows_(grad, row, scratch)
+    as_matrix(exact, layout).addcmul_(scratch, column.unsqueeze(-2), value=-step_size)
+    write_rounded_(weight, exact, key, scratch=as_matrix(scratch, layout))
+
+
+def write_update_(weight: Tensor, update: Tensor, step_size: float, decay: float, key: Tensor | None) -> None:
     """Apply W <- decay W - step_size X; the update is used as working space where the weight is bf16."""
     exact = weight.to(update.dtype)  # the weight itself where the dtypes agree
     if decay != 1:
@@ -211,4 +227,4 @@ def sinkhorn_momentum_update_(
     row_norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     direction.masked_fill_(row_norms <= row_threshold * row_norms.mean(-2, keepdim=True), 0)
     update = sr_sinkhorn(direction, num_iterations)
-    _write_(param, update, lr * lr_scale, 1 - lr * weight_decay, key)
+    write_update_(param, update, lr * lr_scale, 1 - lr * weight_decay, key)
