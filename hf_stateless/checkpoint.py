@@ -61,9 +61,14 @@ def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapp
             "This optimizer state was written by another optimizer than hf_stateless and cannot be converted: "
             "delete optimizer.pt (and scheduler.pt) from the checkpoint to go on from its weights alone."
         )
-    sizes = [[(group["algorithm"], len(group["params"])) for group in groups] for groups in (saved, current)]
+    sizes = [[(_kept(group["algorithm"]), len(group["params"])) for group in groups] for groups in (saved, current)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"The checkpoint has the groups (algorithm, parameters) {sizes[0]}, this run has {sizes[1]}: use the "
             "same optim, embeddings and optim_target_modules, or delete optimizer.pt to go on from the weights."
         )
+
+
+def _kept(algorithm: str) -> str:
+    """Return one name for algorithms that keep the same state of the same parameters."""
+    return "multinorm" if algorithm == "lora_product" else algorithm

@@ -12,6 +12,9 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .algorithms import ALGORITHMS
+from .int8.weight import Int8Weight
+from .lora import product_chain
 from .optimizer import StatelessOptimizer
 from .options import LAYERWISE, Options, parse_options
 from .partition import PartitionedParameter, describe, partition_parameters, refuse_fsdp1
@@ -53,15 +56,29 @@ def parameter_groups(
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in partition_parameters(model, target_modules):
+        _refuse_int8_beside_the_matrices(entry)
         rule = _rule(entry, options, lr)
         decay = weight_decay if entry.decay and rule["algorithm"] != "sinkhorn_momentum" else 0.0
-        # Grouped by whether a parameter may decay, not by the value, which a resumed run may change.
-        key = (entry.role, rule["algorithm"], rule.get("layout"), entry.decay)
+        # Grouped by whether a parameter may decay, not by the value, which a resumed run may change; pairs of LoRA
+        # factors in the same groups whether they are updated together or not, so that it may change that too.
+        scaling = entry.pair.scaling if entry.pair and "norms" in rule else None
+        key = (entry.role, rule["algorithm"], rule.get("layout"), scaling, entry.decay)
         group = groups.setdefault(key, {"params": [], "param_names": [], "role": entry.role})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.name)
         group.update(rule, weight_decay=decay, stochastic_rounding=options.stochastic_rounding, seed=options.seed)
     return list(groups.values())
+
+
+def _refuse_int8_beside_the_matrices(entry: PartitionedParameter) -> None:
+    """Refuse an 8-bit weight that no chain of norms updates: AdamW would need float weights and moments."""
+    if isinstance(entry.parameter, Int8Weight) and entry.role not in ("matrix", "adapter"):
+        module = entry.name.removesuffix(".weight")
+        raise ValueError(
+            f"{entry.name} is stored in 8 bits but is no matrix here (its role is {entry.role}), and AdamW cannot "
+            f"update 8-bit weights: leave out optim_target_modules, freeze it, or keep it in float by "
+            f"Int8TrainingConfig(modules_to_not_convert=[{module!r}])."
+        )
 
 
 def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str, Any]:
@@ -77,15 +94,22 @@ def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str,
         "ns_beta": options.ns_beta,
         "layout": entry.layout,
         "split_whitening": options.split_whitening,
+        "min_signal": options.min_signal,
     }
+    chained = entry.role in ("matrix", "adapter")
+    if entry.pair and options.lora == "product" and (chained or options.embeddings == "stateless"):
+        norms, num_iterations = product_chain(options.norms, options.num_iterations)
+        values = {"norms": norms, "num_iterations": num_iterations, "lr": lr, "lr_scale": options.lr_scale}
+        values |= {"min_signal": options.min_signal}
+        return {"algorithm": "lora_product", **values, "scaling": entry.pair.scaling, "layout": entry.pair.layout}
     adamw_lr = lr if options.adamw_lr is None else options.adamw_lr
-    if entry.role in ("matrix", "adapter"):
+    if chained:
         return chain
     table = entry.role in ("embedding", "head") and entry.parameter.ndim == 2
     if options.embeddings == "stateless":
         # A vector has one norm only: its entries are scaled to root mean square 1.
         return chain if table else {**chain, "norms": ("frobenius",), "num_iterations": 1, "layout": "vector"}
-    if table and options.embeddings == "sinkhorn_momentum":
+    if table and options.embeddings == "sinkhorn_momentum" and not entry.pair:
         return {"algorithm": "sinkhorn_momentum", "lr": adamw_lr}
     return {
         "algorithm": "adamw_8bit" if table and options.embeddings == "adamw_8bit" else "adamw",
@@ -146,6 +170,14 @@ def _build(
     lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
     groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
     logger.info("optim=%s:\n%s", name, describe(groups))
+    alone = [n for g in groups if (g["role"], g["algorithm"]) == ("adapter", "multinorm") for n in g["param_names"]]
+    if options.lora == "product" and alone:
+        logger.warning(
+            "lora=product: %d adapter matrices are normalised on their own, as by lora=separate, for they have no "
+            "partner that is trained and shapes one matrix with them: %s.",
+            len(alone),
+            ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else ""),
+        )
     if options.release:
         _prepare_layerwise(model, groups, options.release)
     return groups, options.release
@@ -168,7 +200,8 @@ def _prepare_layerwise(model: nn.Module, groups: list[dict[str, Any]], release: 
             "Layer-wise updates have to be prepared before DDP makes its buckets: "
             "create the optimizer first and wrap the model in DistributedDataParallel afterwards."
         )
-    released = [g for g in groups if release == "all" or g["algorithm"] == "multinorm"]
+    algorithms = {"multinorm"} if release == "matrices" else ALGORITHMS.keys() - {"lora_product"}
+    released = [g for g in groups if g["algorithm"] in algorithms]
     keep_out_of_ddp(model, [p for group in released for p in group["params"]])
     count_released_gradients_in_clipping()
 
@@ -186,6 +219,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
     if ctx.model is None:
         raise ValueError(f"optim={name!r} needs the model to tell matrices from the rest: pass model= to the call.")
     _refuse_partitioning(ctx.args)
+    _refuse_sharded_int8(ctx.args, ctx.model)
     adam = {"adamw_beta1": ctx.adam_kwargs["betas"][0], "adamw_beta2": ctx.adam_kwargs["betas"][1]}
     given = {**adam, "adamw_eps": ctx.adam_kwargs["eps"], **ctx.optim_args}
     if name.endswith(LAYERWISE):
@@ -255,6 +289,16 @@ def _refuse_partitioning(args: Any) -> None:
     version = os.environ.get("FSDP_VERSION") if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
     if str(plugin.get("fsdp_version", version or 1) if plugin else version) == "1":
         refuse_fsdp1()
+
+
+def _refuse_sharded_int8(args: Any, model: nn.Module) -> None:
+    """Refuse FSDP for 8-bit weights: it would shard the empty parameters and leave the codes behind."""
+    sharded = getattr(args, "fsdp_plugin_args", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if sharded and any(isinstance(p, Int8Weight) for p in model.parameters()):
+        raise ValueError(
+            "8-bit weights cannot be sharded by FSDP: type distributed_type: MULTI_GPU in the accelerate config "
+            "(DDP), or load the model without quantization_config."
+        )
 
 
 class _Factory:

@@ -8,7 +8,9 @@ There is no second optimizer and nothing to save: checkpoints, schedulers and lo
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,14 +18,32 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, is_initialized
 from torch import Tensor
 
+from .algorithms import ALGORITHMS
 from .averaging import Averaging, are_replicas
-from .sharding import whole_matrix
+from .sharding import is_sharded, total_norm
 
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 _LIVE: weakref.WeakSet[LayerwiseUpdates] = weakref.WeakSet()
+# What stands in front of a layer's parameters: `model.layers.3`, up to the first number.
+_BLOCK = re.compile(r"(?:\D[^.]*\.)*?\d+(?=\.)")
+
+
+def block_of(name: str) -> str:
+    """Return the name of the block whose sharded matrices are updated together; outside of layers, the parameter's.
+
+    Args:
+        name: of a parameter, as the model gives it.
+
+    Example:
+        >>> from hf_stateless.layerwise import block_of
+        >>> block_of("model.layers.3.mlp.experts.5.up_proj.weight"), block_of("lm_head.weight")
+        ('model.layers.3', 'lm_head.weight')
+    """
+    match = _BLOCK.match(name)
+    return match.group() if match else name
 
 
 def released_norm(parameters: Iterable[Tensor]) -> Tensor | None:
@@ -66,8 +86,8 @@ class UpdatesParameters(Protocol):
 
     param_groups: list[dict[str, Any]]
 
-    def update_parameter(self, index: int) -> None:
-        """Apply the rule of its group to one parameter, given by its position among all parameters."""
+    def update_parameters(self, indices: Sequence[int]) -> None:
+        """Apply the rules of their groups to some parameters, given by their positions among all parameters."""
 
     def name_of(self, index: int) -> str:
         """Return the name of a parameter for messages."""
@@ -78,7 +98,7 @@ class LayerwiseUpdates:
 
     Under DDP the hooks fire before DDP has averaged anything, so hooked parameters are kept out of DDP's buckets and
     averaged here, over all processes; `create_optimizer` keeps them out. Under FSDP2 the hooks fire after the
-    reduce-scatter.
+    reduce-scatter, layer by layer; the matrices of a layer wait for each other, so that its collectives serve all.
 
     Args:
         optimizer: the optimizer whose parameters are hooked.
@@ -101,6 +121,9 @@ class LayerwiseUpdates:
         self._hooked: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._done: set[int] = set()
+        self._blocks: dict[int, str] = {}
+        self._sizes: Counter[str] = Counter()
+        self._waiting: set[int] = set()
         self._norms: list[Tensor] = []
         self._averaging: Averaging | None = None
         self._process_group: Any = None
@@ -116,7 +139,9 @@ class LayerwiseUpdates:
         _refuse_fp16()
         groups = self.optimizer.param_groups
         params = list(enumerate((group["algorithm"], p) for group in groups for p in group["params"]))
-        hooked = {i: p for i, (algorithm, p) in params if self.everything or algorithm == "multinorm"}
+        # The factors of a LoRA pair are complete at different times, and small: they are updated in `step()`.
+        released = ALGORITHMS.keys() - {"lora_product"} if self.everything else {"multinorm"}
+        hooked = {i: p for i, (algorithm, p) in params if algorithm in released}
         averages = are_replicas(hooked.values())
         if averages:  # what DDP was not told to leave alone is in its buckets, and updated in `step()`
             hooked = {i: p for i, p in hooked.items() if getattr(p, "_ddp_ignored", False)}
@@ -125,6 +150,8 @@ class LayerwiseUpdates:
             return
         unhook([*self._hooked.values(), *hooked.values()])
         self._hooked = hooked
+        self._blocks = {i: block_of(self.optimizer.name_of(i)) for i, p in hooked.items() if is_sharded(p)}
+        self._sizes = Counter(self._blocks.values())
         if averages:
             self._average()
         # Under DDP any parameter tells that backward runs: a rank may use none of those that are hooked.
@@ -158,18 +185,23 @@ class LayerwiseUpdates:
 
     def released_norm(self) -> Tensor | None:
         """Return the norm of all gradients that were released since the last step, or None if there are none."""
-        if self._averaging and not self._accumulates():
-            self._averaging.close()
+        if not self._accumulates():
+            self._complete_step()
         return torch.linalg.vector_norm(torch.stack(self._norms)) if self._norms else None
 
     def finish(self) -> None:
         """Complete what backward left undone; called by `step()` before the rest is updated, on all ranks."""
+        self._complete_step()
+        self._forget()
+
+    def _complete_step(self) -> None:
+        self._release_waiting()
         if self._averaging:
             self._averaging.close()
-        self._forget()
 
     def _forget(self) -> None:
         self._done.clear()
+        self._waiting.clear()
         self._norms.clear()
         self._end_queued = False
         if self._averaging:
@@ -221,17 +253,41 @@ class LayerwiseUpdates:
         self._done.add(index)
         if self._averaging:
             self._averaging.offer(index)
+        elif index in self._blocks:
+            self._wait(index)
         else:
             self._apply(index, grad)
 
+    def _wait(self, index: int) -> None:
+        """Update the parameters of a block when the last of them is there, or the first of another one.
+
+        All ranks see the same gradients in the same order, since FSDP2 itself reduces them by collectives.
+        """
+        block = self._blocks[index]
+        if any(self._blocks[other] != block for other in self._waiting):
+            self._release_waiting()
+        self._waiting.add(index)
+        if len(self._waiting) == self._sizes[block]:
+            self._release_waiting()
+
+    def _release_waiting(self) -> None:
+        # What `zero_grad()` took away, say after an error in backward, is no longer wanted.
+        indices = [i for i in sorted(self._waiting) if self._hooked[i].grad is not None]
+        self._waiting.clear()
+        if indices:
+            self._norms.append(total_norm([self._hooked[i].grad for i in indices]))  # type: ignore[misc]
+            self.optimizer.update_parameters(indices)
+        for i in indices:
+            self._hooked[i].grad = None
+
     def _apply(self, index: int, grad: Tensor) -> None:
         p = self._hooked[index]
-        norm = whole_matrix(torch.linalg.vector_norm(grad.detach(), dtype=torch.float32))
+        norm = torch.linalg.vector_norm(grad.detach(), dtype=torch.float32)
         # A gradient that is zero on all ranks is one that no rank had: AdamW must not decay its moments.
         if self._averaging is None or norm != 0:
             self._norms.append(norm)
             p.grad = grad
-            self.optimizer.update_parameter(index)
+            self.optimizer.update_parameters([index])
         p.grad = None
 
 

@@ -4,49 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adamw import adamw_state, adamw_update_
-from .batching import alike, bounded
+from .algorithms import ALGORITHMS, complete_group
+from .batching import alike, of_one_shape
 from .checkpoint import apply_options, check_same_groups, options_of
 from .distributed import shares_whitening, update_together_
+from .int8.weight import Int8Weight
 from .layerwise import LayerwiseUpdates, unhook
+from .lora import update_group_
 from .matrix_update import MatrixUpdate
 from .rounding import rounding_key
-from .sharding import finite_gradients, is_sharded, local_shard, shard_number
+from .sharding import finite_gradients, is_sharded, local_shard, shard_number, whole_if_tiny
+from .signal_guard import measure_signal, new_history, refuse_layerwise
 from .update_rules import Workspace, multinorm_update_, sinkhorn_momentum_update_
 
 
 logger = logging.getLogger(__name__)
 
-# What a group of each algorithm has to say, with the defaults of groups that are made by hand. Plain values only: they
-# are saved with the optimizer and read back by torch.load(weights_only=True).
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "multinorm": {
-        "norms": ("row_l2", "col_l2"),
-        "num_iterations": 5,
-        "whitening": "newton_schulz",
-        "ns_steps": None,
-        "ns_beta": None,
-        "lr_scale": 0.2,
-        "layout": "out_in",
-        "split_whitening": False,
-    },
-    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8},
-    "adamw_8bit": {"betas": (0.9, 0.999), "eps": 1e-8},
-    "sinkhorn_momentum": {"momentum": 0.95, "num_iterations": 5.5, "row_threshold": 1e-3, "lr_scale": 0.18},
-}
 RELEASE = ("matrices", "all")
 """What layer-wise updates release in backward."""
 
-_COMMON: dict[str, Any] = {"weight_decay": 0.0, "stochastic_rounding": True, "seed": 0, "role": "rest"}
-# Bytes of gradient that are stacked into one batch on an accelerator: bounds the temporaries of a step.
-_BATCH_BYTES = 64 << 20
+# Options of multinorm groups that say when and where they are updated, not how.
+_NOT_OF_THE_RULE = ("split_whitening", "min_signal")
 
 
 class StatelessOptimizer(torch.optim.Optimizer):
@@ -59,7 +44,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
     with NaN or infinity leaves its parameter unchanged, with a warning that names it.
 
     Args:
-        params: groups (dicts) with `params` and `algorithm`, see `hf_stateless.optimizer.ALGORITHMS` for what else.
+        params: groups (dicts) with `params` and `algorithm`, see `hf_stateless.algorithms.ALGORITHMS` for what else.
             `create_optimizer` makes them from a model.
         lr: learning rate of groups that have none.
         layerwise: update in backward and free each gradient: `matrices`, or `all` for the AdamW part too; None for
@@ -89,6 +74,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
     """
 
     layerwise: LayerwiseUpdates | None = None
+    held_steps: int = 0
+    """Steps of this process in which `min_signal` held matrices back."""
     _workspace: Workspace | None = None
 
     def __init__(
@@ -103,6 +90,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         if layerwise not in (None, *RELEASE):
             raise ValueError(f"layerwise={layerwise!r}: expected None, {' or '.join(RELEASE)}.")
         if layerwise:
+            refuse_layerwise(self.param_groups)
             self.layerwise = LayerwiseUpdates(self, everything=layerwise == "all", order=order)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -111,22 +99,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: no or unknown `algorithm`, an unknown key, or a learning rate that is negative or not finite.
         """
-        algorithm = param_group.get("algorithm")
-        if algorithm not in ALGORITHMS:
-            raise ValueError(
-                f"A parameter group needs algorithm={' | '.join(ALGORITHMS)}, got {algorithm!r}: "
-                "type hf_stateless.create_optimizer(model, name, lr=...) to have the groups made from a model."
-            )
-        known = {"params", "param_names", "algorithm", "lr", "initial_lr", *_COMMON, *ALGORITHMS[algorithm]}
-        for key in param_group:
-            if key not in known:
-                raise ValueError(
-                    f"A group with algorithm={algorithm!r} has no option {key!r}. Valid: {', '.join(sorted(known))}."
-                )
-        lr = param_group.get("lr", self.defaults["lr"])
-        if not 0 <= float(lr) < math.inf:
-            raise ValueError(f"The learning rate must be a finite number of at least 0, got {lr}.")
-        super().add_param_group({**_COMMON, **ALGORITHMS[algorithm], **param_group})
+        super().add_param_group(complete_group(param_group, self.defaults["lr"]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -149,9 +122,36 @@ class StatelessOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             work.append((group, [(first + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]))
             first += len(group["params"])
-        self._update(work, alone=False)
+        self._update(self._with_signal(work), alone=False)
         self._workspace = None
         return loss
+
+    def _with_signal(
+        self, work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]]
+    ) -> list[tuple[dict[str, Any], list[tuple[int, Tensor]]]]:
+        """Leave out what its group's `min_signal` holds back: a weak gradient must not become a full-size step."""
+        guarded = [p for group in self.param_groups if group.get("min_signal") for p in group["params"]]
+        grads = [p.grad for p in guarded if p.grad is not None]
+        if not grads:
+            return work
+        self._step_of(guarded[0])
+        history = self.state[guarded[0]].setdefault("recent_norms", new_history(guarded[0]))
+        signal = measure_signal(grads, history)
+        held = [entry for group, active in work if signal < group.get("min_signal", 0) for entry in active]
+        if not held:
+            return work
+        for _, p in held:
+            self._step_of(p)  # a checkpoint of FSDP2 needs it
+        if signal:
+            self.held_steps += 1
+            if self.held_steps.bit_count() == 1:  # the 1st, 2nd, 4th, 8th...
+                logger.warning(
+                    "min_signal holds the matrices back, for the %d. time: the norm of their gradients is %.2g times "
+                    "that of informative steps.",
+                    self.held_steps,
+                    signal,
+                )
+        return [(group, [] if signal < group.get("min_signal", 0) else active) for group, active in work]
 
     def train(self) -> None:
         """Install the hooks of layer-wise updates on the parameters of now; called by the Trainer before each forward.
@@ -185,17 +185,18 @@ class StatelessOptimizer(torch.optim.Optimizer):
         return self.layerwise.released_norm() if self.layerwise else None
 
     @torch.no_grad()
-    def update_parameter(self, index: int) -> None:
-        """Apply the rule of its group to one parameter, given by its position among all parameters.
+    def update_parameters(self, indices: Sequence[int]) -> None:
+        """Apply the rules of their groups to some parameters; under FSDP2 a collective, for all of them together.
 
         Args:
-            index: position, counted over all groups.
+            indices: positions, counted over all groups; on all ranks the same in the same order.
         """
+        located = [(index, *self._locate(index)) for index in indices]
         # Fresh pages are dear on CPU, so its buffers last until `step()`; a GPU's allocator keeps what it frees.
-        group, p = self._locate(index)
-        if p.device.type == "cpu":
+        if any(p.device.type == "cpu" for _, _, p in located):
             self._workspace = self._workspace or Workspace()
-        self._update([(group, [(index, p)])], alone=True)
+        of_groups = alike(located, lambda entry: id(entry[1]))
+        self._update([(same[0][1], [(i, p) for i, _, p in same]) for same in of_groups], alone=True)
 
     def name_of(self, index: int) -> str:
         """Return the name of a parameter for messages.
@@ -217,14 +218,16 @@ class StatelessOptimizer(torch.optim.Optimizer):
     def _update(self, work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]], *, alone: bool) -> None:
         """Update parameters, given with their positions by group; what ranks do together comes last, all at once."""
         work = [(group, [(index, p) for index, p in active if p.numel()]) for group, active in work]
-        rest = [entry for group, active in work if group["algorithm"] != "multinorm" for entry in active]
+        rest = [entry for group, active in work if "norms" not in group for entry in active]
         together, finite = [], self._finite(rest)
         for group, active in work:
             if group["algorithm"] == "multinorm":
                 shared = {i for i, p in active if is_sharded(p) or (not alone and shares_whitening(group))}
-                for batch in _batches([entry for entry in active if entry[0] not in shared]):
+                for batch in of_one_shape([entry for entry in active if entry[0] not in shared]):
                     self._multinorm(group, batch)
                 together += [self._shared(group, entry) for entry in active if entry[0] in shared]
+            elif group["algorithm"] == "lora_product":
+                update_group_(group, active, self._step_of, self._keys, self._count)
             elif kept := [entry for entry in active if entry[0] in finite]:
                 rule = self._sinkhorn_momentum if group["algorithm"] == "sinkhorn_momentum" else self._adamw
                 rule(group, kept)
@@ -241,7 +244,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             workspace=self._workspace,
-            **{key: group[key] for key in ALGORITHMS["multinorm"] if key != "split_whitening"},
+            **{key: group[key] for key in ALGORITHMS["multinorm"] if key not in _NOT_OF_THE_RULE},
         )
         for (index, _), step, good in zip(batch, steps, finite, strict=True):
             self._count(group, index, step, good)
@@ -284,7 +287,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
                 p, lambda p: {"step": torch.zeros(1, device=p.device), "momentum_buffer": torch.zeros_like(p)}
             )
             keys = self._keys(group, [(index, p)], [state["step"]])
-            sinkhorn_momentum_update_(p, p.grad, state["momentum_buffer"], keys[0] if keys else None, **options)  # type: ignore[arg-type]
+            with whole_if_tiny(p, p.grad, state["momentum_buffer"]) as (weight, grad, buffer):  # type: ignore[arg-type]
+                sinkhorn_momentum_update_(weight, grad, buffer, keys[0] if keys else None, **options)
             state["step"] += 1
 
     def _state(self, p: Tensor, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -297,8 +301,9 @@ class StatelessOptimizer(torch.optim.Optimizer):
     def _keys(
         self, group: Mapping[str, Any], batch: list[tuple[int, Tensor]], steps: list[Tensor]
     ) -> list[Tensor] | None:
-        """Return the rounding keys of bf16 parameters, or None where nothing is rounded stochastically."""
-        if not group["stochastic_rounding"] or all(p.dtype != torch.bfloat16 for _, p in batch):
+        """Return the rounding keys of bf16 and 8-bit parameters, or None where nothing is rounded stochastically."""
+        stored = [p for _, p in batch if p.dtype == torch.bfloat16 or isinstance(p, Int8Weight)]
+        if not group["stochastic_rounding"] or not stored:
             return None
         return [
             rounding_key(group["seed"] + 0x01000193 * shard_number(p), index, step.to(p.device))
@@ -338,10 +343,3 @@ class StatelessOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(i, {}).items():
                 self.state[p][name] = value.to(p.device, copy=value.numel() == 1)
         apply_options(self.param_groups, options)
-
-
-def _batches(active: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Put matrices of one shape together on an accelerator, where a loop over small ones waits for kernel launches."""
-    for same in alike(active, lambda e: (e[1].shape, e[1].dtype, e[1].device, e[1].grad.dtype)):  # type: ignore[union-attr]
-        limit = 0 if same[0][1].device.type == "cpu" else _BATCH_BYTES
-        yield from bounded(same, lambda entry: entry[1].nbytes, limit)

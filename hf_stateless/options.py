@@ -13,6 +13,8 @@ from .presets import PRESETS, MultiNormPreset
 from .whitening import WHITENING_DEFAULTS
 
 
+LORA = ("separate", "product")
+"""How LoRA adapters are updated; the first is the default."""
 EMBEDDINGS = ("adamw", "adamw_8bit", "stateless", "sinkhorn_momentum")
 
 
@@ -40,6 +42,8 @@ class Options:
     """Step size of the whitening; None is its own default."""
     embeddings: str = "adamw"
     """What updates embeddings and heads; `stateless` covers norms and biases too, so that nothing holds state."""
+    lora: str = LORA[0]
+    """LoRA factors A and B: `separate`, each normalised on its own, or `product`, by what they do to B A."""
     adamw_lr: float | None = None
     """Learning rate of the AdamW part; None is the learning rate of the run."""
     adamw_beta1: float = 0.9
@@ -51,6 +55,8 @@ class Options:
     """Seed of the rounding noise."""
     split_whitening: bool = False
     """Let each DDP replica whiten some of the matrices and share the updates; the Trainer's default is true."""
+    min_signal: float = 0.0
+    """Hold the matrices back where the norm of their gradients is below this fraction of informative steps'."""
     release: str | None = None
     """Layer-wise names only: what is updated in backward, `matrices` or `all`."""
 
@@ -113,6 +119,7 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "ns_beta": (_number, "a number of at least 0"),
     "center": (_boolean, "true or false"),
     "embeddings": (_one_of(*EMBEDDINGS), " | ".join(EMBEDDINGS)),
+    "lora": (_one_of(*LORA), " | ".join(LORA)),
     "adamw_lr": (_number, "a number of at least 0"),
     "adamw_beta1": (_fraction, "a number in [0, 1)"),
     "adamw_beta2": (_fraction, "a number in [0, 1)"),
@@ -120,10 +127,12 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "stochastic_rounding": (_boolean, "true or false"),
     "seed": (_integer, "an integer of at least 0"),
     "split_whitening": (_boolean, "true or false"),
+    "min_signal": (_fraction, "a number in [0, 1)"),
     "release": (_one_of("matrices", "all"), "matrices | all"),
 }
 LAYERWISE = "_layerwise"
 _SPECTRAL_KEYS = ("whitening", "ns_steps", "ns_beta", "split_whitening")
+_WHOLE_STEP_KEYS = ("split_whitening", "min_signal")
 _OWNERS = {"norms": "multinorm", "center": "swan"}
 
 
@@ -142,7 +151,7 @@ def valid_keys(name: str, norms: tuple[str, ...] | None = None) -> list[str]:
         left_out.add("norms")
     if preset != "swan":
         left_out.add("center")
-    left_out.add("release" if preset == name else "split_whitening")
+    left_out |= {"release"} if preset == name else set(_WHOLE_STEP_KEYS)
     return [key for key in _PARSERS if key not in left_out]
 
 
@@ -221,8 +230,11 @@ def _parse(name: str, key: str, value: Any) -> Any:
 
 def _unknown_key(name: str, key: str, valid: list[str], norms: tuple[str, ...]) -> str:
     message = f"Unknown key {key!r} in optim_args for optim={name!r}. Valid keys: {', '.join(sorted(valid))}."
-    if key in _SPECTRAL_KEYS:
+    if key in _SPECTRAL_KEYS and "spectral" not in norms:
         return f"{message} ({key} belongs to the norm 'spectral', which is not in the chain {'+'.join(norms)}.)"
+    if key in _WHOLE_STEP_KEYS:
+        plain = name.removesuffix(LAYERWISE)
+        return f"{message} ({key} needs all gradients at once, which layer-wise updates free: take optim={plain!r}.)"
     if key in _OWNERS:
         return f"{message} ({key} belongs to optim={_OWNERS[key]!r}.)"
     near = difflib.get_close_matches(key, valid, n=1)

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
+from .adapters import LoraPair, lora_linears, lora_pairs
+
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ class PartitionedParameter:
     """How the weight is stored: `out_in`, `in_out` (Conv1D, some experts) or `conv` (out, in, kernel...)."""
     decay: bool
     """Whether the Trainer's rule applies weight decay to it."""
+    pair: LoraPair | None = None
+    """The pair that it is a factor of, if it belongs to an adapter that can be updated as a product."""
 
 
 def partition_parameters(
@@ -86,6 +90,7 @@ def partition_parameters(
     heads = _head_keys(model)
     embeddings = {_storage_key(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(False)}
     embeddings |= _lora_embedding_keys(model)
+    pairs = {id(p): pair for pair in lora_pairs(model) for p in (pair.a, pair.b)}
     explicit = target_modules is not None and not _is_all_linear(target_modules)
     # The Trainer's own rule, which does not look at its self: norms and biases are not decayed.
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
@@ -101,10 +106,23 @@ def partition_parameters(
             role = "adapter" if adapter else "matrix"
         else:
             role = "rest"
-        entries.append(PartitionedParameter(name, p, role, layout, name in decayed))
+        entries.append(PartitionedParameter(name, p, role, layout, name in decayed, pairs.get(id(p))))
     if not any(entry.role in ("matrix", "adapter") for entry in entries):
         _refuse_no_matrix(model, target_modules)
+    _keep_pairs_together(entries)
     return sorted(entries, key=lambda entry: ROLES.index(entry.role))
+
+
+def _keep_pairs_together(entries: list[PartitionedParameter]) -> None:
+    """Put B behind its A, in place, and let go of pairs that are not treated alike."""
+    place = {id(entry.parameter): i for i, entry in enumerate(entries)}
+    kinds = [(entry.role, entry.decay) for entry in entries]
+    for entry in entries:
+        if entry.pair and kinds[place[id(entry.pair.a)]] != kinds[place[id(entry.pair.b)]]:
+            entry.pair = None
+        elif entry.pair and entry.pair.layout == "in_out" and entry.parameter is entry.pair.a:
+            entry.layout = "in_out"
+    entries.sort(key=lambda entry: place[id(entry.pair.a if entry.pair else entry.parameter)])
 
 
 def describe(groups: Sequence[dict[str, object]]) -> str:
@@ -146,7 +164,7 @@ def _matrix_layouts(
     """Map the storage of each weight that can be treated as a matrix to (layout, belongs to an adapter)."""
     all_linear = _is_all_linear(target_modules)
     found: dict[tuple[object, ...], tuple[str, bool]] = {}
-    adapters = {id(m) for module in model.modules() for m in _lora_linears(module)}
+    adapters = {id(m) for module in model.modules() for m in lora_linears(module)}
     routers = {id(m) for module in model.modules() if _ROUTER.search(type(module).__name__) for m in module.modules()}
     for name, module in model.named_modules(remove_duplicate=False):
         wanted = id(module) not in routers - adapters if all_linear else _is_target(target_modules, name)
@@ -183,14 +201,6 @@ def _matrix_weights(module: nn.Module, explicit: bool) -> Iterator[tuple[torch.T
                 yield p, "in_out" if in_out else "out_in"
 
 
-def _lora_linears(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the linear layers that a PEFT tuner layer added to the layer it wraps."""
-    if hasattr(module, "base_layer"):
-        for name, child in module.named_children():
-            if name != "base_layer":
-                yield from (m for m in child.modules() if isinstance(m, nn.Linear))
-
-
 def _lora_embedding_keys(model: nn.Module) -> set[tuple[object, ...]]:
     """Return the low-rank factors that PEFT trains for an embedding: looked up by token, like the embedding itself."""
     keys = set()
@@ -209,7 +219,7 @@ def _head_keys(model: nn.Module) -> set[tuple[object, ...]]:
         outside += children if backbone is not inner else [child for child in children if _classifies(inner, child)]
     # A model may be made of others that have a head of their own (BLIP-2, encoder-decoder pairs).
     outside += [m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)]
-    adapters = {id(m) for module in model.modules() for m in _lora_linears(module)}
+    adapters = {id(m) for module in model.modules() for m in lora_linears(module)}
     return {
         _storage_key(p)
         for root in outside
@@ -260,6 +270,13 @@ def _refuse_no_matrix(model: nn.Module, target_modules: str | Sequence[str] | No
         if any(p.requires_grad for p, _ in _matrix_weights(module, explicit=True))
     }
     if not names:
+        configs = getattr(model, "peft_config", {})
+        methods = sorted({str(config.peft_type.value) for config in configs.values()})
+        if methods and methods != ["LORA"]:
+            raise ValueError(
+                f"The model has no trainable matrix: what PEFT's {', '.join(methods)} trains is no weight of a linear "
+                "layer. Type optim=adamw_torch, or use LoraConfig (use_rslora and use_dora included)."
+            )
         raise ValueError(
             "The model has no trainable matrix: its linear layers are frozen, or it has none. Type optim=adamw_torch."
         )

@@ -6,13 +6,16 @@ are defined on whole matrices. The rooms below `distributed` restore the whole f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .batching import alike
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,31 @@ def part_of(update: Tensor, param: Tensor) -> Tensor:
     return replicated.redistribute(placements=param.placements).to_local().to(param.device)
 
 
+@contextlib.contextmanager
+def whole_if_tiny(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Give a parameter, its gradient and its state, gathered where a rank holds nothing of them (a collective).
+
+    DTensor has no rule for some operations on an empty shard; so small a parameter can be updated whole by every
+    rank, which keeps its own part of the parameter and of the state in the end.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.sharding import whole_if_tiny
+        >>> W = torch.ones(2)
+        >>> with whole_if_tiny(W, W, W) as (weight, _, _):
+        ...     weight is W
+        True
+    """
+    split = split_of(param)
+    if split is None or 0 not in split.part(split.ranks - 1):
+        yield param, grad, state
+        return
+    whole, whole_state = whole_matrix(param), whole_matrix(state)
+    yield whole, whole_matrix(grad), whole_state
+    local_shard(param).copy_(part_of(whole, param))
+    local_shard(state).copy_(part_of(whole_state, state))
+
+
 def shard_number(param: Tensor) -> int:
     """Number the distinct shards of a parameter, so that rounding noise is equal on replicas and differs on shards.
 
@@ -150,6 +178,39 @@ def shard_number(param: Tensor) -> int:
             if not placement.is_replicate():
                 number = number * param.device_mesh.size(dim) + param.device_mesh.get_local_rank(dim)
     return number
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Return the norm of some gradients together, in float32; a collective for each way in which DTensors are cut.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.sharding import total_norm
+        >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+        tensor(5.)
+    """
+    squares = []
+    for of_cut in alike(grads, lambda g: (g.device_mesh, g.placements) if isinstance(g, DTensor) else g.device):
+        norms = [torch.linalg.vector_norm(_summable(g).detach(), dtype=torch.float32) for g in of_cut]
+        squares.append(_sum_over_ranks(torch.stack(norms).double().square().sum(), of_cut[0]))
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt().float()
+
+
+def _summable(grad: Tensor) -> Tensor:
+    """Return this rank's part of a gradient, so that the squares of all parts add up to that of the whole."""
+    if isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements):
+        grad = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    return local_shard(grad)
+
+
+def _sum_over_ranks(square: Tensor, grad: Tensor) -> Tensor:
+    if not isinstance(grad, DTensor):
+        return square
+    shared = square.to(grad.device_mesh.device_type)
+    for dim, placement in enumerate(grad.placements):
+        if not (placement.is_replicate() or placement.is_partial()):
+            dist.all_reduce(shared, group=grad.device_mesh.get_group(dim))
+    return shared
 
 
 def finite_gradients(params: Sequence[Tensor]) -> list[bool]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .int8.update import write_int8_
+from .int8.weight import Int8Weight
 from .multi_norm import SINKHORN_CHAIN, multi_normalize
 from .rounding import write_rounded_
 from .sinkhorn import scale_rows_, sinkhorn_scalings, sr_sinkhorn
@@ -157,6 +159,9 @@ def write_scaled_(
     workspace: Workspace,
 ) -> None:
     """Apply W <- decay W - step_size diag(row) G diag(column), with G viewed as a matrix and W as it is stored."""
+    if isinstance(weight, Int8Weight):
+        write_int8_(weight, lambda rows: _scaled(grad[rows], row[rows], column), step_size, decay, key)
+        return
     scratch = workspace.take("scratch", grad)
     exact = weight if weight.dtype == scratch.dtype else workspace.take("exact", weight).copy_(weight)
     if decay != 1:
@@ -166,8 +171,16 @@ def write_scaled_(
     write_rounded_(weight, exact, key, scratch=as_matrix(scratch, layout))
 
 
+def _scaled(grad: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    exact = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+    return scale_rows_(grad, row, exact).mul_(column)
+
+
 def write_update_(weight: Tensor, update: Tensor, step_size: float, decay: float, key: Tensor | None) -> None:
     """Apply W <- decay W - step_size X; the update is used as working space where the weight is bf16."""
+    if isinstance(weight, Int8Weight):
+        write_int8_(weight, lambda rows: update[rows], step_size, decay, key)
+        return
     exact = weight.to(update.dtype)  # the weight itself where the dtypes agree
     if decay != 1:
         exact.mul_(decay)

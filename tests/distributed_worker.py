@@ -40,9 +40,9 @@ def let_accelerate_shard_on_cpu():
     CPUOffloadPolicy.__init__.__defaults__ = (False,)  # memory cannot be pinned where there is no GPU
 
 
-def odd_llama(dtype=torch.float32, layers=2):
+def odd_llama(dtype=torch.float32, layers=2, seed=0):
     """No size is a multiple of 2 or 4, except where rotary embeddings need it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=30,
         intermediate_size=37,
@@ -107,7 +107,10 @@ def train(job, folder, world=1):
     """Train as a job says; return the whole weights and the names of the sharded ones."""
     if "die" in job:
         die(job["die"]["rank"], job["die"]["in"], job["die"]["after"])
-    model = odd_llama(getattr(torch, job.get("dtype", "float32")))
+    own_seed = int(os.environ.get("RANK", 0)) if job.get("seed_of_rank") else 0
+    model = odd_llama(getattr(torch, job.get("dtype", "float32")), seed=own_seed)
+    if "group_size" in job:
+        hf_stateless.quantize(model, hf_stateless.Int8TrainingConfig(job["group_size"]))
     trainer = Trainer(model, arguments(job, folder, world), train_dataset=rows())
     resume = job.get("resume")
     trainer.train(resume_from_checkpoint=str(Path(folder) / resume) if resume else None)
@@ -117,7 +120,9 @@ def train(job, folder, world=1):
     state = trainer.optimizer.optimizer.state if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.state
     shapes = sorted({tuple(t.shape) for of_p in state.values() for t in of_p.values()})
     split = trainer.optimizer.param_groups[0].get("split_whitening")
-    return {"weights": whole, "sharded": sharded, "world": world, "state_shapes": shapes, "split": split}
+    norms = [t for of_p in state.values() for name, t in of_p.items() if name == "recent_norms"]
+    state = {"state_shapes": shapes, "split": split, "norms": norms}
+    return {"weights": whole, "sharded": sharded, "world": world, **state}
 
 
 def forget_accelerate():

@@ -31,6 +31,7 @@ OPTIONS = {
     "sinkhorn momentum": {"optim": "sinkgd", "optim_args": "embeddings=sinkhorn_momentum"},
     "everything released": ALL_RELEASED,
     "accumulated": {"optim": "sinkgd", "gradient_accumulation_steps": 2, "max_steps": 10},
+    "guarded": {"optim": "sinkgd", "optim_args": "min_signal=0.9"},
 }
 EQUAL = {**NAMES, **OPTIONS}
 DDP_ONLY = {
@@ -43,6 +44,7 @@ FSDP2_ONLY = {
     "mixed precision": {"arguments": {"optim": "sinkgd", "bf16": True}},
 }
 SAVED = {"partly stateless": NAMES["sinkgd"], "fully stateless": OPTIONS["stateless"], "swan": NAMES["swan"]}
+SAVED["guarded"] = OPTIONS["guarded"]
 STEPS_SAVED, SAVED_AT = 6, 3
 
 
@@ -194,6 +196,8 @@ def test_fsdp2_resumes_to_the_bit(kind, case, fsdp2):
         resumed = of_rank[f"{kind} {case} resumed"]
         assert_same(resumed["weights"], of_rank[f"{kind} {case} straight"]["weights"])
         assert (resumed["state_shapes"] == [(1,)]) == (case == "fully stateless")
+        assert_same(resumed["norms"], of_rank[f"{kind} {case} straight"]["norms"])
+        assert [norms.count_nonzero() for norms in resumed["norms"]] == [STEPS_SAVED] * (case == "guarded")
     assert_trained(resumed["weights"])
 
 

@@ -21,6 +21,8 @@ SINKGD = {"norms": ("row_l2", "col_l2"), "num_iterations": 5}
 SWAN = {"norms": ("row_standardize", "spectral"), "num_iterations": 1}
 # Nine rows give four ranks 3, 3, 3 and none; one row gives three ranks nothing.
 UNEVEN, ONE_ROW, EXPERTS, KERNELS = (9, 14), (1, 6), (3, 10, 7), (6, 4, 3, 3)
+# Embedding tables of fewer rows than ranks, of rows for three of four ranks, and of rows for all.
+TABLES = ((3, 8), (9, 14), (31, 6))
 SHARD0, SHARD1, SHARD2 = (Shard(0),), (Shard(1),), (Shard(2),)
 HYBRID, TWO_CUTS = (Replicate(), Shard(0)), (Shard(0), Shard(1))
 CHAINS = {
@@ -77,6 +79,20 @@ def take_steps(shape, place, options, kind="plain", count=2):
             p.grad = place(gradient(shape, kind, STEPS * i + step))
         optimizer.step()
     return [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in params]
+
+
+def step_tables(place):
+    """Step embedding tables by momentum, of which some rows get no gradient in some steps; return them whole."""
+    params = [torch.nn.Parameter(place(dense(*shape, seed=i))) for i, shape in enumerate(TABLES)]
+    optimizer = StatelessOptimizer([{"params": params, "algorithm": "sinkhorn_momentum", "weight_decay": 0.1}], lr=0.1)
+    for step in range(STEPS):
+        for i, p in enumerate(params):
+            grad = dense(*TABLES[i], seed=STEPS * i + step)
+            grad[step] = 0
+            p.grad = place(grad)
+        optimizer.step()
+    tensors = [*params, *(optimizer.state[p]["momentum_buffer"] for p in params)]
+    return [t.full_tensor().detach() if isinstance(t, DTensor) else t.detach() for t in tensors]
 
 
 @cache
@@ -181,6 +197,7 @@ def worker(rank, folder):
             for placements in (SHARD0, SHARD1, HYBRID, TWO_CUTS):
                 for value in (float("nan"), float("inf")):
                     results["spoiled", chain, str(placements), str(value)] = run_spoiled(placements, options, value)
+        results["tables"] = {str(cut): step_tables(place_by(cut)) for cut in (SHARD0, HYBRID)}
         results["counts"] = run_counts()
         results["rounded"] = run_rounded()
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -218,6 +235,13 @@ def test_a_matrix_whose_shape_no_other_has_steps_as_on_one_process(chain, result
     for of_rank in results:
         expected = on_one_process(UNEVEN, CHAINS[chain], count=1)
         torch.testing.assert_close(of_rank["alone"][chain], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("placements", [SHARD0, HYBRID], ids=str)
+def test_tables_with_momentum_step_as_on_one_process_where_ranks_hold_no_row(placements, results):
+    expected = step_tables(lambda whole: whole)
+    for of_rank in results:
+        torch.testing.assert_close(of_rank["tables"][str(placements)], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from conftest import TINY_MODELS, VOCAB_SIZE
 from live_gradients import LiveGradients, gradient_bytes
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
@@ -27,7 +29,7 @@ from hf_stateless import StatelessOptimizer, create_optimizer
 
 
 pytestmark = pytest.mark.slow
-WORLD, STEPS, DEPTH = 2, 3, 8
+WORLD, STEPS, DEPTH, BLOCKS = 2, 3, 8, 3
 
 
 class Tower(nn.Module):
@@ -72,6 +74,38 @@ class Reentrant(Tower):
         for block in self.blocks:
             hidden = torch.tanh(checkpoint(block, hidden, use_reentrant=True))
         return (self.norm(hidden) - 1).pow(4).mean()
+
+
+class Block(nn.Module):
+    """Four matrices: two of one shape that two ranks cut unevenly, and one of a single row, which one rank has."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.side, self.down = nn.Linear(16, 9), nn.Linear(16, 9), nn.Linear(9, 16)
+        self.gate = nn.Linear(16, 1)
+
+    def forward(self, hidden, in_part=False):
+        if in_part:
+            return self.down(self.up(hidden))
+        inner = torch.tanh(self.up(hidden)) * self.side(hidden)
+        return hidden + torch.sigmoid(self.gate(hidden)) * self.down(inner)
+
+
+class Blocks(nn.Module):
+    """Blocks of several matrices, of which the middle one can be used in part, and a matrix outside of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.LayerNorm(16)
+        self.embed = nn.Embedding(31, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, tokens, in_part=False):
+        hidden = self.embed(tokens)
+        for i, block in enumerate(self.blocks):
+            hidden = block(hidden, in_part and i == 1)
+        return self.out(hidden).pow(4).mean()
 
 
 class Llama(nn.Module):
@@ -306,24 +340,29 @@ def sharded(model):
     return fully_shard(model)
 
 
-# Each case: the name, the options, and whether the optimizer is made before the model is sharded, as accelerate does.
+# Each case: the model, the name, the options, and whether the optimizer is made before the model is sharded, as
+# accelerate does.
 SHARDED = {
-    **{name: (name, {}, False) for name in ("swan", "sinkgd", "multinorm")},
-    "all released": ("sinkgd", {"release": "all"}, False),
-    "swapped": ("sinkgd", {}, True),
-    "swapped, all released": ("sinkgd", {"release": "all"}, True),
+    **{name: (Tower, name, {}, False) for name in ("swan", "sinkgd", "multinorm")},
+    "all released": (Tower, "sinkgd", {"release": "all"}, False),
+    "swapped": (Tower, "sinkgd", {}, True),
+    "swapped, all released": (Tower, "sinkgd", {"release": "all"}, True),
+    "blocks": (Blocks, "sinkgd", {}, True),
+    "blocks, swan": (Blocks, "swan", {}, False),
+    "blocks, all released": (Blocks, "sinkgd", {"release": "all", "embeddings": "sinkhorn_momentum"}, False),
 }
 
 
 def run_sharded(rank, case):
     """Return the weights and how many gradients were left, layer-wise, and the weights of the plain optimizer."""
-    name, options, swapped = SHARDED[case]
-    plain, _ = train_sharded(rank, name, {}, swapped)
-    return *train_sharded(rank, f"{name}_layerwise", options, swapped), plain
+    kind, name, options, swapped = SHARDED[case]
+    plain_options = {key: value for key, value in options.items() if key != "release"}
+    plain, _ = train_sharded(rank, kind, name, plain_options, swapped)
+    return *train_sharded(rank, kind, f"{name}_layerwise", options, swapped), plain
 
 
-def train_sharded(rank, name, options, swapped):
-    model = built(Tower)
+def train_sharded(rank, kind, name, options, swapped):
+    model = built(kind)
     model.spare.requires_grad_(False)
     if not swapped:
         sharded(model)
@@ -352,11 +391,72 @@ def step_with_hold(model, optimizer, rank, step):
     optimizer.zero_grad()
 
 
-def run_sharded_norm(rank):
+def run_counted(rank, name, release, in_part):
+    """Collectives and the most matrices whose gradients wait for their block, in one step after the first."""
+    model = built(Blocks)
+    model.spare.requires_grad_(False)
+    sharded(model)
+    waiting = []
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p.shape != (31, 16)]
+    for p in matrices:
+        p.register_post_accumulate_grad_hook(lambda _: waiting.append(sum(q.grad is not None for q in matrices)))
+    optimizer = create_optimizer(model, f"{name}_layerwise", lr=0.01, release=release)
+    step_once(model, optimizer, tokens(rank))
+    waiting.clear()
+    with CommDebugMode() as mode:
+        model(tokens(rank), in_part).backward()
+        assert optimizer.released_norm() > 0
+        optimizer.step()
+    counts = {str(operation).removeprefix("c10d."): count for operation, count in mode.get_comm_counts().items()}
+    return {"counts": counts, "waiting": max(waiting), "left": sum(p.grad is not None for p in matrices)}
+
+
+def run_used_in_part(rank):
+    """Steps that use a block in part, between steps that use all of it."""
+    trained = []
+    for name in ("sinkgd_layerwise", "sinkgd"):
+        model = built(Blocks)
+        model.spare.requires_grad_(False)
+        optimizer = create_optimizer(sharded(model), name, lr=0.01, weight_decay=0.1)
+        for step in range(STEPS):
+            step_once(model, optimizer, tokens(rank, step), step == 1)
+        trained.append(weights_of(model))
+    return trained
+
+
+def run_broken_backward(rank):
+    """A backward pass that fails in the middle of a block, then one that does not, and the plain optimizer's step."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    start = [torch.randn(5, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    results = []
+    for layerwise in (None, "matrices"):
+        later, first = (nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])) for value in start)
+        group = {"params": [later, first], "param_names": ["layers.0.a", "layers.0.b"], "algorithm": "multinorm"}
+        optimizer = StatelessOptimizer([group], lr=0.1, layerwise=layerwise)
+        optimizer.train()
+        if layerwise:
+            broken = later * 1
+            broken.register_hook(fail)
+            error = refusal(lambda broken=broken, first=first: (broken.pow(2).sum() + first.pow(2).sum()).backward())
+            assert first.grad is not None  # it waits for the other one
+            optimizer.zero_grad()
+            optimizer.step()
+        unchanged = torch.equal(first.full_tensor(), start[1])
+        (later.pow(3).sum() + first.pow(3).sum()).backward()
+        optimizer.step()
+        results.append([p.full_tensor().detach() for p in (later, first)])
+    return {"weights": results, "error": error, "unchanged": unchanged}
+
+
+def fail(grad):
+    raise RuntimeError("backward failed")
+
+
+def run_sharded_norm(rank, kind):
     """The norm of released shards, layer-wise, and of all shards after a plain backward."""
     norms = []
     for name in ("sinkgd_layerwise", "sinkgd"):
-        model = built(Tower)
+        model = built(kind)
         model.spare.requires_grad_(False)
         optimizer = create_optimizer(sharded(model), name, lr=0.01)
         model(tokens(rank)).backward()
@@ -366,6 +466,11 @@ def run_sharded_norm(rank):
         else:
             norms.append(optimizer.released_norm())
     return norms
+
+
+# Name, release, whether one block is used in part.
+COUNTED = [("sinkgd", "matrices", False), ("sinkgd", "matrices", True), ("sinkgd", "all", False)]
+COUNTED += [("swan", "matrices", False)]
 
 
 def worker(rank, folder):
@@ -389,7 +494,10 @@ def worker(rank, folder):
         results |= {"clipped": run_clipped(rank), "compiled": run_compiled(rank), "refused": run_refused(rank)}
         results |= {"wrapped twice": run_wrapped_twice(rank), "reentrant": run_reentrant(rank)}
         results["by hand"] = run_by_hand(rank)
-        results["sharded norm"] = run_sharded_norm(rank)
+        results |= {f"sharded norm, {kind.__name__}": run_sharded_norm(rank, kind) for kind in (Tower, Blocks)}
+        for case in COUNTED:
+            results[f"counted, {case}"] = run_counted(rank, *case)
+        results |= {"used in part": run_used_in_part(rank), "broken": run_broken_backward(rank)}
         torch.save(results, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -514,18 +622,64 @@ def test_fsdp2_equals_plain_fsdp2_and_leaves_no_gradient(case, results):
         assert left == 0
 
 
-@pytest.mark.parametrize("case", [case for case, (name, *_) in SHARDED.items() if name == "sinkgd"])
+@pytest.mark.parametrize("case", [case for case, (_, name, *_) in SHARDED.items() if name == "sinkgd"])
 def test_fsdp2_equals_one_process(case, results):
     steps = [[2 * step, 2 * step + 1] for step in range(STEPS)]
-    expected = trained_alone(Tower, "sinkgd", {}, steps, frozen=["spare"])
+    kind, _, options, _ = SHARDED[case]
+    options = {key: value for key, value in options.items() if key != "release"}
+    expected = trained_alone(kind, "sinkgd", options, steps, frozen=["spare"])
     for rank in range(WORLD):
         assert_close(results[rank][f"sharded, {case}"][0], expected, 1e-5)
 
 
-def test_fsdp2_reports_the_norm_of_whole_gradients(results):
+@pytest.mark.parametrize("kind", ["Tower", "Blocks"])
+def test_fsdp2_reports_the_norm_of_whole_gradients(kind, results):
     for rank in range(WORLD):
-        released, expected = results[rank]["sharded norm"]
+        released, expected = results[rank][f"sharded norm, {kind}"]
         assert_close(released, expected, 1e-6)
+
+
+def test_sinkgd_sends_five_all_reduces_and_a_norm_for_each_block(results):
+    """The matrix outside of the blocks counts as one; the AdamW part adds one all-reduce of flags in the step."""
+    for rank in range(WORLD):
+        for in_part in (False, True):
+            counted = results[rank][f"counted, {('sinkgd', 'matrices', in_part)}"]
+            assert counted["counts"]["allreduce_"] == (5 + 1) * (BLOCKS + 1) + 1
+            assert counted["left"] == 0
+
+
+def test_the_gradients_of_one_block_wait_at_a_time(results):
+    for rank in range(WORLD):
+        for case in COUNTED:
+            assert results[rank][f"counted, {case}"]["waiting"] == 4
+
+
+def test_released_vectors_and_embeddings_add_flags_and_no_more_norms(results):
+    """Each block has biases too: one more all-reduce, of flags. The embedding and the last bias are on their own."""
+    for rank in range(WORLD):
+        counted = results[rank][f"counted, {('sinkgd', 'all', False)}"]
+        assert counted["counts"]["allreduce_"] == (5 + 1 + 1) * BLOCKS + (5 + 1) + 2 * (1 + 1)
+
+
+def test_swan_sends_two_all_to_alls_for_the_matrices_of_one_shape_in_a_block(results):
+    for rank in range(WORLD):
+        counts = results[rank][f"counted, {('swan', 'matrices', False)}"]["counts"]
+        assert counts["alltoall_base_"] == 2 * BLOCKS
+        assert counts["allreduce_"] == BLOCKS + 1 + 1
+
+
+def test_a_block_that_is_used_in_part_is_updated_all_the_same(results):
+    for rank in range(WORLD):
+        layerwise, plain = results[rank]["used in part"]
+        assert_close(layerwise, plain, 1e-6)
+
+
+def test_an_error_in_backward_leaves_nothing_behind(results):
+    for rank in range(WORLD):
+        broken = results[rank]["broken"]
+        assert broken["error"] == "backward failed"
+        assert broken["unchanged"]
+        assert_close(*broken["weights"], 1e-6)
 
 
 # ---- The Trainer, started by torchrun

@@ -32,7 +32,8 @@ STATES = {
 }
 
 each_preset = pytest.mark.parametrize("name", PRESETS)
-each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+# Pairs of LoRA factors have tests of their own, in test_lora.py.
+each_algorithm = pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a != "lora_product"])
 each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_stateless import NORMS, PRESETS
-from hf_stateless.options import EMBEDDINGS, LAYERWISE, Options, optimizer_names, parse_options, valid_keys
+from hf_stateless.options import EMBEDDINGS, LAYERWISE, LORA, Options, optimizer_names, parse_options, valid_keys
 from hf_stateless.whitening import WHITENING_DEFAULTS
 
 
@@ -18,6 +18,7 @@ VALUES = {
     "ns_beta": [("0.5", 0.5)],
     "center": [("true", True), ("False", False), ("0", 0)],
     "embeddings": [(name, name) for name in EMBEDDINGS],
+    "lora": [(name, name) for name in LORA],
     "adamw_lr": [("1e-3", 1e-3)],
     "adamw_beta1": [("0.8", 0.8), ("0", 0)],
     "adamw_beta2": [("0.95", 0.95)],
@@ -25,6 +26,7 @@ VALUES = {
     "stochastic_rounding": [("false", False), ("True", True), ("1", 1)],
     "seed": [("17", 17)],
     "split_whitening": [("true", True), ("false", False)],
+    "min_signal": [("0.1", 0.1), ("0", 0.0)],
     "release": [("matrices", "matrices"), ("all", "all")],
 }
 CASES = [(name, key, *pair) for name in NAMES for key in valid_keys(name) for pair in VALUES[key]]
@@ -105,6 +107,12 @@ def test_whitening_keys_without_whitening_are_explained(name, norms, key):
     message = message_of(name, {key: "1"} | ({"norms": norms} if norms else {}))
     chain = norms or "row_l2+col_l2"
     assert message.endswith(f"({key} belongs to the norm 'spectral', which is not in the chain {chain}.)")
+
+
+@pytest.mark.parametrize("key", ["min_signal", "split_whitening"])
+def test_keys_that_need_a_whole_step_are_explained_to_layerwise_names(key):
+    message = message_of("swan_layerwise", {key: "1"})
+    assert message.endswith(f"({key} needs all gradients at once, which layer-wise updates free: take optim='swan'.)")
 
 
 @pytest.mark.parametrize(

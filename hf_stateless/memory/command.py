@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from ..int8.weight import Int8Weight
 from ..options import LAYERWISE
 from .estimate import estimate
 from .model import DTYPES, base_of, build_model, load_config, max_positions
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--optim", default=_DEFAULT_OPTIMIZERS, help=f"names joined by commas: {', '.join(known_optimizers())}")
     add("--optim-args", default="", help="key=value,key=value: options of ours, and rank of galore_adamw")
     add("--layerwise", action="store_true", help="let our optimizers update in backward")
-    add("--dtype", default="bf16", help="bf16 (default) or fp32: weights, gradients and arithmetic")
+    add("--dtype", default="bf16", help="bf16 (default), fp32, or int8 for 8-bit linear layers")
     add("--batch", type=_count, default=1, help="sequences per GPU (default 1)")
     add("--seq", type=_count, help=f"tokens per sequence (default {Settings.seq}, or all that the model takes)")
     add("--checkpointing", action="store_true", help="activation checkpointing")
@@ -81,9 +82,9 @@ def _answer(args: argparse.Namespace) -> str:
     optim_args = _pairs(args.optim_args)
     gpus = _gpus(args.gpus)
     if args.dtype not in DTYPES:
-        known = " or ".join(DTYPES)
-        later = "; 8-bit weights are not supported yet" if args.dtype == "int8" else ""
-        raise ValueError(f"--dtype {args.dtype}: expected {known}{later}.")
+        raise ValueError(f"--dtype {args.dtype}: expected {' or '.join(DTYPES)}.")
+    if args.dtype == "int8":
+        names = _of_int8(names, args)
     settings = Settings(
         dtype=args.dtype,
         batch=args.batch,
@@ -112,6 +113,16 @@ def _name(name: str, layerwise: bool) -> str:
     return name + LAYERWISE if is_ours(name) and layerwise and not name.endswith(LAYERWISE) else name
 
 
+def _of_int8(names: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Return the optimizers that train 8-bit weights, or refuse what cannot."""
+    foreign = [name for name in names if not is_ours(name)]
+    if foreign and args.optim != _DEFAULT_OPTIMIZERS:
+        raise ValueError(f"--dtype int8: {foreign[0]} cannot train 8-bit weights; type --optim sinkgd,swan.")
+    if args.fsdp > 1:
+        raise ValueError("--dtype int8: 8-bit weights cannot be sharded by FSDP; leave out --fsdp.")
+    return [name for name in names if is_ours(name)]
+
+
 def _pairs(text: str) -> dict[str, str]:
     parts = [part.split("=") for part in text.replace(" ", "").split(",") if text]
     if any(len(part) != 2 or not all(part) for part in parts):
@@ -138,10 +149,11 @@ def _facts(
     notes = []
     if settings.fsdp > 1:
         notes.append("gathered: the layers that FSDP2 puts together, from a formula; step temporaries are of one GPU.")
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) and settings.dtype != "int8":
         notes.append(f"The quantization that the config names is left out: weights are taken in {settings.dtype}.")
     base = base_of(model)
-    params = list(model.parameters())
+    scales = {id(p.scale) for p in model.parameters() if isinstance(p, Int8Weight)}
+    params = [p for p in model.parameters() if id(p) not in scales]
     path = Path(source).resolve()
     return {
         "model": path.parent.name if path.is_file() else path.name if path.is_dir() else source,

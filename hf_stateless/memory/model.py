@@ -12,12 +12,14 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..int8.hf_quantizer import quantize
 from .state import shard
 from .table import Settings
 from .trace import LiveBytes
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}
+"""Of everything that is in float; with int8, linear layers are stored as `Int8TrainingConfig` does."""
 
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
@@ -63,6 +65,7 @@ def build_model(config: Any, settings: Settings) -> nn.Module:
     try:
         with torch.device("meta"), LiveBytes():  # which answers where a number is read from a tensor
             model: Any = _maker(config)(config, dtype=DTYPES[settings.dtype])
+            model = quantize(model) if settings.dtype == "int8" else model
             model = _with_lora(model, settings.lora) if settings.lora else model
             if settings.checkpointing:
                 base_of(model).activation_checkpointing_enable()
@@ -157,7 +160,7 @@ def weight_bytes(model: nn.Module, ranks: int = 1) -> int:
         >>> weight_bytes(torch.nn.Linear(2, 3))
         36
     """
-    return tensor_bytes(model.parameters(), ranks) + tensor_bytes(model.buffers())
+    return tensor_bytes((p.detach() for p in model.parameters()), ranks) + tensor_bytes(model.buffers())
 
 
 def tensor_bytes(tensors: Iterable[Tensor], ranks: int = 1) -> int:

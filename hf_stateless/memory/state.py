@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,6 +144,7 @@ RULES: dict[str, Rule] = {
 # Bytes kept for a parameter by each algorithm of `hf_stateless.optimizer.ALGORITHMS`.
 _OURS: dict[str, Callable[[Parameter], int]] = {
     "multinorm": lambda p: 4,
+    "lora_product": lambda p: 4,
     "adamw": lambda p: 4 + 2 * p.nbytes,
     "adamw_8bit": lambda p: 4 + 2 * (p.numel + 4 * math.prod(p.shape[:-1]) * -(-p.shape[-1] // 256)),
     "sinkhorn_momentum": lambda p: 4 + p.nbytes,
@@ -192,7 +193,9 @@ def optimizer_groups(model: nn.Module, name: str, optim_args: Mapping[str, Any])
         >>> [group["algorithm"] for group in optimizer_groups(model, "sinkgd", {})]
         ['multinorm', 'adamw']
     """
-    return parameter_groups(model, parse_options(name, optim_args), lr=1e-3)
+    # A LoRA factor keeps the same in a pair as alone, and has temporaries of about its size either way.
+    options = replace(parse_options(name, optim_args), lora="separate")
+    return parameter_groups(model, options, lr=1e-3)
 
 
 def trained_parameters(model: nn.Module, ranks: int = 1) -> list[Parameter]:
@@ -236,8 +239,24 @@ def optimizer_state_bytes(
         return sum(_OURS[rule](Parameter(shard(p.shape, ranks), p.dtype, role)) for rule, role, p in named)
     if unknown := set(optim_args) - ({"rank"} if name == "galore_adamw" else set()):
         raise ValueError(f"optim_args for optim={name!r}: {min(unknown)!r} does not change its memory; leave it out.")
-    rule, rank = RULES[name], _rank(name, optim_args)
-    params = trained_parameters(model, ranks)
+    return rule_bytes(name, trained_parameters(model, ranks), _rank(name, optim_args))
+
+
+def rule_bytes(name: str, params: Sequence[Parameter], rank: int = _GALORE_RANK) -> int:
+    """Predict the bytes of the state of an optimizer of transformers from its parameters alone.
+
+    Args:
+        name: a key of `RULES`.
+        params: what it trains.
+        rank: of low-rank methods.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.memory.state import Parameter, rule_bytes
+        >>> rule_bytes("adamw_torch", [Parameter((8, 16), torch.bfloat16, "matrix")])
+        516
+    """
+    rule = RULES[name]
     shared = rule.tables * _BNB_TABLE * any(p.numel >= _BNB_SMALLEST and p.role != "embedding" for p in params)
     return sum(rule.state(p, rank) for p in params) + shared
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..int8.weight import Int8Weight
 from ..optimizer import StatelessOptimizer
 from .trace import LiveBytes
 
@@ -60,9 +61,16 @@ def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
         key = (p.shape, p.dtype)
         counts[key] = counts.get(key, 0) + 1
         if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * p.numel() * p.element_size() < _BATCH_BYTES):
-            fakes.append(nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)))
+            fakes.append(_stand_in(p, device))
             fakes[-1].grad = torch.empty_like(fakes[-1])
     return fakes
+
+
+def _stand_in(p: Tensor, device: str) -> nn.Parameter:
+    if isinstance(p, Int8Weight):
+        codes, scale = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (p.codes, p.scale))
+        return Int8Weight(codes, scale, p.dtype)
+    return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device))
 
 
 def _forget_cached_tensors() -> None:

@@ -46,7 +46,7 @@ class Settings:
     """The run that is estimated."""
 
     dtype: str = "bf16"
-    """Of weights, gradients and arithmetic: `bf16` or `fp32`."""
+    """Of weights, gradients and arithmetic: `bf16` or `fp32`; `int8` is bf16 with 8-bit linear layers."""
     batch: int = 1
     """Sequences per device."""
     seq: int = 2048
@@ -155,7 +155,7 @@ def as_table(report: Mapping[str, Any]) -> str:
         fit = f"{smallest:g} GiB and up" if smallest is not None else f"more than {max(known):g} GiB"
         cards = next((gpu["cards"] for gpu in report["gpus"] if gpu["gib"] == smallest), "")
         rows.append([row["optimizer"], *numbers, fit, cards])
-    return "\n".join(["; ".join(_headline(report)), "", *_aligned(rows, text=(0, -2, -1)), "", *_legend(report)])
+    return "\n".join(["; ".join(_headline(report)), "", *aligned(rows, text=(0, -2, -1)), "", *_legend(report)])
 
 
 def _headline(report: Mapping[str, Any]) -> list[str]:
@@ -186,7 +186,18 @@ def _legend(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _aligned(rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
+    """Return rows of cells as lines of text with equal columns.
+
+    Args:
+        rows: with the heading first.
+        text: numbers of the columns that are aligned to the left.
+
+    Example:
+        >>> from hf_stateless.memory.table import aligned
+        >>> aligned([["name", "size"], ["a", "1"]], text=[0])
+        ['name  size', 'a        1']
+    """
     left = {index % len(rows[0]) for index in text}
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -197,7 +208,7 @@ def _aligned(rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLOURS = {
+COLOURS = {
     "weights": "#0072B2",
     "gradients": "#56B4E9",
     "optimizer_state": "#D55E00",
@@ -225,7 +236,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 1.9 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(rows)
-    for key, colour in _COLOURS.items():
+    for key, colour in COLOURS.items():
         sizes = [row["at_peak"].get(key, 0) / GIB for row in rows]
         if any(sizes):
             label = _COLUMNS[key].replace("state", "optimizer state")

@@ -33,6 +33,8 @@ from hf_stateless import PRESETS, StatelessOptimizer
 
 
 Parameters = list[torch.nn.Parameter]
+# Of a LLaMA: four of the attention, three of the MLP.
+MATRICES_OF_A_LAYER = 7
 
 
 class Traffic(TorchDispatchMode):
@@ -70,13 +72,13 @@ def preset_step(name: str) -> Callable[[Parameters], None]:
     return lambda params: _optimizer(name, params).step() and None
 
 
-def preset_one_by_one(name: str) -> Callable[[Parameters], None]:
-    """Return the steps of a preset over one matrix after the other, as layer-wise updates do them."""
+def preset_in_parts(name: str, size: int) -> Callable[[Parameters], None]:
+    """Return the steps of a preset over so many matrices at a time; layer-wise updates take those of one layer."""
 
     def steps(params: Parameters) -> None:
         optimizer = _optimizer(name, params)
-        for index in range(len(params)):
-            optimizer.update_parameter(index)
+        for first in range(0, len(params), size):
+            optimizer.update_parameters(range(first, min(first + size, len(params))))
 
     return steps
 
@@ -89,9 +91,11 @@ def gather_everything(params: Parameters) -> None:
 
 ROWS: dict[str, Callable[[Parameters], None]] = {
     "sinkgd": preset_step("sinkgd"),
-    "sinkgd, one matrix at a time": preset_one_by_one("sinkgd"),
+    "sinkgd, one layer at a time": preset_in_parts("sinkgd", MATRICES_OF_A_LAYER),
+    "sinkgd, one matrix at a time": preset_in_parts("sinkgd", 1),
     "swan": preset_step("swan"),
-    "swan, one matrix at a time": preset_one_by_one("swan"),
+    "swan, one layer at a time": preset_in_parts("swan", MATRICES_OF_A_LAYER),
+    "swan, one matrix at a time": preset_in_parts("swan", 1),
     "whole matrices on every rank": gather_everything,
 }
 
