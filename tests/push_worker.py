@@ -1,0 +1,156 @@
+"""Trains and pushes tiny models in a process that takes `HubServer` for the Hub; `Worker` sends it the work.
+
+huggingface_hub reads its variables when it is imported, and the tests themselves run offline. One process serves
+several tests, because importing takes longer than the work.
+"""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+
+class Worker:
+    """A process that runs the functions of this file: `worker.train_and_push("runs/a", ...)`."""
+
+    def __init__(self, hub, folder):
+        command = [sys.executable, __file__]
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, cwd=folder, env=hub.environment(), **streams)
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.process.stdin.write(json.dumps([name, args, kwargs]) + "\n")
+            self.process.stdin.flush()
+            result, error = json.loads(self.process.stdout.readline())
+            assert error is None, error
+            return result
+
+        return call
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def _trainer(output_dir, kind, base, options):
+    import torch
+    from conftest import TINY_MODELS
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+    torch.manual_seed(0)
+    common = {
+        "output_dir": output_dir,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "optim": "sinkgd",
+    }
+    model = AutoModelForCausalLM.from_pretrained(base) if base else TINY_MODELS["llama"]()
+    tokens = list(range(3, 19))
+    if kind == "trainer":
+        rows = Dataset.from_list([{"input_ids": tokens, "labels": tokens}] * 8)
+        args = TrainingArguments(**{**common, **options})
+        return Trainer(model, args, train_dataset=rows, data_collator=default_data_collator)
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_list([{"input_ids": tokens}] * 8)
+    args = SFTConfig(**{**common, "gradient_checkpointing": False, "bf16": False, **options})
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear")
+    return SFTTrainer(model, args, train_dataset=rows, processing_class=tiny_tokenizer(), peft_config=lora)
+
+
+def tiny_tokenizer():
+    """A tokenizer of 96 whole words, made here."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(92))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def train_and_push(output_dir, kind="trainer", base=None, way="ours", times=1, waits=(0.1,), **options):
+    """Train two steps and push; return the message of a `PushError`, or None."""
+    from hf_stateless import attach_memory_report
+    from hf_stateless.hub.card import attach_model_card
+    from hf_stateless.hub.pushing import PushError, push, save
+
+    trainer = _trainer(output_dir, kind, base, options)
+    attach_memory_report(trainer)
+    attach_model_card(trainer, datasets=["someone/counting"])
+    trainer.train()
+    try:
+        for _ in range(times):
+            if way == "ours":
+                save(trainer)
+                push(trainer, waits=waits)
+            else:
+                trainer.push_to_hub()
+    except PushError as error:
+        return str(error)
+    return None
+
+
+def save_base(folder):
+    """Save the tiny model and its tokenizer with a card that names a licence."""
+    from conftest import TINY_MODELS
+
+    TINY_MODELS["llama"]().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    Path(folder, "README.md").write_text("---\nlicense: mit\n---\n# Base\n", encoding="utf-8")
+
+
+def push_base(folder, repository):
+    """Push a folder with nothing but huggingface_hub."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repository, exist_ok=True)
+    HfApi().upload_folder(repo_id=repository, folder_path=folder)
+
+
+def equal_to_disk(repository, folder, adapter=False):
+    """Load a model from the Hub and from disk, and tell whether all tensors are equal."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    pushed, local = (loader.from_pretrained(place).state_dict() for place in (repository, folder))
+    return pushed.keys() == local.keys() and all(torch.equal(pushed[name], local[name]) for name in pushed)
+
+
+def card(repository):
+    """Return the metadata of the card on the Hub after huggingface_hub has validated it."""
+    from huggingface_hub import ModelCard
+
+    loaded = ModelCard.load(repository)
+    loaded.validate()
+    return loaded.data.to_dict()
+
+
+def main():
+    answers, sys.stdout = sys.stdout, sys.stderr
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    functions = {name: value for name, value in globals().items() if inspect.isfunction(value)}
+    for line in sys.stdin:
+        name, args, kwargs = json.loads(line)
+        try:
+            answer = [functions[name](*args, **kwargs), None]
+        except Exception:
+            answer = [None, traceback.format_exc()]
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Pushes over real HTTP to a Hub on the loopback interface: whole models, repeated pushes, and networks that fail."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, HubServer
+from push_worker import Worker
+
+from hf_stateless.hub.pushing import is_transient
+
+
+PUSHED = {"README.md", "card_data.json", "config.json", "generation_config.json", "memory_report.json"}
+PUSHED |= {"memory.png", "model.safetensors", "trainer_state.json"}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the worker runs, so that its output folders are relative."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def worker(hub, folder):
+    worker = Worker(hub, folder)
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(autouse=True)
+def no_fault_is_left(hub):
+    yield
+    left = [fault for fault in hub.faults if fault.times]
+    hub.faults.clear()
+    assert left == [], "a fault was never met"
+
+
+def test_a_pushed_model_equals_the_one_on_disk(hub, worker):
+    assert worker.train_and_push("runs/plain", push_to_hub=True) is None
+    assert set(hub.repository("tester/plain").files) == PUSHED
+    assert hub.requests("PUT", "/_lfs/") >= 2, "weights and picture go through large-file upload"
+    assert worker.equal_to_disk("tester/plain", "runs/plain")
+    metadata = worker.card("tester/plain")
+    assert metadata["datasets"] == ["someone/counting"]
+    assert {"hf_stateless", "sinkgd"} <= set(metadata["tags"])
+
+
+def test_pushing_again_makes_no_new_commit(hub, worker):
+    assert worker.train_and_push("runs/twice", push_to_hub=True, times=2) is None
+    assert [commit.title for commit in hub.repository("tester/twice").commits] == ["initial commit", "End of training"]
+
+
+def test_a_failing_network_is_waited_for(hub, worker):
+    hub.fail("POST", "/validate-yaml", status=500)  # not repeated by huggingface_hub
+    hub.fail("POST", "/objects/batch", status=429, headers={"Retry-After": "0"})  # repeated by huggingface_hub
+    hub.fail("PUT", "/_lfs/", cut_after=1000)
+    hub.fail("POST", "/commit/main", status=503)
+    uploads = hub.requests("PUT", "/_lfs/")
+    assert worker.train_and_push("runs/rough", push_to_hub=True, waits=[0.1, 0.1, 0.1], learning_rate=0.01) is None
+    assert hub.requests("PUT", "/_lfs/") - uploads == 3, "weights, picture, and one of them again"
+    assert set(hub.repository("tester/rough").files) == PUSHED
+    assert worker.equal_to_disk("tester/rough", "runs/rough")
+
+
+def test_a_push_that_fails_leaves_the_model_and_a_command_that_works(hub, worker, folder):
+    hub.fail("POST", "/validate-yaml", status=503, times=3)
+    message = worker.train_and_push("runs/later", push_to_hub=True, waits=[0.1, 0.1])
+    assert "not pushed to tester/later after 3 attempts" in message
+    assert hub.repository("tester/later").files == {}
+    command = message.rsplit("push it later with: ", 1)[1]
+    shell = shutil.which("bash")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(
+        [shell, "-c", command], cwd=folder, env={**hub.environment(), "PATH": path}, check=True, timeout=120
+    )
+    assert set(hub.repository("tester/later").files) == PUSHED
+    assert worker.equal_to_disk("tester/later", "runs/later")
+
+
+def test_a_refusal_is_told_at_once(hub, worker):
+    hub.fail("POST", "/commit/main", status=403)
+    message = worker.train_and_push("runs/refused", push_to_hub=True, waits=[60.0])
+    assert "after 1 attempts: " in message
+    assert "403" in message
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_optimizer_state_is_pushed_only_if_checkpoints_are_asked_for(strategy, hub, worker):
+    options = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": strategy, "hub_always_push": True}
+    assert worker.train_and_push(f"runs/{strategy}", push_to_hub=True, **options) is None
+    repository = hub.repository(f"tester/{strategy}")
+    ever = {path for commit in repository.commits for path in commit.files}
+    assert len(repository.commits) > 2, "it pushed while it trained"
+    assert {path for path in ever if "optimizer" in path} == (
+        {"last-checkpoint/optimizer.pt"} if strategy == "checkpoint" else set()
+    )
+
+
+def test_the_trainers_own_push_has_the_section_once(hub, worker):
+    assert worker.train_and_push("runs/own", push_to_hub=True, way="trainer", times=2) is None
+    text = hub.repository("tester/own").files["README.md"].decode()
+    assert text.count("## Memory report") == text.count("<!-- hf_stateless:memory-report -->") == 1
+    assert "memory_report.json" in hub.repository("tester/own").files
+
+
+def test_an_adapter_is_pushed_with_its_base_model(hub, worker):
+    worker.save_base("base")
+    worker.push_base("base", "tester/base")
+    assert worker.train_and_push("runs/adapter", kind="sft", base="tester/base", push_to_hub=True) is None
+    files = set(hub.repository("tester/adapter").files)
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= files
+    assert not any("optimizer" in path or path == "model.safetensors" for path in files)
+    assert worker.equal_to_disk("tester/adapter", "runs/adapter", adapter=True)
+    metadata = worker.card("tester/adapter")
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("tester/base", "adapter")
+    assert (metadata["license"], metadata["library_name"]) == ("mit", "peft")
+
+
+def test_nothing_private_is_pushed(hub, worker, folder):
+    worker.save_base("private/base")
+    base = str(folder / "private" / "base")
+    assert worker.train_and_push("runs/quiet", kind="sft", base=base, push_to_hub=True, hub_token=TOKEN) is None
+    private = [TOKEN, str(folder), str(folder.parent), str(Path.home()) + "/"]
+    files = hub.repository("tester/quiet").files
+    told = [(name, secret) for name, data in files.items() for secret in private if secret.encode() in data]
+    assert told == []
+    assert b'"base_model_name_or_path": "base"' in files["adapter_config.json"]
+    local = (folder / "runs" / "quiet" / "adapter_config.json").read_text(encoding="utf-8")
+    assert base in local, "the folder on disk still loads"
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (ValueError("Invalid metadata in README.md."), False),
+        (FileNotFoundError(), False),
+        (KeyError("x"), False),
+    ],
+)
+def test_what_passes_by_itself(error, transient):
+    assert is_transient(error) is transient
