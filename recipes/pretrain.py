@@ -9,8 +9,8 @@ With a recipe, and any field of `ModelArguments`, `DataArguments` or `TrainingAr
     accelerate launch recipes/pretrain.py --config recipes/llama-60m/pretrain/sinkgd.yaml --learning_rate 0.01
 """
 
-import difflib
 import os
+import platform
 import sys
 import time
 from argparse import ArgumentParser
@@ -19,11 +19,10 @@ from math import exp
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
-import yaml
 from pretraining_data import load_blocks
 from pretraining_text import DataArguments, InputError
+from script_start import find_checkpoint, read_recipe, refuse_other_optimizers, use_all_cores
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,9 +35,10 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-import hf_stateless  # noqa: F401  (makes swan, sinkgd and multinorm valid in --optim: before the parser is built)
+import hf_stateless  # makes swan, sinkgd and multinorm valid in --optim: before the parser is built
+from hf_stateless.hub.card import attach_model_card
+from hf_stateless.hub.pushing import PushError, push, save
 
 
 RECIPES = Path(__file__).parent
@@ -56,6 +56,9 @@ class ModelArguments:
         metadata={"help": "A size (tiny, 10m, 60m, 130m, 350m, 1b) or the path of a config.json of any causal LM."},
     )
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Type of the weights."})
+    load_in_8bit_training: bool = field(
+        default=False, metadata={"help": "Store linear layers in 8 bits and train them so."}
+    )
     prompt: str | None = field(default=None, metadata={"help": "Completed at the end; default: some held-out text."})
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of one process on CPU; default: all cores."}
@@ -73,7 +76,7 @@ def parse_arguments(args: list[str] | None = None) -> tuple[ModelArguments, Data
     config_parser.add_argument("--config", default=str(DEFAULT_RECIPE))
     config, args = config_parser.parse_known_args(args)
     parser.set_defaults(output_dir="runs/llama-{model_config}-{optim}")
-    parser.set_defaults(**_read_recipe(config.config, known=[name.name for kind in kinds for name in fields(kind)]))
+    parser.set_defaults(**read_recipe(config.config, known=[name.name for kind in kinds for name in fields(kind)]))
     try:
         return parser.parse_args_into_dataclasses(args, look_for_args_file=False)
     except ValueError as error:
@@ -99,19 +102,14 @@ def build_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, dt
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """Return the checkpoint to resume from; refuse to mix a new run with the checkpoints of an old one."""
-    latest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    wanted = str(args.resume_from_checkpoint or False)
-    if wanted.lower() == "false" and latest:
-        raise InputError(
-            f"{args.output_dir} holds checkpoints of an earlier run: continue it with --resume_from_checkpoint true, "
-            "or choose another --output_dir."
-        )
-    found = {"true": latest, "false": None}.get(wanted.lower(), wanted)
-    if wanted.lower() != "false" and not (found and os.path.isdir(found)):
-        raise InputError(f"No checkpoint at {found or args.output_dir}: give its folder, or true for the latest one.")
-    return found
+def describe_text(args: DataArguments) -> dict[str, object]:
+    """Return what the model card says about the text."""
+    if args.dataset_name and not os.path.exists(args.dataset_name):
+        link = f"[{args.dataset_name}](https://huggingface.co/datasets/{args.dataset_name})"
+        return {"datasets": [args.dataset_name], "data": f"The text is that of {link}."}
+    python = f"the sources and documentation of the standard library of Python {platform.python_version()}"
+    text = "local files" if args.dataset_name or args.train_files else python
+    return {"datasets": [], "data": f"The text is {text}."}
 
 
 def report(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, prompt: str | None, seconds: float) -> None:
@@ -146,22 +144,27 @@ def main() -> None:
         raise InputError(f"Got block_size={data_args.block_size}, but the model has {positions} positions.")
     size = Path(model_args.model_config).stem
     args.output_dir = args.output_dir.replace("{model_config}", size).replace("{optim}", args.optim.value)
+    if model_args.load_in_8bit_training:
+        refuse_other_optimizers(args)
     checkpoint = find_checkpoint(args)
-    if args.device.type == "cpu" and args.world_size == 1:
-        # accelerate launch sets OMP_NUM_THREADS=1, which would leave all cores but one idle.
-        torch.set_num_threads(model_args.cpu_threads or psutil.cpu_count(logical=False) or 1)
+    use_all_cores(args, model_args.cpu_threads)
 
     with args.main_process_first(desc="data preparation"):
         train_blocks, held_out_blocks, tokenizer = load_blocks(data_args, config.vocab_size)
     set_seed(args.seed)
+    model = build_model(config, tokenizer, getattr(torch, model_args.dtype))
+    if model_args.load_in_8bit_training:
+        hf_stateless.quantize(model, hf_stateless.Int8TrainingConfig())
     trainer = Trainer(
-        model=build_model(config, tokenizer, getattr(torch, model_args.dtype)),
+        model=model,
         args=args,
         train_dataset=train_blocks,
         eval_dataset=held_out_blocks,
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
+    hf_stateless.attach_memory_report(trainer)
+    attach_model_card(trainer, base_model="", **describe_text(data_args))
     if trainer.is_world_process_zero():
         held_out_tokens = len(held_out_blocks) * data_args.block_size
         print(f"{trainer.model.num_parameters():,} parameters, vocabulary of {len(tokenizer):,}")
@@ -169,28 +172,15 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if all(entry["step"] < trainer.state.global_step for entry in trainer.state.log_history if "eval_loss" in entry):
         trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
+    save(trainer)
     if trainer.is_world_process_zero():
         report(trainer, tokenizer, model_args.prompt, time.perf_counter() - start)
     if args.push_to_hub:
-        trainer.push_to_hub()
-
-
-def _read_recipe(file: str, known: list[str]) -> dict[str, object]:
-    if not os.path.isfile(file):
-        raise InputError(f"File not found: --config {file}")
-    values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise InputError(f"{file} holds no YAML mapping of NAME: VALUE.")
-    for name in values.keys() - set(known):
-        near = difflib.get_close_matches(name, known, n=1)
-        raise InputError(f"Unknown key {name!r} in {file}." + (f" Did you mean {near[0]!r}?" if near else ""))
-    return values
+        push(trainer)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, PushError) as error:
         sys.exit(f"pretrain.py: error: {error}")

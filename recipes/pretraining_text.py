@@ -112,6 +112,19 @@ def hold_out(documents: Documents, fraction: float) -> tuple[Documents, Document
     return parts["train"], parts["test"]
 
 
+def expand_files(patterns: Iterable[str]) -> list[str]:
+    """Return the files that names or patterns stand for; refuse a name that stands for none."""
+    files = []
+    for pattern in patterns:
+        found = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+        if not found:
+            raise InputError(f"File not found: {pattern}")
+        files += found
+    if all(os.path.getsize(name) == 0 for name in files):
+        raise InputError(f"No text: {', '.join(files[:3])} {'is' if len(files) == 1 else 'are'} empty.")
+    return files
+
+
 def _load_splits(args: DataArguments) -> dict[str, Documents]:
     if args.dataset_name:
         try:
@@ -122,7 +135,7 @@ def _load_splits(args: DataArguments) -> dict[str, Documents]:
                 "files with --train_files 'data/*.txt', or no data argument at all to train on Python's own library."
             ) from error
     patterns = {"train": args.train_files, "validation": args.validation_files}
-    files = {split: _expand(names) for split, names in patterns.items() if names}
+    files = {split: expand_files(names) for split, names in patterns.items() if names}
     files.setdefault("train", standard_library_files())
     if not files["train"]:
         raise InputError("This Python has no library sources to train on: give --train_files 'data/*.txt'.")
@@ -142,18 +155,6 @@ def _load_splits(args: DataArguments) -> dict[str, Documents]:
 def _kind(file: str) -> str:
     suffixes = Path(file).suffixes  # two of them in `part.jsonl.gz`
     return next((FORMATS[suffix] for suffix in suffixes if suffix in FORMATS), "text")
-
-
-def _expand(patterns: Iterable[str]) -> list[str]:
-    files = []
-    for pattern in patterns:
-        found = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
-        if not found:
-            raise InputError(f"File not found: {pattern}")
-        files += found
-    if all(os.path.getsize(name) == 0 for name in files):
-        raise InputError(f"No text: {', '.join(files[:3])} {'is' if len(files) == 1 else 'are'} empty.")
-    return files
 
 
 def _text_only(documents: Documents, args: DataArguments) -> Documents:

@@ -19,7 +19,9 @@ from hf_stateless.whitening import WHITENINGS
 PYTHON_BLOCKS = blocks("README.md", "python")
 DIFFS = blocks("README.md", "diff")
 EXECUTED = [block for block in PYTHON_BLOCKS if block.no_test is None]
-COMMANDS = [(block, words) for page in markdown_pages() for block, words in commands(page) if block.no_test is None]
+# A card in a folder of hub_cards/ says what was typed in the run that wrote it.
+PAGES = [page for page in markdown_pages() if not re.fullmatch(r"hub_cards/.+/README\.md", page)]
+COMMANDS = [(block, words) for page in PAGES for block, words in commands(page) if block.no_test is None]
 # Read by the parsers of TRL before argparse sees the command line, so `--help` does not list it.
 CONFIG_FLAG = "--config"
 
@@ -106,7 +108,18 @@ def check_pytest(words):
     assert flags <= flags_of(sys.executable, "-m", "pytest", "--noconftest")
 
 
-CHECKS = {"pip": check_pip, "accelerate": check_launch, "python": check_launch, "pytest": check_pytest}
+def check_own_command(words):
+    flags = {word.split("=")[0] for word in words if word.startswith("--")}
+    assert flags <= flags_of(sys.executable, "-m", "hf_stateless.cli", words[1])
+
+
+CHECKS = {
+    "pip": check_pip,
+    "accelerate": check_launch,
+    "python": check_launch,
+    "pytest": check_pytest,
+    "hf-stateless": check_own_command,
+}
 
 
 @pytest.mark.parametrize(("block", "words"), COMMANDS, ids=[f"{b}: {' '.join(w)[:60]}" for b, w in COMMANDS])

@@ -1,0 +1,58 @@
+"""What every recipe script does before it trains: read its recipe, find its checkpoint, take the CPU's cores."""
+
+import difflib
+import os
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from pretraining_text import InputError
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_stateless.options import optimizer_names
+
+
+def read_recipe(file: str, known: list[str]) -> dict[str, object]:
+    """Return the values of a YAML recipe; refuse a name that is not known."""
+    if not os.path.isfile(file):
+        raise InputError(f"File not found: --config {file}")
+    values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise InputError(f"{file} holds no YAML mapping of NAME: VALUE.")
+    for name in values.keys() - set(known):
+        near = difflib.get_close_matches(name, known, n=1)
+        raise InputError(f"Unknown key {name!r} in {file}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    return values
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """Return the checkpoint to resume from; refuse to mix a new run with the checkpoints of an old one."""
+    latest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    wanted = str(args.resume_from_checkpoint or False)
+    if wanted.lower() == "false" and latest:
+        raise InputError(
+            f"{args.output_dir} holds checkpoints of an earlier run: continue it with --resume_from_checkpoint true, "
+            "or choose another --output_dir."
+        )
+    found = {"true": latest, "false": None}.get(wanted.lower(), wanted)
+    if wanted.lower() != "false" and not (found and os.path.isdir(found)):
+        raise InputError(f"No checkpoint at {found or args.output_dir}: give its folder, or true for the latest one.")
+    return found
+
+
+def use_all_cores(args: TrainingArguments, cpu_threads: int | None) -> None:
+    """Give a single process on the CPU all cores, or as many threads as asked for."""
+    if args.device.type == "cpu" and args.world_size == 1:
+        # accelerate launch sets OMP_NUM_THREADS=1, which would leave all cores but one idle.
+        torch.set_num_threads(cpu_threads or psutil.cpu_count(logical=False) or 1)
+
+
+def refuse_other_optimizers(args: TrainingArguments) -> None:
+    """Refuse to train 8-bit weights with an optimizer that does not know them."""
+    if args.optim.value not in optimizer_names():
+        raise InputError(
+            f"Got load_in_8bit_training with optim={args.optim.value}: 8-bit weights are trained by "
+            f"{', '.join(optimizer_names())}."
+        )

@@ -1,0 +1,76 @@
+"""The fine-tuning benchmark: WordNet's format, the walk over learning rates, and the tables in the README."""
+
+import argparse
+import json
+import math
+import sys
+
+import pytest
+from documents import ROOT, read
+
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
+
+import finetuning
+import wordnet_pairs
+
+
+RESULTS = ROOT / "recipes" / "benchmarks" / "results" / "finetuning-cpu.json"
+LICENCE = "  1 This is the licence.  \n"
+NOUN = (
+    '00001740 03 n 02 small_room 0 cell 1 000 | a room of little size ; "he slept in a cell"; "it was bare"  \n'
+    "00001741 03 n 01 Paris 0 000 | the capital and largest city of France  \n"
+)
+ADJECTIVE = "00001742 00 a 01 able(p) 0 000 | having the means to do something  \n"
+
+
+@pytest.fixture
+def wordnet(tmp_path):
+    folder = tmp_path / "wordnet"
+    folder.mkdir()
+    for kind, text in {"noun": NOUN, "verb": "", "adj": ADJECTIVE, "adv": ""}.items():
+        (folder / f"data.{kind}").write_text(LICENCE + text, encoding="latin-1")
+    return folder
+
+
+def test_pairs_are_made_of_definitions_examples_and_synonyms(wordnet, tmp_path):
+    counts = wordnet_pairs.write(tmp_path / "pairs", wordnet)
+    rows = [json.loads(line) for file in (tmp_path / "pairs").iterdir() for line in file.read_text().splitlines()]
+    assert sum(counts.values()) == len(rows) == 4  # the proper name is left out
+    answers = {row["prompt"]: row["completion"] for row in rows}
+    word = next(word for word in ("small room", "cell") if f'Use the noun "{word}" in a sentence.\n' in answers)
+    other = {"small room": "cell", "cell": "small room"}[word]
+    assert answers[f'Use the noun "{word}" in a sentence.\n'] == "He slept in a cell"
+    assert answers[f'What is a synonym of the noun "{word}"?\n'] == other
+    assert answers[f'What does the noun "{word}" mean?\n'] == f'As a noun, "{word}" means: a room of little size.'
+    assert answers['What does the adjective "able" mean?\n'].startswith('As an adjective, "able" means: having')
+
+
+@pytest.mark.parametrize("best", [-3, 0, 1, 4])
+def test_the_walk_ends_with_a_worse_rate_on_both_sides(best, monkeypatch):
+    tried = []
+
+    def loss(row, lr, seed, args):
+        tried.append((seed, lr))
+        return abs(math.log2(lr) - best)
+
+    monkeypatch.setattr(finetuning, "cached", loss)
+    finetuning.sweep("adamw", argparse.Namespace(start=1.0, rates=4, repeat=3, seeds=[0, 1]))
+    first = {lr for seed, lr in tried if seed == 0}
+    assert {2.0 ** (best - 1), 2.0**best, 2.0 ** (best + 1)} <= first
+    assert len(first) >= 4
+    assert {lr for seed, lr in tried if seed == 1} == {2.0 ** (best - 1), 2.0**best, 2.0 ** (best + 1)}
+
+
+def test_a_rate_counts_only_when_every_seed_was_run_with_it():
+    losses = {(1e-3, 0): 2.0, (1e-3, 1): 3.0, (2e-3, 0): 1.0}
+    records = [{"learning_rate": lr, "seed": seed, "eval_loss": loss} for (lr, seed), loss in losses.items()]
+    assert finetuning.best_of(records) == (1e-3, [2.0, 3.0], {1e-3: 2.5})
+
+
+@pytest.mark.parametrize("tuning", ["layers", "lora"])
+def test_the_tables_of_the_readme_are_the_results(tuning):
+    records = json.loads(RESULTS.read_text())["records"]
+    assert finetuning.table(records, tuning) in read("README.md")
