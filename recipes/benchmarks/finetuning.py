@@ -209,7 +209,7 @@ def table(records: list[dict[str, Any]], tuning: str) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for row, (best, losses, means) in sorted(rows.items(), key=lambda item: statistics.mean(item[1][1])):
-        beside = [f"{means[lr]:.3f}" if lr in means else "" for lr in (best / 2, best * 2)]
+        beside = [f"{means[lr]:.3f}" if lr in means else "not run" for lr in (best / 2, best * 2)]
         each = ", ".join(f"{loss:.3f}" for loss in losses)
         lines.append(f"| `{row}` | {statistics.mean(losses):.3f} | {each} | {best:.1e} | {', '.join(beside)} |")
     return "\n".join(lines)
