@@ -1,7 +1,6 @@
 """GRPO where most groups of completions say nothing: what the steps of such groups do, and what a guard saves.
 
-    python recipes/benchmarks/zero_signal.py
-    python recipes/benchmarks/zero_signal.py --steps 1000 --seeds 0 1 2 --output results.json
+    python recipes/benchmarks/zero_signal.py --learning_rates 1e-3 3e-3 --seeds 0 1 --output results.json
 
 A tiny LLaMA is to answer a word with words of its kind, one of four. One group of completions is one step; in a known
 share of the steps (`--empty`) all completions get the same reward up to a noise of 1e-3. Rewards are not scaled, so
@@ -47,9 +46,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of which every word is one token."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", padding_side="left"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
@@ -62,10 +59,8 @@ def make_model(seed: int) -> LlamaForCausalLM:
             num_hidden_layers=2,
             num_attention_heads=4,
             vocab_size=len(SPECIAL + WORDS),
-            max_position_embeddings=32,
             pad_token_id=0,
             eos_token_id=1,
-            bos_token_id=None,
         )
     )
 
