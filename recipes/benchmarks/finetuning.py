@@ -205,7 +205,7 @@ def table(records: list[dict[str, Any]], tuning: str) -> str:
         if any((r["tuning"], r["row"]) == (tuning, row) for r in records)
     }
     lines = [
-        "| Optimizer | Held-out loss | Each seed | Best learning rate | Loss at half and at double that rate |",
+        "| Trained with | Held-out loss | Each seed | Best learning rate | Loss at half and at double that rate |",
         "|---|---:|---:|---:|---:|",
     ]
     for row, (best, losses, means) in sorted(rows.items(), key=lambda item: statistics.mean(item[1][1])):
