@@ -34,6 +34,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"betas": (0.9, 0.999), "eps": 1e-8},
     "sinkhorn_momentum": {"momentum": 0.95, "num_iterations": 5.5, "row_threshold": 1e-3, "lr_scale": 0.18},
 }
+# The factors of a LoRA pair are complete at different times, and small: they are updated in `step()`.
+RELEASED = {"matrices": frozenset({"multinorm"}), "all": frozenset(ALGORITHMS) - {"lora_product"}}
+"""What layer-wise updates release in backward: the algorithms of the groups, by the option `release`."""
 COMMON: dict[str, Any] = {"weight_decay": 0.0, "stochastic_rounding": True, "seed": 0, "role": "rest"}
 
 

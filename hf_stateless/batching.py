@@ -10,7 +10,7 @@ from torch import Tensor
 
 _Item = TypeVar("_Item")
 # Bytes of gradient that are stacked into one batch on an accelerator: bounds the temporaries of a step.
-_BATCH_BYTES = 64 << 20
+BATCH_BYTES = 64 << 20
 
 
 def alike(items: Iterable[_Item], key: Callable[[_Item], Hashable]) -> list[list[_Item]]:
@@ -57,5 +57,5 @@ def of_one_shape(active: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[in
         [1, 1]
     """
     for same in alike(active, lambda e: (e[1].shape, e[1].dtype, e[1].device, e[1].grad.dtype)):  # type: ignore[union-attr]
-        limit = 0 if same[0][1].device.type == "cpu" else _BATCH_BYTES
+        limit = 0 if same[0][1].device.type == "cpu" else BATCH_BYTES
         yield from bounded(same, lambda entry: entry[1].nbytes, limit)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .batching import alike, bounded
+from .batching import BATCH_BYTES, alike, bounded
 from .matrix_update import MatrixUpdate
 from .owners import Exchange, assign_owners, same_on_replicas, shared_updates, whitening_cost
 from .sharded_sinkhorn import ShardedMatrices, iterate, keep_squares
@@ -23,9 +23,8 @@ from .sharding import Split, is_sharded, part_of, whole_matrix
 from .update_rules import Workspace, as_matrix, multinorm_update_
 
 
-# Bytes of whole gradients that an owner takes at once, and of parts that are stacked into one batch on an accelerator.
+# Bytes of whole gradients that an owner takes at once.
 _EXCHANGE_BYTES = 1 << 30
-_BATCH_BYTES = 64 << 20
 
 
 def update_together_(updates: Sequence[MatrixUpdate], workspace: Workspace | None = None) -> None:
@@ -84,7 +83,7 @@ def _sinkhorn(updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
     stacks = [
         stack
         for of_class in alike(updates, lambda update: update.shape_class)
-        for stack in bounded(of_class, _whole_bytes, _BATCH_BYTES if of_class[0].grad.device.type != "cpu" else 0)
+        for stack in bounded(of_class, _whole_bytes, BATCH_BYTES if of_class[0].grad.device.type != "cpu" else 0)
     ]
     for stack in stacks:
         matrices = [as_matrix(update.grad, update.layout) for update in stack]
@@ -136,7 +135,7 @@ def _replicated(updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         return _normalize([updates[i] for i in positions], [grads[i] for i in positions])
 
     shapes = [tuple(grad.shape) for grad in grads]
-    for i, part in shared_updates(shapes, compute, group, like=grads[0], batch_bytes=_BATCH_BYTES):
+    for i, part in shared_updates(shapes, compute, group, like=grads[0], batch_bytes=BATCH_BYTES):
         updates[i].write(part, float(torch.linalg.vector_norm(part)))
 
 

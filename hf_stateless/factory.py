@@ -12,7 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .algorithms import ALGORITHMS
+from .algorithms import RELEASED
 from .int8.weight import Int8Weight
 from .lora import product_chain
 from .optimizer import StatelessOptimizer
@@ -200,8 +200,7 @@ def _prepare_layerwise(model: nn.Module, groups: list[dict[str, Any]], release: 
             "Layer-wise updates have to be prepared before DDP makes its buckets: "
             "create the optimizer first and wrap the model in DistributedDataParallel afterwards."
         )
-    algorithms = {"multinorm"} if release == "matrices" else ALGORITHMS.keys() - {"lora_product"}
-    released = [g for g in groups if g["algorithm"] in algorithms]
+    released = [g for g in groups if g["algorithm"] in RELEASED[release]]
     keep_out_of_ddp(model, [p for group in released for p in group["params"]])
     count_released_gradients_in_clipping()
 

@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, is_initialized
 from torch import Tensor
 
-from .algorithms import ALGORITHMS
+from .algorithms import RELEASED
 from .averaging import Averaging, are_replicas
 from .sharding import is_sharded, total_norm
 
@@ -139,8 +139,7 @@ class LayerwiseUpdates:
         _refuse_fp16()
         groups = self.optimizer.param_groups
         params = list(enumerate((group["algorithm"], p) for group in groups for p in group["params"]))
-        # The factors of a LoRA pair are complete at different times, and small: they are updated in `step()`.
-        released = ALGORITHMS.keys() - {"lora_product"} if self.everything else {"multinorm"}
+        released = RELEASED["all" if self.everything else "matrices"]
         hooked = {i: p for i, (algorithm, p) in params if algorithm in released}
         averages = are_replicas(hooked.values())
         if averages:  # what DDP was not told to leave alone is in its buckets, and updated in `step()`

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batching import alike, bounded
+from .batching import BATCH_BYTES, alike, bounded
 from .multi_norm import multi_normalize
 from .norms import power_of_two_inverse
 from .sharding import local_shard, part_of, whole_matrix
@@ -28,8 +28,6 @@ from .whitening import eigh
 _RELATIVE_FLOOR = 1e-4
 # One step turns the row space of A by at most 1 / _STIFFNESS: near B = 0 the inverse of B would blow it up.
 _STIFFNESS = 3.0
-# Bytes of factors that are stacked into one batch.
-_BATCH_BYTES = 64 << 20
 
 
 @dataclass
@@ -116,7 +114,7 @@ def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]
         return [True for _ in pairs]
     finite: dict[int, bool] = {}
     for same in alike(pairs, Pair.shape_class):
-        for batch in bounded(same, Pair.nbytes, _BATCH_BYTES):
+        for batch in bounded(same, Pair.nbytes, BATCH_BYTES):
             finite |= zip((id(pair) for pair in batch), _update_batch_(batch, group), strict=True)
     return [finite[id(pair)] for pair in pairs]
 

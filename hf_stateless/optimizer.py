@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .adamw import adamw_state, adamw_update_
-from .algorithms import ALGORITHMS, complete_group
+from .algorithms import ALGORITHMS, RELEASED, complete_group
 from .batching import alike, of_one_shape
 from .checkpoint import apply_options, check_same_groups, options_of
 from .distributed import shares_whitening, update_together_
@@ -26,9 +26,6 @@ from .update_rules import Workspace, multinorm_update_, sinkhorn_momentum_update
 
 
 logger = logging.getLogger(__name__)
-
-RELEASE = ("matrices", "all")
-"""What layer-wise updates release in backward."""
 
 # Options of multinorm groups that say when and where they are updated, not how.
 _NOT_OF_THE_RULE = ("split_whitening", "min_signal")
@@ -87,8 +84,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
         order: Sequence[str] = (),
     ) -> None:
         super().__init__(params, {"lr": lr})  # type: ignore[arg-type]
-        if layerwise not in (None, *RELEASE):
-            raise ValueError(f"layerwise={layerwise!r}: expected None, {' or '.join(RELEASE)}.")
+        if layerwise not in (None, *RELEASED):
+            raise ValueError(f"layerwise={layerwise!r}: expected None, {' or '.join(RELEASED)}.")
         if layerwise:
             refuse_layerwise(self.param_groups)
             self.layerwise = LayerwiseUpdates(self, everything=layerwise == "all", order=order)

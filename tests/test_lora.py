@@ -315,7 +315,7 @@ def test_batches_are_bounded_and_change_nothing(monkeypatch):
     group = {**GROUP, "lr": 0.1, "weight_decay": 0.0}
     with torch.no_grad():
         update_pairs_([Pair(pair) for pair in together], group)
-        monkeypatch.setattr(lora, "_BATCH_BYTES", 0)
+        monkeypatch.setattr(lora, "BATCH_BYTES", 0)
         update_pairs_([Pair(pair) for pair in apart], group)
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one, other)

@@ -71,7 +71,7 @@ def worker(rank, folder):
                 results[name, "split", str(dtype)] = stepped(preset, split=True, dtype=dtype)
             results[name, "differing"] = stepped(preset, split=True, rank=rank)
             with pytest.MonkeyPatch.context() as monkeypatch:
-                monkeypatch.setattr(distributed, "_BATCH_BYTES", 1)
+                monkeypatch.setattr(distributed, "BATCH_BYTES", 1)
                 results[name, "one by one"] = stepped(preset, split=True)
         torch.save(results, Path(folder) / f"{rank}.pt")
     finally:

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..batching import BATCH_BYTES
 from ..int8.weight import Int8Weight
 from ..optimizer import StatelessOptimizer
 from .trace import LiveBytes
-
-
-# On an accelerator the optimizer updates about so many bytes of gradients of one shape at once.
-_BATCH_BYTES = 64 << 20
 
 
 def step_temporary(groups: Sequence[Mapping[str, Any]], device: str = "cuda") -> int:
@@ -60,7 +57,7 @@ def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
     for p in params:
         key = (p.shape, p.dtype)
         counts[key] = counts.get(key, 0) + 1
-        if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * p.numel() * p.element_size() < _BATCH_BYTES):
+        if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * p.numel() * p.element_size() < BATCH_BYTES):
             fakes.append(_stand_in(p, device))
             fakes[-1].grad = torch.empty_like(fakes[-1])
     return fakes
