@@ -20,6 +20,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "layout": "out_in",
         "split_whitening": False,
         "min_signal": 0.0,
+        "momentum": 0.0,
+        "momentum_dtype": "int8",
+        "width_rule": "none",
     },
     # The params of such a group are pairs of LoRA factors: A_0, B_0, A_1, B_1, ...
     "lora_product": {

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,18 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
         group.update(current)
     for key, (saved, value) in changed.items():
         logger.warning("The checkpoint was written with %s=%r; this run goes on with %r.", key, saved, value)
+
+
+def as_saved(saved: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """Return the state of a parameter in the dtypes that it was saved in, which torch does not keep.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.checkpoint import as_saved
+        >>> as_saved({"codes": torch.ones(2, dtype=torch.int8)}, torch.ones(2))["codes"].dtype
+        torch.int8
+    """
+    return {name: value.to(param.device, copy=value.numel() == 1) for name, value in saved.items()}
 
 
 def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> None:

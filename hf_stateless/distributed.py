@@ -144,7 +144,7 @@ def _gathered(update: MatrixUpdate, workspace: Workspace) -> None:
     options = ("lr", "lr_scale", "weight_decay", "layout")
     [update.finite] = multinorm_update_(
         [update.weight],
-        [whole_matrix(update.param.grad)],  # type: ignore[arg-type]
+        [whole_matrix(update.direction)],
         None if update.key is None else [update.key],
         workspace=workspace,
         place=(lambda whole, _: part_of(whole, update.param)) if is_sharded(update.param) else None,

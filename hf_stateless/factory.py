@@ -97,6 +97,10 @@ def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str,
         "min_signal": options.min_signal,
     }
     chained = entry.role in ("matrix", "adapter")
+    if chained:  # what `embeddings=stateless` takes along stays without state
+        chain |= {"momentum": options.momentum, "momentum_dtype": options.momentum_dtype}
+    if entry.role in ("matrix", "head"):  # a low-rank factor and a table of tokens have a side that is no width
+        chain["width_rule"] = options.width_rule
     if entry.pair and options.lora == "product" and (chained or options.embeddings == "stateless"):
         norms, num_iterations = product_chain(options.norms, options.num_iterations)
         values = {"norms": norms, "num_iterations": num_iterations, "lr": lr, "lr_scale": options.lr_scale}

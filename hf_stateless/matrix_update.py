@@ -27,11 +27,13 @@ class MatrixUpdate:
     options: Mapping[str, Any]
     key: Tensor | None
     """Rounding key of a bf16 parameter."""
+    direction: Tensor
+    """The gradient, or what stands for it: cut over ranks as the parameter is."""
     finite: bool = True
     """Whether the gradient was finite; known after the update."""
 
     def __post_init__(self) -> None:
-        self.weight, self.grad = local_shard(self.param), local_shard(self.param.grad)  # type: ignore[arg-type]
+        self.weight, self.grad = local_shard(self.param), local_shard(self.direction)
         self.split = split_of(self.param)
         self.chain = {name: self.options[name] for name in _CHAIN}
         self.layout: str = self.options["layout"]

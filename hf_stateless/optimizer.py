@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,22 +13,27 @@ from torch import Tensor
 from .adamw import adamw_state, adamw_update_
 from .algorithms import ALGORITHMS, RELEASED, complete_group
 from .batching import alike, of_one_shape
-from .checkpoint import apply_options, check_same_groups, options_of
+from .checkpoint import apply_options, as_saved, check_same_groups, options_of
 from .distributed import shares_whitening, update_together_
 from .int8.weight import Int8Weight
 from .layerwise import LayerwiseUpdates, unhook
 from .lora import update_group_
 from .matrix_update import MatrixUpdate
+from .momentum import add_momentum_, fit_momentum_, has_momentum, momentum_direction_
 from .rounding import rounding_key
-from .sharding import finite_gradients, is_sharded, local_shard, shard_number, whole_if_tiny
-from .signal_guard import measure_signal, new_history, refuse_layerwise
+from .sharding import check_gradients, is_sharded, local_shard, shard_number, whole_if_tiny
+from .signal_guard import measure_signal, new_history, refuse_layerwise, tell_held
 from .update_rules import Workspace, multinorm_update_, sinkhorn_momentum_update_
+from .width import scaled_for_width
 
 
 logger = logging.getLogger(__name__)
 
-# Options of multinorm groups that say when and where they are updated, not how.
-_NOT_OF_THE_RULE = ("split_whitening", "min_signal")
+# Parameters that are at work, with their positions among all; and groups with those of them.
+_Entries: TypeAlias = list[tuple[int, Tensor]]
+_Work: TypeAlias = list[tuple[dict[str, Any], _Entries]]
+# Options of multinorm groups that say when, where and from what they are updated, not how.
+_NOT_OF_THE_RULE = ("split_whitening", "min_signal", "momentum", "momentum_dtype", "width_rule")
 
 
 class StatelessOptimizer(torch.optim.Optimizer):
@@ -123,9 +128,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         self._workspace = None
         return loss
 
-    def _with_signal(
-        self, work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]]
-    ) -> list[tuple[dict[str, Any], list[tuple[int, Tensor]]]]:
+    def _with_signal(self, work: _Work) -> _Work:
         """Leave out what its group's `min_signal` holds back: a weak gradient must not become a full-size step."""
         guarded = [p for group in self.param_groups if group.get("min_signal") for p in group["params"]]
         grads = [p.grad for p in guarded if p.grad is not None]
@@ -135,19 +138,11 @@ class StatelessOptimizer(torch.optim.Optimizer):
         history = self.state[guarded[0]].setdefault("recent_norms", new_history(guarded[0]))
         signal = measure_signal(grads, history)
         held = [entry for group, active in work if signal < group.get("min_signal", 0) for entry in active]
-        if not held:
-            return work
         for _, p in held:
             self._step_of(p)  # a checkpoint of FSDP2 needs it
-        if signal:
+        if held and signal:
             self.held_steps += 1
-            if self.held_steps.bit_count() == 1:  # the 1st, 2nd, 4th, 8th...
-                logger.warning(
-                    "min_signal holds the matrices back, for the %d. time: the norm of their gradients is %.2g times "
-                    "that of informative steps.",
-                    self.held_steps,
-                    signal,
-                )
+            tell_held(self.held_steps, signal)
         return [(group, [] if signal < group.get("min_signal", 0) else active) for group, active in work]
 
     def train(self) -> None:
@@ -212,12 +207,10 @@ class StatelessOptimizer(torch.optim.Optimizer):
             index -= len(group["params"])
         raise IndexError(f"There is no parameter {index}.")
 
-    def _update(self, work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]], *, alone: bool) -> None:
+    def _update(self, work: _Work, *, alone: bool) -> None:
         """Update parameters, given with their positions by group; what ranks do together comes last, all at once."""
-        work = [(group, [(index, p) for index, p in active if p.numel()]) for group, active in work]
-        rest = [entry for group, active in work if "norms" not in group for entry in active]
-        together, finite = [], self._finite(rest)
-        for group, active in work:
+        together = []
+        for group, active in self._usable([(g, [(i, p) for i, p in active if p.numel()]) for g, active in work]):
             if group["algorithm"] == "multinorm":
                 shared = {i for i, p in active if is_sharded(p) or (not alone and shares_whitening(group))}
                 for batch in of_one_shape([entry for entry in active if entry[0] not in shared]):
@@ -225,18 +218,40 @@ class StatelessOptimizer(torch.optim.Optimizer):
                 together += [self._shared(group, entry) for entry in active if entry[0] in shared]
             elif group["algorithm"] == "lora_product":
                 update_group_(group, active, self._step_of, self._keys, self._count)
-            elif kept := [entry for entry in active if entry[0] in finite]:
+            elif active:
                 rule = self._sinkhorn_momentum if group["algorithm"] == "sinkhorn_momentum" else self._adamw
-                rule(group, kept)
+                rule(group, active)
         update_together_([update for _, _, update in together], self._workspace)
         for index, step, update in together:
             self._count(update.options, index, step, update.finite)
 
-    def _multinorm(self, group: dict[str, Any], batch: list[tuple[int, Tensor]]) -> None:
+    def _usable(self, work: _Work) -> _Work:
+        """Leave out gradients that must not reach a moment: not finite, or under momentum of a matrix, zero."""
+        checked = [(g, *entry) for g, active in work if "norms" not in g or has_momentum(g) for entry in active]
+        out, checks = set(), check_gradients([p for *_, p in checked])
+        for (group, index, p), (finite, nonzero) in zip(checked, checks, strict=True):
+            if has_momentum(group):
+                self._step_of(p)  # a checkpoint of FSDP2 needs all state
+                add_momentum_(self.state[p], p, group["momentum_dtype"])
+            if not finite:
+                self._warn_skipped(index)
+            if not finite or (has_momentum(group) and not nonzero):
+                out.add(index)
+        return [(group, [entry for entry in active if entry[0] not in out]) for group, active in work]
+
+    def _direction(self, group: Mapping[str, Any], index: int, p: Tensor) -> Tensor:
+        """Return the gradient of a matrix, or what stands for it under momentum."""
+        if not has_momentum(group):
+            return p.grad  # type: ignore[return-value]
+        key = self._key(group, index, p, self._step_of(p)) if group["stochastic_rounding"] else None
+        return momentum_direction_(p, p.grad, self.state[p], key, group["momentum"])  # type: ignore[arg-type]
+
+    def _multinorm(self, group: Mapping[str, Any], batch: _Entries) -> None:
         steps = [self._step_of(p) for _, p in batch]
+        group = scaled_for_width(group, batch[0][1].shape)
         finite = multinorm_update_(
             [p for _, p in batch],
-            [p.grad for _, p in batch],  # type: ignore[misc]
+            [self._direction(group, *entry) for entry in batch],
             self._keys(group, batch, steps),
             lr=group["lr"],
             weight_decay=group["weight_decay"],
@@ -247,9 +262,10 @@ class StatelessOptimizer(torch.optim.Optimizer):
             self._count(group, index, step, good)
 
     def _shared(self, group: dict[str, Any], entry: tuple[int, Tensor]) -> tuple[int, Tensor, MatrixUpdate]:
-        step = self._step_of(entry[1])
+        index, p = entry
+        step, options = self._step_of(p), scaled_for_width(group, p.shape)
         keys = self._keys(group, [entry], [step])
-        return entry[0], step, MatrixUpdate(entry[1], group, keys[0] if keys else None)
+        return index, step, MatrixUpdate(p, options, keys[0] if keys else None, self._direction(group, index, p))
 
     def _step_of(self, p: Tensor) -> Tensor:
         return self._state(p, lambda p: {"step": torch.zeros(1, device=p.device)})["step"]
@@ -260,7 +276,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         elif group["lr"] != 0:  # torch's checkpoint code makes the state by a step at lr = 0, which must not count
             step += 1
 
-    def _adamw(self, group: dict[str, Any], active: list[tuple[int, Tensor]]) -> None:
+    def _adamw(self, group: dict[str, Any], active: _Entries) -> None:
         bits = 8 if group["algorithm"] == "adamw_8bit" else 32
         states = [self._state(p, lambda p: adamw_state(p, bits=bits)) for _, p in active]
         keys = self._keys(group, active, [state["step"] for state in states])
@@ -277,7 +293,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
         )
 
-    def _sinkhorn_momentum(self, group: dict[str, Any], active: list[tuple[int, Tensor]]) -> None:
+    def _sinkhorn_momentum(self, group: dict[str, Any], active: _Entries) -> None:
         options = {key: group[key] for key in ("lr", "weight_decay", *ALGORITHMS["sinkhorn_momentum"])}
         for index, p in active:
             state = self._state(
@@ -295,24 +311,15 @@ class StatelessOptimizer(torch.optim.Optimizer):
             state.update(make(p))
         return state
 
-    def _keys(
-        self, group: Mapping[str, Any], batch: list[tuple[int, Tensor]], steps: list[Tensor]
-    ) -> list[Tensor] | None:
+    def _keys(self, group: Mapping[str, Any], batch: _Entries, steps: list[Tensor]) -> list[Tensor] | None:
         """Return the rounding keys of bf16 and 8-bit parameters, or None where nothing is rounded stochastically."""
         stored = [p for _, p in batch if p.dtype == torch.bfloat16 or isinstance(p, Int8Weight)]
         if not group["stochastic_rounding"] or not stored:
             return None
-        return [
-            rounding_key(group["seed"] + 0x01000193 * shard_number(p), index, step.to(p.device))
-            for (index, p), step in zip(batch, steps, strict=True)
-        ]
+        return [self._key(group, index, p, step) for (index, p), step in zip(batch, steps, strict=True)]
 
-    def _finite(self, active: list[tuple[int, Tensor]]) -> set[int]:
-        """Return the positions of parameters whose gradient is finite everywhere, with one synchronisation for all."""
-        finite = dict(zip((index for index, _ in active), finite_gradients([p for _, p in active]), strict=True))
-        for index in (index for index, good in finite.items() if not good):
-            self._warn_skipped(index)
-        return {index for index, good in finite.items() if good}
+    def _key(self, group: Mapping[str, Any], index: int, p: Tensor, step: Tensor) -> Tensor:
+        return rounding_key(group["seed"] + 0x01000193 * shard_number(p), index, step.to(p.device))
 
     def _warn_skipped(self, index: int) -> None:
         logger.warning(
@@ -334,9 +341,9 @@ class StatelessOptimizer(torch.optim.Optimizer):
         check_same_groups(state_dict["param_groups"], self.param_groups)
         options = options_of(self.param_groups)
         super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved_ids, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                self.state[p][name] = value.to(p.device, copy=value.numel() == 1)
         apply_options(self.param_groups, options)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                if i in state_dict["state"]:
+                    self.state[p].update(as_saved(state_dict["state"][i], p))
+                    fit_momentum_(self.state[p], p, group)

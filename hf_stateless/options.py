@@ -11,11 +11,14 @@ from typing import Any
 from .multi_norm import check_norms
 from .presets import PRESETS, MultiNormPreset
 from .whitening import WHITENING_DEFAULTS
+from .width import WIDTH_RULES
 
 
 LORA = ("separate", "product")
 """How LoRA adapters are updated; the first is the default."""
 EMBEDDINGS = ("adamw", "adamw_8bit", "stateless", "sinkhorn_momentum")
+MOMENTUM_DTYPES = ("int8", "bfloat16", "float32")
+"""How the momentum of matrices is stored; the first is the default."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class Options:
     """Let each DDP replica whiten some of the matrices and share the updates; the Trainer's default is true."""
     min_signal: float = 0.0
     """Hold the matrices back where the norm of their gradients is below this fraction of informative steps'."""
+    momentum: float = 0.0
+    """Normalise a moving average of the gradients of matrices (Nesterov, before the chain); 0 keeps none."""
+    momentum_dtype: str = MOMENTUM_DTYPES[0]
+    """How that average is stored."""
+    width_rule: str = WIDTH_RULES[0]
+    """How the step of a matrix depends on its shape, see `hf_stateless.width.width_factor`."""
     release: str | None = None
     """Layer-wise names only: what is updated in backward, `matrices` or `all`."""
 
@@ -128,6 +137,9 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "seed": (_integer, "an integer of at least 0"),
     "split_whitening": (_boolean, "true or false"),
     "min_signal": (_fraction, "a number in [0, 1)"),
+    "momentum": (_fraction, "a number in [0, 1)"),
+    "momentum_dtype": (_one_of(*MOMENTUM_DTYPES), " | ".join(MOMENTUM_DTYPES)),
+    "width_rule": (_one_of(*WIDTH_RULES), " | ".join(WIDTH_RULES)),
     "release": (_one_of("matrices", "all"), "matrices | all"),
 }
 LAYERWISE = "_layerwise"
@@ -186,6 +198,11 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Options:
     values = {key: _parse(name, key, value) for key, value in given.items() if key != "norms"}
     if not values.pop("center", True):
         norms = tuple("row_l2" if norm == "row_standardize" else norm for norm in norms)
+    if values.get("momentum") and values.get("lora") == "product":
+        raise ValueError(
+            f"optim_args for optim={name!r}: lora=product updates A and B from their gradients of this step alone: "
+            "leave out momentum, or lora=product."
+        )
     if name.endswith(LAYERWISE):
         values.setdefault("release", "matrices")
     return _fill_whitening(name, _from_preset(preset, norms), values)

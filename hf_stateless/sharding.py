@@ -213,30 +213,33 @@ def _sum_over_ranks(square: Tensor, grad: Tensor) -> Tensor:
     return shared
 
 
-def finite_gradients(params: Sequence[Tensor]) -> list[bool]:
-    """Tell for each parameter whether its gradient is finite on every rank; a collective if there are DTensors.
+def check_gradients(params: Sequence[Tensor]) -> list[tuple[bool, bool]]:
+    """Tell for each parameter whether its gradient is finite, and whether it is anything but zero, over all ranks.
+
+    One synchronisation for all parameters, and a collective if there are DTensors.
 
     Example:
         >>> import torch
-        >>> from hf_stateless.sharding import finite_gradients
+        >>> from hf_stateless.sharding import check_gradients
         >>> W = torch.ones(2)
         >>> W.grad = torch.tensor([1.0, float("inf")])
-        >>> finite_gradients([W])
-        [False]
+        >>> check_gradients([W])
+        [(False, True)]
     """
     if not params:
         return []
     # A group may mix plain tensors with DTensors, and devices.
     spokesman = next((p for p in params if isinstance(p, DTensor)), params[0])
-    flags = torch.stack([_is_finite(local_shard(p.grad)).to(spokesman.device) for p in params])  # type: ignore[arg-type]
-    return [bool(flag) for flag in _on_all_ranks(flags, spokesman).tolist()]
+    flags = torch.stack([_finite_and_zero(local_shard(p.grad)).to(spokesman.device) for p in params])  # type: ignore[arg-type]
+    finite, zero = _on_all_ranks(flags, spokesman).bool().unbind(1)
+    return list(zip(finite.tolist(), zero.logical_not().tolist(), strict=True))
 
 
-def _is_finite(grad: Tensor) -> Tensor:
+def _finite_and_zero(grad: Tensor) -> Tensor:
     if grad.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=grad.device)
-    smallest, largest = torch.aminmax(grad)
-    return torch.isfinite(smallest) & torch.isfinite(largest)
+        return torch.ones(2, dtype=torch.bool, device=grad.device)
+    extremes = torch.stack(torch.aminmax(grad))
+    return torch.stack([torch.isfinite(extremes).all(), (extremes == 0).all()])
 
 
 def _on_all_ranks(flags: Tensor, param: Tensor) -> Tensor:

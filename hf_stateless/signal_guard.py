@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from .sharding import total_norm
 
+
+logger = logging.getLogger(__name__)
 
 # Norms that are remembered, how many of them have to be known before a step is judged, and which of them it is
 # compared with. Not the median: where most batches are empty, that is the norm of an empty one.
@@ -64,6 +67,26 @@ def measure_signal(grads: Sequence[Tensor], history: Tensor) -> float:
     if len(known) < _FEWEST:
         return math.inf
     return norm / known[math.ceil(_QUANTILE * len(known)) - 1]
+
+
+def tell_held(count: int, signal: float) -> None:
+    """Log that a step was held back, ever more rarely: the 1st, 2nd, 4th, 8th time.
+
+    Args:
+        count: how many were.
+        signal: from `measure_signal`.
+
+    Example:
+        >>> from hf_stateless.signal_guard import tell_held
+        >>> tell_held(3, 0.05)
+    """
+    if count.bit_count() == 1:
+        logger.warning(
+            "min_signal holds the matrices back, for the %d. time: the norm of their gradients is %.2g times that of "
+            "informative steps.",
+            count,
+            signal,
+        )
 
 
 def refuse_layerwise(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -3,8 +3,18 @@
 import pytest
 
 from hf_stateless import NORMS, PRESETS
-from hf_stateless.options import EMBEDDINGS, LAYERWISE, LORA, Options, optimizer_names, parse_options, valid_keys
+from hf_stateless.options import (
+    EMBEDDINGS,
+    LAYERWISE,
+    LORA,
+    MOMENTUM_DTYPES,
+    Options,
+    optimizer_names,
+    parse_options,
+    valid_keys,
+)
 from hf_stateless.whitening import WHITENING_DEFAULTS
+from hf_stateless.width import WIDTH_RULES
 
 
 NAMES = optimizer_names()
@@ -27,6 +37,9 @@ VALUES = {
     "seed": [("17", 17)],
     "split_whitening": [("true", True), ("false", False)],
     "min_signal": [("0.1", 0.1), ("0", 0.0)],
+    "momentum": [("0.9", 0.9), ("0", 0.0)],
+    "momentum_dtype": [(name, name) for name in MOMENTUM_DTYPES],
+    "width_rule": [(name, name) for name in WIDTH_RULES],
     "release": [("matrices", "matrices"), ("all", "all")],
 }
 CASES = [(name, key, *pair) for name in NAMES for key in valid_keys(name) for pair in VALUES[key]]
@@ -138,6 +151,9 @@ WRONG = [
     ("adamw_eps", ["-1e-8", "nan"], "a number of at least 0"),
     ("stochastic_rounding", ["yes", "", "2", None], "true or false"),
     ("embeddings", ["adam", "", None, ["adamw"]], " | ".join(EMBEDDINGS)),
+    ("momentum", ["1", "-0.1", "nan", True, "yes"], "a number in [0, 1)"),
+    ("momentum_dtype", ["fp32", "8", "", None], " | ".join(MOMENTUM_DTYPES)),
+    ("width_rule", ["mup", "", None, 2], " | ".join(WIDTH_RULES)),
 ]
 WRONG_FOR_SWAN = [
     ("whitening", ["svd", "", None], " | ".join(WHITENING_DEFAULTS)),

@@ -64,6 +64,9 @@ OPTIMIZER_OPTIONS = {
         "ns_beta",
         "stochastic_rounding",
         "min_signal",
+        "momentum",
+        "momentum_dtype",
+        "width_rule",
     ),
     "adamw": ("betas", "eps"),
     "adamw_8bit": ("betas", "eps"),
@@ -196,9 +199,10 @@ def _optimizer_options(trainer: Trainer) -> dict[str, Any]:
     """Return what the groups of a live optimizer of this package say: what was run, defaults included."""
     found: dict[str, Any] = {}
     for group in trainer.optimizer.param_groups if trainer.optimizer else ():
-        unused = () if "spectral" in group.get("norms", ()) else ("whitening", "ns_steps", "ns_beta")
+        unused = set() if "spectral" in group.get("norms", ()) else {"whitening", "ns_steps", "ns_beta"}
+        unused |= set() if group.get("momentum") else {"momentum_dtype"}
         for name in OPTIMIZER_OPTIONS.get(group.get("algorithm"), ()):
-            if name not in unused and group.get(name) not in (None, 0):
+            if name not in unused and group.get(name) not in (None, 0, "none"):
                 found.setdefault(f"{name} ({group['algorithm']})", group[name])
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..factory import parameter_groups
+from ..momentum import has_momentum, momentum_bytes
 from ..options import optimizer_names, parse_options
 from ..partition import partition_parameters
 
@@ -141,7 +142,7 @@ RULES: dict[str, Rule] = {
 }
 """The optimizers of transformers whose memory is known; ours come from their parameter groups."""
 
-# Bytes kept for a parameter by each algorithm of `hf_stateless.optimizer.ALGORITHMS`.
+# Bytes kept for a parameter by each algorithm of `hf_stateless.optimizer.ALGORITHMS`; momentum comes on top.
 _OURS: dict[str, Callable[[Parameter], int]] = {
     "multinorm": lambda p: 4,
     "lora_product": lambda p: 4,
@@ -235,11 +236,15 @@ def optimizer_state_bytes(
     optim_args = dict(optim_args or {})
     if is_ours(name):
         groups = optimizer_groups(model, name, optim_args)
-        named = [(group["algorithm"], group["role"], p) for group in groups for p in group["params"]]
-        return sum(_OURS[rule](Parameter(shard(p.shape, ranks), p.dtype, role)) for rule, role, p in named)
+        return sum(_our_bytes(group, shard(p.shape, ranks), p.dtype) for group in groups for p in group["params"])
     if unknown := set(optim_args) - ({"rank"} if name == "galore_adamw" else set()):
         raise ValueError(f"optim_args for optim={name!r}: {min(unknown)!r} does not change its memory; leave it out.")
     return rule_bytes(name, trained_parameters(model, ranks), _rank(name, optim_args))
+
+
+def _our_bytes(group: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> int:
+    kept = _OURS[group["algorithm"]](Parameter(shape, dtype, group["role"]))
+    return kept + (momentum_bytes(shape, group["momentum_dtype"]) if has_momentum(group) else 0)
 
 
 def rule_bytes(name: str, params: Sequence[Parameter], rank: int = _GALORE_RANK) -> int:
