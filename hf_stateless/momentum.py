@@ -168,8 +168,11 @@ def fit_momentum_(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]
     if wanted is None:
         return
     state.update(momentum_state(param, group["momentum_dtype"]))
-    if old["momentum_buffer"].numel():
-        _write_(_stored_rows(state), slice(None), _read(old, slice(None), torch.float32), None)
+    new, exact = _stored_rows(state), _read(old, slice(None), torch.float32)
+    if "momentum_scale" not in new:
+        new["momentum_buffer"].copy_(exact)
+    elif exact.numel():
+        requantize_(new["momentum_buffer"], new["momentum_scale"], exact, None)
 
 
 def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:

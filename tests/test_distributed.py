@@ -32,10 +32,12 @@ OPTIONS = {
     "everything released": ALL_RELEASED,
     "accumulated": {"optim": "sinkgd", "gradient_accumulation_steps": 2, "max_steps": 10},
     "guarded": {"optim": "sinkgd", "optim_args": "min_signal=0.9"},
+    "momentum": {"optim": "swan", "optim_args": "momentum=0.9,momentum_dtype=float32"},
 }
 EQUAL = {**NAMES, **OPTIONS}
 DDP_ONLY = {
     **{f"bfloat16 {name}": {"dtype": "bfloat16", "arguments": {"optim": name}} for name in ("sinkgd", "swan")},
+    "bfloat16 momentum": {"dtype": "bfloat16", "arguments": {"optim": "swan", "optim_args": "momentum=0.9"}},
     "not split": {"arguments": {"optim": "swan", "optim_args": "split_whitening=false"}},
 }
 FSDP2_ONLY = {
@@ -45,6 +47,8 @@ FSDP2_ONLY = {
 }
 SAVED = {"partly stateless": NAMES["sinkgd"], "fully stateless": OPTIONS["stateless"], "swan": NAMES["swan"]}
 SAVED["guarded"] = OPTIONS["guarded"]
+# Rounded to nearest, since ranks draw noise of their own: another number of them has to come to the same weights.
+SAVED["int8 momentum"] = {"optim": "sinkgd", "optim_args": "momentum=0.9,stochastic_rounding=false"}
 STEPS_SAVED, SAVED_AT = 6, 3
 
 

@@ -30,6 +30,9 @@ CHAINS = {
     **{norm: {"norms": (norm,), "num_iterations": 1} for norm in ("sign", "frobenius", "col_l2", "row_standardize")},
     "col_l2+row_l2": {"norms": ("col_l2", "row_l2"), "num_iterations": 3},
 }
+MOMENTUM = {"momentum": 0.9, "momentum_dtype": "float32"}
+CHAINS |= {"sinkgd with momentum": {**SINKGD, **MOMENTUM}, "swan with momentum": {**SWAN, **MOMENTUM}}
+INT8 = {"momentum": 0.9, "momentum_dtype": "int8", "stochastic_rounding": False}
 # Name of a case: shape, placements, options of its group.
 CASES = {
     **{f"{chain}, rows": (UNEVEN, SHARD0, options) for chain, options in CHAINS.items()},
@@ -52,6 +55,14 @@ CASES = {
         for cut in (SHARD0, SHARD1, SHARD2)
         for layout in ("out_in", "in_out")
     },
+    **{
+        f"sinkgd, int8 momentum, {shape} {cut}": (shape, cut, {**SINKGD, **INT8})
+        for shape, cut in ((UNEVEN, SHARD0), (UNEVEN, HYBRID), (ONE_ROW, SHARD0), (EXPERTS, SHARD0), (EXPERTS, SHARD1))
+    },
+    "swan, two cuts, momentum": (UNEVEN, TWO_CUTS, {**SWAN, **MOMENTUM}),
+    "swan, width rule": (UNEVEN, SHARD0, {**SWAN, "width_rule": "spectral"}),
+    "sinkgd, width rule, in_out": (UNEVEN, SHARD1, {**SINKGD, "width_rule": "fan_in", "layout": "in_out"}),
+    "swan, width rule, two cuts": (UNEVEN, TWO_CUTS, {**SWAN, "width_rule": "fan_in"}),
 }
 # Factors on the gradient that leave an update of one process as it is, or nothing to update.
 GRADIENTS = {"plain": 1.0, "tiny": 1e-30, "huge": 1e30, "zero": 0.0}
@@ -118,6 +129,17 @@ def run_spoiled(placements, options, value):
     optimizer.step()
     unchanged = [torch.equal(q.full_tensor(), b) for q, b in zip((spoiled, p), before, strict=True)]
     return unchanged, [optimizer.state[q]["step"].item() for q in (spoiled, p)]
+
+
+def refused(placements):
+    """The message about momentum in 8 bits for rows that are cut."""
+    optimizer = StatelessOptimizer(
+        [{"params": with_gradients([UNEVEN], placements), "algorithm": "multinorm", **INT8}]
+    )
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
 
 
 def counted(params, options, steps=1):
@@ -198,6 +220,7 @@ def worker(rank, folder):
                 for value in (float("nan"), float("inf")):
                     results["spoiled", chain, str(placements), str(value)] = run_spoiled(placements, options, value)
         results["tables"] = {str(cut): step_tables(place_by(cut)) for cut in (SHARD0, HYBRID)}
+        results["refused"] = {str(cut): refused(cut) for cut in (SHARD1, TWO_CUTS)}
         results["counts"] = run_counts()
         results["rounded"] = run_rounded()
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -252,6 +275,15 @@ def test_what_is_not_finite_on_one_rank_leaves_the_matrix_unchanged_on_all(chain
         unchanged, steps = of_rank["spoiled", chain, str(placements), value]
         assert unchanged == [True, False]
         assert steps == [0, 1]
+
+
+@pytest.mark.parametrize("placements", [SHARD1, TWO_CUTS], ids=str)
+def test_momentum_in_8_bits_is_refused_where_rows_are_cut(placements, results):
+    for of_rank in results:
+        message = of_rank["refused"][str(placements)]
+        assert "rows are cut over ranks" in message
+        assert message.endswith("or type momentum_dtype=bfloat16.")
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize("run", ["sinkgd 1", "sinkgd 3", "sinkgd experts", "sinkgd hybrid"])

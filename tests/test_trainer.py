@@ -13,7 +13,6 @@ from hf_stateless.partition import ROLES
 
 
 each_name = pytest.mark.parametrize("name", PRESETS)
-each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +77,17 @@ def assert_equal(actual, expected):
 # ---- Runs
 
 
-@each_name
-@each_precision
-def test_a_run_resumed_at_half_way_ends_with_the_same_weights(name, dtype, make_model, arguments, rows, tmp_path):
+CASES = [(name, dtype, None) for name in PRESETS for dtype in (torch.float32, torch.bfloat16)]
+CASES += [(name, torch.bfloat16, "momentum=0.9,width_rule=spectral") for name in ("swan", "sinkgd")]
+
+
+@pytest.mark.parametrize(("name", "dtype", "optim_args"), CASES, ids=str)
+def test_a_run_resumed_at_half_way_ends_with_the_same_weights(
+    name, dtype, optim_args, make_model, arguments, rows, tmp_path
+):
     options = {
         "optim": name,
+        "optim_args": optim_args,
         "max_steps": 8,
         "gradient_accumulation_steps": 2,
         "save_strategy": "steps",
