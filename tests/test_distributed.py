@@ -33,6 +33,7 @@ OPTIONS = {
     "accumulated": {"optim": "sinkgd", "gradient_accumulation_steps": 2, "max_steps": 10},
     "guarded": {"optim": "sinkgd", "optim_args": "min_signal=0.9"},
     "momentum": {"optim": "swan", "optim_args": "momentum=0.9,momentum_dtype=float32"},
+    "layer-wise momentum": {"optim": "sinkgd_layerwise", "optim_args": "momentum=0.9,momentum_dtype=float32"},
 }
 EQUAL = {**NAMES, **OPTIONS}
 DDP_ONLY = {

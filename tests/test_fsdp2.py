@@ -131,11 +131,12 @@ def run_spoiled(placements, options, value):
     return unchanged, [optimizer.state[q]["step"].item() for q in (spoiled, p)]
 
 
-def refused(placements):
-    """The message about momentum in 8 bits for rows that are cut."""
-    optimizer = StatelessOptimizer(
-        [{"params": with_gradients([UNEVEN], placements), "algorithm": "multinorm", **INT8}]
-    )
+def refused(placements, of_gradient=None, options=INT8):
+    """The message about momentum in 8 bits for rows that are cut, or about a gradient that is cut in another way."""
+    params = with_gradients([UNEVEN], placements)
+    if of_gradient:
+        params[0].grad = place_by(of_gradient)(dense(*UNEVEN))
+    optimizer = StatelessOptimizer([{"params": params, "algorithm": "multinorm", **options}])
     try:
         optimizer.step()
     except ValueError as error:
@@ -221,6 +222,7 @@ def worker(rank, folder):
                     results["spoiled", chain, str(placements), str(value)] = run_spoiled(placements, options, value)
         results["tables"] = {str(cut): step_tables(place_by(cut)) for cut in (SHARD0, HYBRID)}
         results["refused"] = {str(cut): refused(cut) for cut in (SHARD1, TWO_CUTS)}
+        results["refused"]["another cut"] = refused(SHARD0, SHARD1, MOMENTUM)
         results["counts"] = run_counts()
         results["rounded"] = run_rounded()
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -284,6 +286,11 @@ def test_momentum_in_8_bits_is_refused_where_rows_are_cut(placements, results):
         assert "rows are cut over ranks" in message
         assert message.endswith("or type momentum_dtype=bfloat16.")
         assert "\n" not in message
+
+
+def test_momentum_refuses_a_gradient_that_is_cut_in_another_way_than_its_weight(results):
+    for of_rank in results:
+        assert of_rank["refused"]["another cut"].endswith("redistribute them, or leave out momentum.")
 
 
 @pytest.mark.parametrize("run", ["sinkgd 1", "sinkgd 3", "sinkgd experts", "sinkgd hybrid"])
