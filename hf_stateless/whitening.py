@@ -38,6 +38,8 @@ _HALF_STAGE = 4
 _STEPS_BEFORE_HALF = 2
 # On CPUs an eigendecomposition in float64 is cheaper than products in float32 from this many rows on.
 _EIGENVALUES_FROM = 256
+# Above this amplification of vanishing singular values Z is not rounded to float32; that of the default is 6340.
+_AMPLIFIED_IN_FLOAT32 = 1e4
 # Rows of a Gram matrix that are computed at once: of its upper triangle only what lies in these blocks.
 _STRIP = 128
 # Keeps rounding errors from pushing a singular value above the interval each polynomial was made for.
@@ -50,7 +52,8 @@ def _wide_unit(grad: Tensor) -> tuple[Tensor, bool]:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    # The norm of the row norms: one sum over a whole matrix in float32 is off by 3e-5, which the iterations amplify.
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, keepdim=True), dim=-2, keepdim=True)
     return x / torch.where(norm == 0, 1, norm), tall
 
 
@@ -110,8 +113,11 @@ def _by_eigenvalues(x: Tensor, steps: int, beta: float) -> Tensor:
     for _ in range(steps):
         s = 3 - t
         t, z = beta**2 * t * s.square(), beta * s * z
-    vectors, z = vectors.to(x.dtype), z.to(x.dtype)
-    return torch.where(finite, ((vectors * z.unsqueeze(-2)) @ vectors.mT) @ x, torch.nan)
+    factor = (vectors * z.unsqueeze(-2)) @ vectors.mT  # V rounded to float32 would not be orthogonal enough
+    # Rounding Z to float32 leaves errors of 6e-8 of its largest value in directions that X has not.
+    exact = (3 * beta) ** steps <= _AMPLIFIED_IN_FLOAT32
+    white = factor.to(x.dtype) @ x if exact else (factor @ x.double()).to(x.dtype)
+    return torch.where(finite, white, torch.nan)
 
 
 def _decompose_gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
