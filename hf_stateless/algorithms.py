@@ -16,6 +16,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "whitening": "newton_schulz",
         "ns_steps": None,
         "ns_beta": None,
+        "ns_dtype": None,
         "lr_scale": 0.2,
         "layout": "out_in",
         "split_whitening": False,

@@ -14,7 +14,7 @@ from .sharding import is_sharded, local_shard, split_of
 from .update_rules import Workspace, as_matrix, write_scaled_, write_update_
 
 
-_CHAIN = ("norms", "num_iterations", "whitening", "ns_steps", "ns_beta")
+_CHAIN = ("norms", "num_iterations", "whitening", "ns_steps", "ns_beta", "ns_dtype")
 _ROW_NORMS = {"row_l2", "row_standardize", "sign"}
 _COLUMN_NORMS = {"col_l2", "sign"}
 

@@ -22,6 +22,7 @@ def multi_normalize(
     whitening: str = "newton_schulz",
     ns_steps: int | None = None,
     ns_beta: float | None = None,
+    ns_dtype: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Project the gradient onto each norm of the chain in turn, `num_iterations` times (MultiNorm).
@@ -37,6 +38,7 @@ def multi_normalize(
         whitening: how `spectral` is computed: `newton_schulz`, `nsds`, `eigh` or `polar_express`.
         ns_steps: iterations of the whitening; default is that of the whitening.
         ns_beta: step size of the whitening; default is that of the whitening.
+        ns_dtype: `float32` (default) or `float16`, of the products of `newton_schulz`.
         dtype: dtype of the result; default that of `grad`. Half gradients are computed in float32 in any case.
 
     Returns:
@@ -66,7 +68,7 @@ def multi_normalize(
     for _ in range(num_iterations):
         for name in norms:
             if name == "spectral":
-                x = NORMS[name](x, whitening=whitening, ns_steps=ns_steps, ns_beta=ns_beta)
+                x = NORMS[name](x, whitening=whitening, ns_steps=ns_steps, ns_beta=ns_beta, ns_dtype=ns_dtype)
             else:
                 x = NORMS[name](x)
     return x.to(dtype or grad.dtype)

@@ -111,7 +111,12 @@ def row_standardize(grad: Tensor) -> Tensor:
 
 
 def spectral(
-    grad: Tensor, *, whitening: str = "newton_schulz", ns_steps: int | None = None, ns_beta: float | None = None
+    grad: Tensor,
+    *,
+    whitening: str = "newton_schulz",
+    ns_steps: int | None = None,
+    ns_beta: float | None = None,
+    ns_dtype: str | None = None,
 ) -> Tensor:
     r"""Move all singular values towards one another: (G G^T)^{-1/2} G, rescaled to entry RMS 1, G in R^{m x n}.
 
@@ -123,6 +128,7 @@ def spectral(
         whitening: one of `newton_schulz`, `nsds`, `eigh`, `polar_express`.
         ns_steps: iterations; the default is that of the whitening (10, 2, not used, 5).
         ns_beta: step size of `newton_schulz` (0.8) and `nsds` (0.4).
+        ns_dtype: `float32` (default) or `float16`, of the products of `newton_schulz`.
 
     Raises:
         ValueError: unknown `whitening`.
@@ -139,7 +145,7 @@ def spectral(
     """
     if whitening not in WHITENINGS:
         raise ValueError(f"Unknown whitening {whitening!r}. Valid: {', '.join(WHITENINGS)}.")
-    options = {"ns_steps": ns_steps, "ns_beta": ns_beta}
+    options = {"ns_steps": ns_steps, "ns_beta": ns_beta, "ns_dtype": ns_dtype}
     given = {key: value for key, value in options.items() if value is not None}
     white = WHITENINGS[whitening](_unit_range(grad, (-2, -1)), **given)
     return frobenius(white).to(grad.dtype)

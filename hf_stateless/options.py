@@ -10,7 +10,7 @@ from typing import Any
 
 from .multi_norm import check_norms
 from .presets import PRESETS, MultiNormPreset
-from .whitening import WHITENING_DEFAULTS
+from .whitening import NS_DTYPES, WHITENING_DEFAULTS
 from .width import WIDTH_RULES
 
 
@@ -43,6 +43,8 @@ class Options:
     """Iterations of the whitening; None is its own default."""
     ns_beta: float | None = None
     """Step size of the whitening; None is its own default."""
+    ns_dtype: str | None = None
+    """What the products of `newton_schulz` are computed in; None is its own default."""
     embeddings: str = "adamw"
     """What updates embeddings and heads; `stateless` covers norms and biases too, so that nothing holds state."""
     lora: str = LORA[0]
@@ -126,6 +128,7 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "whitening": (_one_of(*WHITENING_DEFAULTS), " | ".join(WHITENING_DEFAULTS)),
     "ns_steps": (_positive_integer, "an integer of at least 1"),
     "ns_beta": (_number, "a number of at least 0"),
+    "ns_dtype": (_one_of(*NS_DTYPES), " | ".join(NS_DTYPES)),
     "center": (_boolean, "true or false"),
     "embeddings": (_one_of(*EMBEDDINGS), " | ".join(EMBEDDINGS)),
     "lora": (_one_of(*LORA), " | ".join(LORA)),
@@ -143,7 +146,8 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "release": (_one_of("matrices", "all"), "matrices | all"),
 }
 LAYERWISE = "_layerwise"
-_SPECTRAL_KEYS = ("whitening", "ns_steps", "ns_beta", "split_whitening")
+_WHITENING_KEYS = ("ns_steps", "ns_beta", "ns_dtype")
+_SPECTRAL_KEYS = ("whitening", *_WHITENING_KEYS, "split_whitening")
 _WHOLE_STEP_KEYS = ("split_whitening", "min_signal")
 _OWNERS = {"norms": "multinorm", "center": "swan"}
 
@@ -229,7 +233,7 @@ def _fill_whitening(name: str, options: Options, values: dict[str, Any]) -> Opti
     if "spectral" not in options.norms:
         return options
     defaults = WHITENING_DEFAULTS[options.whitening]
-    for key in ("ns_steps", "ns_beta"):
+    for key in _WHITENING_KEYS:
         if key in values and key not in defaults:
             raise ValueError(
                 f"whitening={options.whitening} takes no {key} (optim_args of optim={name!r}): leave it out."

@@ -13,7 +13,7 @@ from hf_stateless.options import (
     parse_options,
     valid_keys,
 )
-from hf_stateless.whitening import WHITENING_DEFAULTS
+from hf_stateless.whitening import NS_DTYPES, WHITENING_DEFAULTS
 from hf_stateless.width import WIDTH_RULES
 
 
@@ -26,6 +26,7 @@ VALUES = {
     "whitening": [(name, name) for name in WHITENING_DEFAULTS],
     "ns_steps": [("7", 7)],
     "ns_beta": [("0.5", 0.5)],
+    "ns_dtype": [(name, name) for name in NS_DTYPES],
     "center": [("true", True), ("False", False), ("0", 0)],
     "embeddings": [(name, name) for name in EMBEDDINGS],
     "lora": [(name, name) for name in LORA],
@@ -82,8 +83,8 @@ def test_nothing_given_is_the_preset(name):
 def test_defaults_of_the_whitening_are_filled_in(name, whitening):
     options = parse_options(name, {"whitening": whitening})
     defaults = WHITENING_DEFAULTS[whitening]
-    assert {key: getattr(options, key) for key in ("ns_steps", "ns_beta")} == {
-        key: defaults.get(key) for key in ("ns_steps", "ns_beta")
+    assert {key: getattr(options, key) for key in ("ns_steps", "ns_beta", "ns_dtype")} == {
+        key: defaults.get(key) for key in ("ns_steps", "ns_beta", "ns_dtype")
     }
 
 
@@ -114,7 +115,7 @@ def test_unknown_key_is_answered_with_the_valid_ones_and_the_nearest(name):
     assert message.endswith("Did you mean 'num_iterations'?")
 
 
-@pytest.mark.parametrize("key", ["ns_steps", "ns_beta", "whitening"])
+@pytest.mark.parametrize("key", ["ns_steps", "ns_beta", "ns_dtype", "whitening"])
 @pytest.mark.parametrize(("name", "norms"), [("sinkgd", None), ("multinorm", "row_l2+sign")])
 def test_whitening_keys_without_whitening_are_explained(name, norms, key):
     message = message_of(name, {key: "1"} | ({"norms": norms} if norms else {}))
@@ -159,6 +160,7 @@ WRONG_FOR_SWAN = [
     ("whitening", ["svd", "", None], " | ".join(WHITENING_DEFAULTS)),
     ("ns_steps", ["0", "1.5", "ten"], "an integer of at least 1"),
     ("ns_beta", ["-0.5", "nan", "inf"], "a number of at least 0"),
+    ("ns_dtype", ["bfloat16", "half", "", None], " | ".join(NS_DTYPES)),
     ("center", ["maybe", "-1"], "true or false"),
 ]
 WRONG_CASES = [
@@ -193,12 +195,12 @@ def test_norms_that_are_no_names_are_refused(norms):
     [
         (name, key)
         for name in WHITENING_DEFAULTS
-        for key in ("ns_steps", "ns_beta")
+        for key in ("ns_steps", "ns_beta", "ns_dtype")
         if key not in WHITENING_DEFAULTS[name]
     ],
 )
 def test_value_that_the_whitening_does_not_take_is_refused(whitening, key):
-    message = message_of("swan", {"whitening": whitening, key: "1"})
+    message = message_of("swan", {"whitening": whitening, key: VALUES[key][0][0]})
     assert f"whitening={whitening} takes no {key}" in message
     assert message.endswith("leave it out.")
 

@@ -5,7 +5,9 @@ import reference
 import torch
 from conftest import dense, gradients, relative_error, tiny_inputs
 from hypothesis import given
+from torch.utils.flop_counter import FlopCounterMode
 
+import hf_stateless.whitening as module
 from hf_stateless.norms import row_standardize, spectral
 from hf_stateless.whitening import WHITENINGS, eigh, newton_schulz, nsds, polar_express
 
@@ -16,7 +18,16 @@ SPECTRA = {
     "1/i": lambda i, k: 1 / i,
     "1/i^2": lambda i, k: i**-2.0,
     "log to 1e-4": lambda i, k: 10 ** (-4 * (i - 1) / max(k - 1, 1)),
+    "log to 1e-6": lambda i, k: 10 ** (-6 * (i - 1) / max(k - 1, 1)),
+    "half zero": lambda i, k: 10 ** (-4 * (i - 1) / max(k - 1, 1)) * (i <= k / 2),
 }
+FORMS = {"products": 10**9, "eigenvalues": 1}
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Both ways to evaluate the polynomial of Newton-Schulz, whatever the size of the matrix says."""
+    monkeypatch.setattr(module, "_EIGENVALUES_FROM", FORMS[request.param])
 
 
 def with_spectrum(m, n, spectrum, seed=0):
@@ -41,6 +52,7 @@ def test_the_table_of_whitenings_is_complete():
     assert set(WHITENINGS) == {"newton_schulz", "nsds", "eigh", "polar_express"}
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_newton_schulz_is_the_papers_polynomial(shape, dtype):
@@ -48,6 +60,7 @@ def test_newton_schulz_is_the_papers_polynomial(shape, dtype):
     assert relative_error(newton_schulz(grad), reference.newton_schulz(grad)) <= 1e-4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(48, 48), (48, 129), (129, 48)])
 def test_newton_schulz_is_the_papers_polynomial_on_every_spectrum(shape, spectrum):
@@ -56,6 +69,7 @@ def test_newton_schulz_is_the_papers_polynomial_on_every_spectrum(shape, spectru
     assert relative_error(newton_schulz(grad), reference.newton_schulz(grad)) <= 1e-4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("shape", SHAPES[3:])
 @pytest.mark.parametrize(("steps", "beta"), [(1, 0.8), (2, 0.4), (5, 0.5), (6, 0.5), (6, 0.8), (10, 0.5), (15, 0.5)])
 def test_newton_schulz_follows_its_steps_and_beta(shape, steps, beta):
@@ -64,6 +78,7 @@ def test_newton_schulz_follows_its_steps_and_beta(shape, steps, beta):
     assert relative_error(result, reference.newton_schulz(grad, steps, beta)) <= 1e-4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("shape", SHAPES[3:])
 def test_beta_one_half_is_the_cubic_iteration_for_the_polar_factor(shape):
     grad = dense(*shape)
@@ -73,12 +88,14 @@ def test_beta_one_half_is_the_cubic_iteration_for_the_polar_factor(shape):
     assert relative_error(newton_schulz(grad, ns_steps=8, ns_beta=0.5), x) <= 1e-5
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_beta_one_half_converges_to_the_polar_factor(shape):
     grad = dense(*shape)
     assert relative_error(newton_schulz(grad, ns_steps=30, ns_beta=0.5), reference.polar(grad)) <= 1e-4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("shape", SHAPES[3:])
 @pytest.mark.parametrize("spectrum", ["flat", "1/i"])
 def test_beta_0_8_leaves_singular_values_in_its_band_before_the_rescaling(shape, spectrum):
@@ -87,6 +104,7 @@ def test_beta_0_8_leaves_singular_values_in_its_band_before_the_rescaling(shape,
     assert values.max() <= 1.7
 
 
+@pytest.mark.usefixtures("form")
 def test_ten_steps_of_beta_0_8_amplify_a_vanishing_singular_value_6340_times():
     """Told apart from other polynomials by f'(0) = (3 beta)^k; a diagonal matrix keeps the two directions apart."""
     tiny = 1e-6
@@ -100,6 +118,7 @@ def test_swan_matches_its_reference(shape):
     assert relative_error(spectral(row_standardize(grad)), reference.swan(grad)) <= 1e-4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(48, 48), (48, 129), (129, 48)])
 def test_swan_matches_its_reference_on_every_spectrum(shape, spectrum):
@@ -107,6 +126,7 @@ def test_swan_matches_its_reference_on_every_spectrum(shape, spectrum):
     assert relative_error(spectral(row_standardize(grad)), reference.swan(grad)) <= 1e-4
 
 
+@pytest.mark.usefixtures("form")
 def test_swan_matches_its_reference_on_the_gradients_of_a_language_model(make_model):
     model = make_model("llama")
     model(**tiny_inputs("llama")).loss.backward()
@@ -130,7 +150,7 @@ def test_eigh_is_the_polar_factor(shape, dtype):
     assert relative_error(eigh(grad), reference.polar(grad)) <= 1e-4
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("spectrum", ["flat", "1/i", "1/i^2", "log to 1e-4"])
 @pytest.mark.parametrize("shape", [(48, 48), (48, 129), (129, 48)])
 def test_eigh_is_the_polar_factor_on_every_spectrum(shape, spectrum):
     grad = with_spectrum(*shape, spectrum)
@@ -146,6 +166,7 @@ def test_eigh_leaves_out_the_null_direction_that_row_centring_creates(shape):
     assert torch.count_nonzero(singular_values(result) > 0.5).item() == min(shape) - 1
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("name", WHITENINGS)
 def test_low_rank_gradients_stay_finite_and_keep_their_rank(name, rank):
@@ -172,6 +193,7 @@ def test_polar_express_approaches_the_polar_factor(shape, steps, least_cosine, e
     assert (singular_values(result) - 1).square().mean().sqrt() <= error
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("steps", [12, 20])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("name", ["newton_schulz", "polar_express"])
@@ -181,6 +203,7 @@ def test_more_steps_than_the_default_stay_bounded(name, spectrum, steps):
     assert values.max() <= 1.7
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("name", WHITENINGS)
 @pytest.mark.parametrize("shape", [(5, 7, 16), (5, 16, 7), (2, 3, 8, 8)])
 def test_a_batch_equals_a_loop_and_the_input_is_left_alone(name, shape):
@@ -200,3 +223,60 @@ def test_the_whitenings_are_different_maps_and_not_faster_versions_of_one(shape)
     for name in ("newton_schulz", "eigh", "polar_express"):
         rotated = u.mT @ WHITENINGS[name](grad).double() @ vh.mT
         assert relative_error(rotated, torch.diag(rotated.diagonal())) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", [(256, 300), (300, 256), (520, 520)])
+def test_from_256_rows_on_a_cpu_takes_the_eigenvalues(shape, monkeypatch):
+    calls = []
+    decompose = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: calls.append(gram.shape) or decompose(gram))
+    grad = with_spectrum(*shape, "log to 1e-6")
+    assert relative_error(newton_schulz(grad), reference.newton_schulz(grad)) <= 1e-4
+    assert calls == [(min(shape), min(shape))]
+    newton_schulz(grad, ns_steps=5)
+    newton_schulz(grad[:255, :255])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("shape", "share"), [((64, 64), 0.625), ((64, 171), 0.87)])
+def test_products_need_less_than_the_papers_iteration(shape, share):
+    """Counted: the paper's coupled iteration takes a Gram matrix, 30 products of its size, and one with X."""
+    m, n = shape
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(dense(*shape))
+    assert counter.get_total_flops() <= share * 2 * (2 * m * m * n + 30 * m**3)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("options", [{}, {"ns_dtype": "float16"}], ids=str)
+def test_a_bad_entry_spoils_its_own_matrix_only(options):
+    grad = dense(3, 16, 40)
+    grad[1, 2, 3] = torch.nan
+    result = newton_schulz(grad, **options)
+    assert result[1].isnan().all()
+    assert result[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "1/i", "1/i^2"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float16_products_stay_close_to_the_polynomial(shape, spectrum):
+    grad = with_spectrum(*shape, spectrum)
+    result = newton_schulz(grad, ns_dtype="float16")
+    assert result.dtype == torch.float32
+    assert cosine(result, reference.newton_schulz(grad)) >= 0.9995
+
+
+@pytest.mark.parametrize("shape", [(33, 61), (61, 33), (33, 33), (5461, 16)])
+def test_float16_products_have_sizes_that_are_multiples_of_8(shape, monkeypatch):
+    seen = []
+    stage = module._stage
+    monkeypatch.setattr(module, "_stage", lambda x, *rest: seen.append((x.dtype, x.shape)) or stage(x, *rest))
+    grad = dense(*shape)
+    assert newton_schulz(grad, ns_dtype="float16").shape == grad.shape
+    assert [dtype for dtype, _ in seen[:2]] == [torch.float32, torch.float16]
+    assert all(size % 8 == 0 for dtype, (_, *sizes) in seen if dtype == torch.float16 for size in sizes)
+
+
+def test_other_dtypes_of_the_products_are_refused():
+    with pytest.raises(ValueError, match=r"Unknown ns_dtype 'bfloat16'\. Valid: float32, float16\."):
+        spectral(dense(4, 4), ns_dtype="bfloat16")

@@ -62,6 +62,7 @@ OPTIMIZER_OPTIONS = {
         "whitening",
         "ns_steps",
         "ns_beta",
+        "ns_dtype",
         "stochastic_rounding",
         "min_signal",
         "momentum",
@@ -199,7 +200,7 @@ def _optimizer_options(trainer: Trainer) -> dict[str, Any]:
     """Return what the groups of a live optimizer of this package say: what was run, defaults included."""
     found: dict[str, Any] = {}
     for group in trainer.optimizer.param_groups if trainer.optimizer else ():
-        unused = set() if "spectral" in group.get("norms", ()) else {"whitening", "ns_steps", "ns_beta"}
+        unused = set() if "spectral" in group.get("norms", ()) else {"whitening", "ns_steps", "ns_beta", "ns_dtype"}
         unused |= set() if group.get("momentum") else {"momentum_dtype"}
         for name in OPTIMIZER_OPTIONS.get(group.get("algorithm"), ()):
             if name not in unused and group.get(name) not in (None, 0, "none"):

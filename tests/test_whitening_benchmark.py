@@ -1,0 +1,78 @@
+"""The whitening benchmark: real gradients, the paper's iteration, and the table in the README."""
+
+import json
+import sys
+
+import pytest
+import reference
+import torch
+from conftest import dense, relative_error
+from documents import ROOT, read
+
+
+sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
+
+import whitening as benchmark
+
+
+RESULTS = ROOT / "recipes" / "benchmarks" / "results" / "whitening-cpu.json"
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Row-standardised gradients of a small LLaMA after some training, and the paper's polynomial of each."""
+    return [(grad, benchmark.paper_polynomial(grad.double())) for grad in benchmark.gradients(128, 344, steps=10)]
+
+
+def cosine(a, b):
+    return torch.cosine_similarity(a.double().flatten(), b.flatten(), dim=0).item()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 64), (64, 24)])
+def test_the_baseline_is_the_papers_iteration(shape):
+    grad = dense(*shape)
+    assert relative_error(benchmark.paper_polynomial(grad.double()), reference.newton_schulz(grad)) <= 1e-9
+
+
+def test_muon_is_five_quintic_steps_in_bf16():
+    grad = dense(2, 24, 64)
+    x = grad.double() / torch.linalg.matrix_norm(grad.double(), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    assert cosine(benchmark.muon(grad), x) >= 0.999
+
+
+def test_gradients_of_training_are_as_badly_conditioned_as_the_fidelity_needs(trained):
+    for grad, _ in trained:
+        values = torch.linalg.svdvals(grad.double())
+        assert values[len(values) // 2] <= 0.1 * values[0]
+
+
+def test_newton_schulz_is_the_papers_polynomial_on_gradients_of_training(trained):
+    assert len(trained) == 7
+    for grad, exact in trained:
+        assert relative_error(benchmark.newton_schulz(grad), exact) <= 1e-4
+
+
+def test_float16_products_have_a_cosine_of_0_999_on_gradients_of_training(trained):
+    for grad, exact in trained:
+        assert cosine(benchmark.newton_schulz(grad, ns_dtype="float16"), exact) >= 0.999
+
+
+def test_the_table_of_the_readme_is_the_results():
+    results = json.loads(RESULTS.read_text())
+    assert benchmark.table(results["records"]) in read("README.md")
+    assert results["setup"]["threads"] == 1
+
+
+@pytest.mark.parametrize("model", ["60m", "130m"])
+def test_newton_schulz_of_a_layer_on_a_cpu_takes_at_most_0_6_of_the_papers_iteration_in_the_results(model):
+    hidden, intermediate = benchmark.MODELS[model]
+    records = {(*r["shape"], r["method"]): r for r in json.loads(RESULTS.read_text())["records"]}
+
+    def layer(method):
+        square, wide = ((hidden, n, method) for n in (hidden, intermediate))
+        return 4 * records[square]["milliseconds"] + 3 * records[wide]["milliseconds"]
+
+    assert layer("`newton_schulz`") <= 0.6 * layer(benchmark.BASELINE)
