@@ -19,16 +19,16 @@ from .int8.weight import Int8Weight
 from .layerwise import LayerwiseUpdates, unhook
 from .lora import update_group_
 from .matrix_update import MatrixUpdate
-from .rounding import rounding_key
+from .rounding import rounding_keys
 from .sharding import finite_gradients, is_sharded, local_shard, shard_number, whole_if_tiny
 from .signal_guard import measure_signal, new_history, refuse_layerwise
-from .update_rules import Workspace, multinorm_update_, sinkhorn_momentum_update_
+from .skipped import UnreadFlags
+from .update_rules import Workspace, multinorm_update_, sinkhorn_momentum_update_, takes_kernels
 
 
 logger = logging.getLogger(__name__)
 
-# Options of multinorm groups that say when and where they are updated, not how.
-_NOT_OF_THE_RULE = ("split_whitening", "min_signal")
+_NOT_OF_THE_RULE = ("split_whitening", "min_signal")  # when and where multinorm groups are updated, not how
 
 
 class StatelessOptimizer(torch.optim.Optimizer):
@@ -74,6 +74,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
     held_steps: int = 0
     """Steps of this process in which `min_signal` held matrices back."""
     _workspace: Workspace | None = None
+    _unread: UnreadFlags | None = None
 
     def __init__(
         self,
@@ -120,6 +121,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
             work.append((group, [(first + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]))
             first += len(group["params"])
         self._update(self._with_signal(work), alone=False)
+        for index in self._unread.read() if self._unread else ():
+            self._warn_skipped(index)
         self._workspace = None
         return loss
 
@@ -220,8 +223,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         for group, active in work:
             if group["algorithm"] == "multinorm":
                 shared = {i for i, p in active if is_sharded(p) or (not alone and shares_whitening(group))}
-                for batch in of_one_shape([entry for entry in active if entry[0] not in shared]):
-                    self._multinorm(group, batch)
+                self._multinorm(group, [entry for entry in active if entry[0] not in shared])
                 together += [self._shared(group, entry) for entry in active if entry[0] in shared]
             elif group["algorithm"] == "lora_product":
                 update_group_(group, active, self._step_of, self._keys, self._count)
@@ -232,19 +234,26 @@ class StatelessOptimizer(torch.optim.Optimizer):
         for index, step, update in together:
             self._count(update.options, index, step, update.finite)
 
-    def _multinorm(self, group: dict[str, Any], batch: list[tuple[int, Tensor]]) -> None:
-        steps = [self._step_of(p) for _, p in batch]
-        finite = multinorm_update_(
-            [p for _, p in batch],
-            [p.grad for _, p in batch],  # type: ignore[misc]
-            self._keys(group, batch, steps),
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            workspace=self._workspace,
-            **{key: group[key] for key in ALGORITHMS["multinorm"] if key not in _NOT_OF_THE_RULE},
-        )
-        for (index, _), step, good in zip(batch, steps, finite, strict=True):
-            self._count(group, index, step, good)
+    def _multinorm(self, group: dict[str, Any], active: list[tuple[int, Tensor]]) -> None:
+        rule = {key: group[key] for key in ALGORITHMS["multinorm"] if key not in _NOT_OF_THE_RULE}
+        for batch in of_one_shape(active, lambda params: takes_kernels(params, **rule)):
+            indices, params = zip(*batch, strict=True)
+            steps = [self._step_of(p) for p in params]
+            finite = multinorm_update_(
+                params,
+                [p.grad for p in params],
+                self._keys(group, batch, steps),
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                workspace=self._workspace,
+                **rule,
+            )
+            if isinstance(finite, Tensor):
+                self._unread = self._unread or UnreadFlags()
+                self._unread.count(indices, steps, finite, group["lr"])
+            else:
+                for index, step, good in zip(indices, steps, finite, strict=True):
+                    self._count(group, index, step, good)
 
     def _shared(self, group: dict[str, Any], entry: tuple[int, Tensor]) -> tuple[int, Tensor, MatrixUpdate]:
         step = self._step_of(entry[1])
@@ -299,13 +308,12 @@ class StatelessOptimizer(torch.optim.Optimizer):
         self, group: Mapping[str, Any], batch: list[tuple[int, Tensor]], steps: list[Tensor]
     ) -> list[Tensor] | None:
         """Return the rounding keys of bf16 and 8-bit parameters, or None where nothing is rounded stochastically."""
-        stored = [p for _, p in batch if p.dtype == torch.bfloat16 or isinstance(p, Int8Weight)]
-        if not group["stochastic_rounding"] or not stored:
+        indices, params = zip(*batch, strict=True)
+        rounded = any(p.dtype == torch.bfloat16 or isinstance(p, Int8Weight) for p in params)
+        if not group["stochastic_rounding"] or not rounded:
             return None
-        return [
-            rounding_key(group["seed"] + 0x01000193 * shard_number(p), index, step.to(p.device))
-            for (index, p), step in zip(batch, steps, strict=True)
-        ]
+        seeds = [group["seed"] + 0x01000193 * shard_number(p) for p in params]
+        return rounding_keys(seeds, indices, [s.to(p.device) for p, s in zip(params, steps, strict=True)])
 
     def _finite(self, active: list[tuple[int, Tensor]]) -> set[int]:
         """Return the positions of parameters whose gradient is finite everywhere, with one synchronisation for all."""

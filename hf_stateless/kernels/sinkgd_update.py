@@ -11,6 +11,7 @@ from torch import Tensor
 from ..batching import alike
 from ..int8.weight import Int8Weight
 from ..sinkhorn import smallest_sum
+from .int8_update import launch_int8
 from .launch import DTYPES, aligned, element, on_device, pointer_table, start, up_to
 
 
@@ -146,8 +147,8 @@ class _Batch:
             block_m = up_to(m, max(1, _TILE // block_n))
             tiles = max(1, min(_PROGRAM // (n * block_m), -(-m // block_m)))
         else:
-            block_m, block_n = (up_to(size, most) for size, most in zip((m, n), _TURNED if turned else _LONG_ROWS))
-            tiles = 1
+            most_m, most_n = _TURNED if turned else _LONG_ROWS
+            block_m, block_n, tiles = up_to(m, most_m), up_to(n, most_n), 1
         blocks = -(-m // (block_m * tiles))
         partials = self.row.new_empty(count * blocks, n)
         strides = (grad.stride(0), grad.stride(1), grad.stride(2))
@@ -178,7 +179,9 @@ class _Batch:
         from .triton_sinkgd import apply_scaled
 
         if isinstance(self.weights[0], Int8Weight):
-            raise NotImplementedError
+            vectors, part = (self.row, self.column, self.states), slice(first, first + count)
+            launch_int8(self.weights, self.grad_table, self.grads[0][0], vectors, keys, step_size, decay, part)
+            return
         weights = [_as_stack(weight, self.layout) for weight in self.weights]
         grad, weight, m, n = self.grads[0], weights[0], self.m, self.n
         if weight.stride(-1) != 1 and weight.stride(-2) == 1:
@@ -195,5 +198,5 @@ class _Batch:
             GRAD=element(grad.dtype), WEIGHT=element(weight.dtype), ALIGNED=aligned(self.grads) and aligned(weights),
             HYPER_ON_DEVICE=isinstance(step_size, Tensor),
             STOCHASTIC=keys is not None and weight.dtype == torch.bfloat16, TURNED=self.layout == "in_out",
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, enable_fp_fusion=False,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
         )  # fmt: skip

@@ -16,10 +16,9 @@ _GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B9 - (1 << 32))
 def matrix_at(pointers, matrix, stack, stack_stride, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the address of a matrix: of a tensor that holds a stack of them, the table has the first."""
     address = tl.load(pointers + matrix // stack).to(tl.pointer_type(DTYPE))
-    address += (matrix % stack).to(tl.int64) * stack_stride
     if ALIGNED:
         address = tl.multiple_of(address, [16])
-    return address
+    return address + (matrix % stack).to(tl.int64) * stack_stride
 
 
 @triton.jit
