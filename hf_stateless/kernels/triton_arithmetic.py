@@ -58,9 +58,11 @@ def column_noise(columns, key):
 @triton.jit
 def round_to(exact, noise, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Round float32 to a storage dtype: to nearest, or to bfloat16 by noise in [0, 65535]."""
-    if STOCHASTIC:
-        bits = exact.to(tl.int32, bitcast=True) + noise
-        rounded = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if DTYPE == tl.bfloat16:
+        bits = exact.to(tl.int32, bitcast=True)
+        if not STOCHASTIC:
+            noise = 0x7FFF + ((bits >> 16) & 1)  # up from above the middle, and from the middle to an even number
+        rounded = ((bits + noise) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         rounded = exact.to(DTYPE)
     return rounded
