@@ -45,8 +45,14 @@ def bounded(items: Sequence[_Item], size: Callable[[_Item], int], limit: int) ->
         yield part
 
 
-def of_one_shape(active: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+def of_one_shape(
+    active: Iterable[tuple[int, Tensor]], unbounded: Callable[[list[Tensor]], bool] = lambda _: False
+) -> Iterator[list[tuple[int, Tensor]]]:
     """Put matrices of one shape together on an accelerator, where a loop over small ones waits for kernel launches.
+
+    Args:
+        active: positions and parameters that have gradients.
+        unbounded: tells whether parameters of one shape may all be one batch, because nothing is stacked.
 
     Example:
         >>> import torch
@@ -57,5 +63,8 @@ def of_one_shape(active: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[in
         [1, 1]
     """
     for same in alike(active, lambda e: (e[1].shape, e[1].dtype, e[1].device, e[1].grad.dtype)):  # type: ignore[union-attr]
+        if unbounded([p for _, p in same]):
+            yield same
+            continue
         limit = 0 if same[0][1].device.type == "cpu" else BATCH_BYTES
         yield from bounded(same, lambda entry: entry[1].nbytes, limit)

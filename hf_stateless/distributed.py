@@ -142,7 +142,7 @@ def _replicated(updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
 def _gathered(update: MatrixUpdate, workspace: Workspace) -> None:
     """Normalise the whole matrix on every rank, for cuts along several dimensions; without a cut nothing is sent."""
     options = ("lr", "lr_scale", "weight_decay", "layout")
-    [update.finite] = multinorm_update_(
+    finite = multinorm_update_(
         [update.weight],
         [whole_matrix(update.direction)],
         None if update.key is None else [update.key],
@@ -151,6 +151,7 @@ def _gathered(update: MatrixUpdate, workspace: Workspace) -> None:
         **{name: update.options[name] for name in options},
         **update.chain,
     )
+    update.finite = bool(finite[0])
 
 
 def _normalize(updates: Sequence[MatrixUpdate], grads: Sequence[Tensor]) -> list[Tensor]:

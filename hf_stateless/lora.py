@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .batching import BATCH_BYTES, alike, bounded
+from .group_keys import keys_of
 from .multi_norm import multi_normalize
 from .norms import power_of_two_inverse
 from .sharding import local_shard, part_of, whole_matrix
@@ -54,21 +55,19 @@ def update_group_(
     group: Mapping[str, Any],
     active: Sequence[tuple[int, Tensor]],
     step_of: Callable[[Tensor], Tensor],
-    keys: Callable[[Mapping[str, Any], list[tuple[int, Tensor]], list[Tensor]], list[Tensor] | None],
     count: Callable[[Mapping[str, Any], int, Tensor, bool], None],
 ) -> None:
-    """Update the pairs of a parameter group, with the counters and rounding keys of the optimizer.
+    """Update the pairs of a parameter group, with the counters of the optimizer.
 
     Args:
         group: its `params` are A_0, B_0, A_1, B_1, ...
         active: those that have a gradient, with their positions among all parameters of the optimizer.
         step_of: returns the step counter of a parameter.
-        keys: returns the rounding keys of some parameters at these counters, or None.
         count: takes the outcome for a parameter: group, position, counter, and whether its gradient was finite.
 
     Example:
         >>> from hf_stateless.lora import update_group_
-        >>> update_group_({"params": []}, [], lambda p: p, lambda *_: None, lambda *_: None)
+        >>> update_group_({"params": []}, [], lambda p: p, lambda *_: None)
     """
     position = {id(p): i for i, p in enumerate(group["params"])}
     pairs, steps = [], []
@@ -76,7 +75,7 @@ def update_group_(
         entries = [(first + k, group["params"][2 * i + k]) for k in (0, 1)]
         steps.append([step_of(p) for _, p in entries])
         indices, factors = zip(*entries, strict=True)
-        pairs.append(Pair(factors, indices, keys(group, entries, steps[-1])))
+        pairs.append(Pair(factors, indices, keys_of(group, entries, steps[-1])))
     for pair, of_pair, finite in zip(pairs, steps, update_pairs_(pairs, group), strict=True):
         for index, step in zip(pair.indices, of_pair, strict=True):
             count(group, index, step, finite)

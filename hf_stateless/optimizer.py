@@ -15,15 +15,15 @@ from .algorithms import ALGORITHMS, RELEASED, complete_group
 from .batching import alike, of_one_shape
 from .checkpoint import apply_options, as_saved, check_same_groups, options_of
 from .distributed import shares_whitening, update_together_
-from .int8.weight import Int8Weight
+from .group_keys import key_of, keys_of
 from .layerwise import LayerwiseUpdates, unhook
 from .lora import update_group_
 from .matrix_update import MatrixUpdate
 from .momentum import add_momentum_, fit_momentum_, has_momentum, momentum_direction_
-from .rounding import rounding_key
-from .sharding import check_gradients, is_sharded, local_shard, shard_number, whole_if_tiny
+from .sharding import check_gradients, is_sharded, local_shard, whole_if_tiny
 from .signal_guard import measure_signal, new_history, refuse_layerwise, tell_held
-from .update_rules import Workspace, multinorm_update_, sinkhorn_momentum_update_
+from .skipped import UnreadFlags
+from .update_rules import Workspace, multinorm_update_, sinkhorn_momentum_update_, takes_kernels
 from .width import scaled_for_width
 
 
@@ -80,6 +80,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
     held_steps: int = 0
     """Steps of this process in which `min_signal` held matrices back."""
     _workspace: Workspace | None = None
+    _unread: UnreadFlags | None = None
 
     def __init__(
         self,
@@ -126,6 +127,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
             work.append((group, [(first + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]))
             first += len(group["params"])
         self._update(self._with_signal(work), alone=False)
+        for index in self._unread.read() if self._unread else ():
+            self._warn_skipped(index)
         self._workspace = None
         return loss
 
@@ -214,11 +217,10 @@ class StatelessOptimizer(torch.optim.Optimizer):
         for group, active in self._usable([(g, [(i, p) for i, p in active if p.numel()]) for g, active in work]):
             if group["algorithm"] == "multinorm":
                 shared = {i for i, p in active if is_sharded(p) or (not alone and shares_whitening(group))}
-                for batch in of_one_shape([entry for entry in active if entry[0] not in shared]):
-                    self._multinorm(group, batch)
+                self._multinorm(group, [entry for entry in active if entry[0] not in shared])
                 together += [self._shared(group, entry) for entry in active if entry[0] in shared]
             elif group["algorithm"] == "lora_product":
-                update_group_(group, active, self._step_of, self._keys, self._count)
+                update_group_(group, active, self._step_of, self._count)
             elif active:
                 rule = self._sinkhorn_momentum if group["algorithm"] == "sinkhorn_momentum" else self._adamw
                 rule(group, active)
@@ -244,28 +246,36 @@ class StatelessOptimizer(torch.optim.Optimizer):
         """Return the gradient of a matrix, or what stands for it under momentum."""
         if not has_momentum(group):
             return p.grad  # type: ignore[return-value]
-        key = self._key(group, index, p, self._step_of(p)) if group["stochastic_rounding"] else None
+        key = key_of(group, index, p, self._step_of(p)) if group["stochastic_rounding"] else None
         return momentum_direction_(p, p.grad, self.state[p], key, group["momentum"])  # type: ignore[arg-type]
 
-    def _multinorm(self, group: Mapping[str, Any], batch: _Entries) -> None:
-        steps = [self._step_of(p) for _, p in batch]
-        group = scaled_for_width(group, batch[0][1].shape)
-        finite = multinorm_update_(
-            [p for _, p in batch],
-            [self._direction(group, *entry) for entry in batch],
-            self._keys(group, batch, steps),
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            workspace=self._workspace,
-            **{key: group[key] for key in ALGORITHMS["multinorm"] if key not in _NOT_OF_THE_RULE},
-        )
-        for (index, _), step, good in zip(batch, steps, finite, strict=True):
-            self._count(group, index, step, good)
+    def _multinorm(self, group: Mapping[str, Any], active: _Entries) -> None:
+        rule = {key: group[key] for key in ALGORITHMS["multinorm"] if key not in _NOT_OF_THE_RULE}
+        # Directions of momentum are copies: not of all matrices at once.
+        for batch in of_one_shape(active, lambda params: not has_momentum(group) and takes_kernels(params, **rule)):
+            indices, params = zip(*batch, strict=True)
+            steps = [self._step_of(p) for p in params]
+            rule["lr_scale"] = scaled_for_width(group, params[0].shape)["lr_scale"]
+            finite = multinorm_update_(
+                params,
+                [self._direction(group, *entry) for entry in batch],
+                keys_of(group, batch, steps),
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                workspace=self._workspace,
+                **rule,
+            )
+            if isinstance(finite, Tensor):
+                self._unread = self._unread or UnreadFlags()
+                self._unread.count(indices, steps, finite, group["lr"])
+            else:
+                for index, step, good in zip(indices, steps, finite, strict=True):
+                    self._count(group, index, step, good)
 
     def _shared(self, group: dict[str, Any], entry: tuple[int, Tensor]) -> tuple[int, Tensor, MatrixUpdate]:
         index, p = entry
         step, options = self._step_of(p), scaled_for_width(group, p.shape)
-        keys = self._keys(group, [entry], [step])
+        keys = keys_of(group, [entry], [step])
         return index, step, MatrixUpdate(p, options, keys[0] if keys else None, self._direction(group, index, p))
 
     def _step_of(self, p: Tensor) -> Tensor:
@@ -280,7 +290,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
     def _adamw(self, group: dict[str, Any], active: _Entries) -> None:
         bits = 8 if group["algorithm"] == "adamw_8bit" else 32
         states = [self._state(p, lambda p: adamw_state(p, bits=bits)) for _, p in active]
-        keys = self._keys(group, active, [state["step"] for state in states])
+        keys = keys_of(group, active, [state["step"] for state in states])
         beta1, beta2 = group["betas"]
         adamw_update_(
             [local_shard(p) for _, p in active],
@@ -300,7 +310,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
             state = self._state(
                 p, lambda p: {"step": torch.zeros(1, device=p.device), "momentum_buffer": torch.zeros_like(p)}
             )
-            keys = self._keys(group, [(index, p)], [state["step"]])
+            keys = keys_of(group, [(index, p)], [state["step"]])
             with whole_if_tiny(p, p.grad, state["momentum_buffer"]) as (weight, grad, buffer):  # type: ignore[arg-type]
                 sinkhorn_momentum_update_(weight, grad, buffer, keys[0] if keys else None, **options)
             state["step"] += 1
@@ -311,16 +321,6 @@ class StatelessOptimizer(torch.optim.Optimizer):
         if not state:
             state.update(make(p))
         return state
-
-    def _keys(self, group: Mapping[str, Any], batch: _Entries, steps: list[Tensor]) -> list[Tensor] | None:
-        """Return the rounding keys of bf16 and 8-bit parameters, or None where nothing is rounded stochastically."""
-        stored = [p for _, p in batch if p.dtype == torch.bfloat16 or isinstance(p, Int8Weight)]
-        if not group["stochastic_rounding"] or not stored:
-            return None
-        return [self._key(group, index, p, step) for (index, p), step in zip(batch, steps, strict=True)]
-
-    def _key(self, group: Mapping[str, Any], index: int, p: Tensor, step: Tensor) -> Tensor:
-        return rounding_key(group["seed"] + 0x01000193 * shard_number(p), index, step.to(p.device))
 
     def _warn_skipped(self, index: int) -> None:
         logger.warning(

@@ -7,6 +7,7 @@ from a generator, so a resumed run repeats it, replicas agree on it, and it is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -65,6 +66,36 @@ def rounding_key(seed: int, index: int, step: Tensor) -> Tensor:
         value = _mix_int(_mix_int(int(step) * _GOLDEN + first) ^ second)
         return torch.tensor([value], dtype=torch.int32)
     return _mix(_mix(step.detach().reshape(1).to(torch.int32) * _GOLDEN + first) ^ second)
+
+
+def rounding_keys(seeds: Sequence[int], indices: Sequence[int], steps: Sequence[Tensor]) -> list[Tensor]:
+    """Return the keys of several parameters; those on one GPU are computed together in a fixed number of launches.
+
+    Args:
+        seeds: see `rounding_key`; one for each parameter.
+        indices: their positions.
+        steps: their one-element counters.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.rounding import rounding_key, rounding_keys
+        >>> rounding_keys([0, 0], [1, 2], [torch.ones(1)] * 2)[1] == rounding_key(0, 2, torch.ones(1))
+        tensor([True])
+    """
+    devices = {step.device for step in steps}
+    if len(devices) > 1 or next(iter(devices)).type == "cpu":
+        return [rounding_key(*one) for one in zip(seeds, indices, steps, strict=True)]
+    first, second = _key_constants(tuple(seeds), tuple(indices), steps[0].device)
+    counts = torch.cat([step.detach().reshape(1) for step in steps]).to(torch.int32)
+    return list(_mix(_mix(counts * _GOLDEN + first) ^ second).unsqueeze(1).unbind())
+
+
+@lru_cache(maxsize=256)
+def _key_constants(seeds: tuple[int, ...], indices: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    first = [_mix_int(seed * _GOLDEN + 1) for seed in seeds]
+    second = [_mix_int(index * _GOLDEN + 2) for index in indices]
+    constants = torch.tensor([first, second], dtype=torch.int32).to(device)
+    return constants[0], constants[1]
 
 
 def rounding_noise(rows: int, columns: int, key: Tensor, *, row_offset: int = 0, out: Tensor | None = None) -> Tensor:

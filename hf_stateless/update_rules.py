@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .int8.update import write_int8_
 from .int8.weight import Int8Weight
+from .kernels.dispatch import use_triton
+from .kernels.int8_update import fits_int8, int8_update_
+from .kernels.sinkgd_update import fits, sinkgd_update_
 from .multi_norm import SINKHORN_CHAIN, multi_normalize
 from .rounding import write_rounded_
 from .sinkhorn import scale_rows_, sinkhorn_scalings, sr_sinkhorn
@@ -63,19 +66,50 @@ class Workspace:
         return flat.view(like.mT.shape).mT if turned else flat.view(like.shape)
 
 
+def takes_kernels(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None = None,
+    *,
+    layout: str,
+    norms: Sequence[str],
+    num_iterations: float,
+    **_: Any,
+) -> bool:
+    """Tell whether SinkGD kernels update these weights of one shape, however many there are.
+
+    Args:
+        weights: as for `multinorm_update_`.
+        grads: their gradients, if they are not those that the weights hold.
+        layout: how the weights are stored.
+        norms: the chain.
+        num_iterations: how often it runs.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.update_rules import takes_kernels
+        >>> W = torch.ones(2, 2)
+        >>> takes_kernels([W], [W], layout="out_in", norms=("row_l2", "col_l2"), num_iterations=5)  # on CPU
+        False
+    """
+    if tuple(norms) != SINKHORN_CHAIN:
+        return False
+    grads = [w.grad for w in weights] if grads is None else grads  # type: ignore[misc]
+    return use_triton((weights[0], grads[0])) and fits(weights, grads, layout, num_iterations)
+
+
 def multinorm_update_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     keys: Sequence[Tensor] | None,
     *,
-    lr: float,
+    lr: float | Tensor,
     lr_scale: float,
     weight_decay: float,
     layout: str,
     place: Callable[[Tensor, int], Tensor] | None = None,
     workspace: Workspace | None = None,
     **chain: Any,
-) -> list[bool]:
+) -> list[bool] | Tensor:
     r"""Update weights of one shape by their multi-normalized gradients: W <- (1 - lr wd) W - lr lr_scale X.
 
     X = multi_normalize(G) has entry RMS 1. A weight whose gradient is zero or not finite is left unchanged, decay
@@ -85,7 +119,7 @@ def multinorm_update_(
         weights: (..., m, n) tensors of one shape, updated in place.
         grads: their gradients; stacked into one batch if there are several.
         keys: rounding keys for bf16 weights, or None for rounding to nearest.
-        lr: learning rate (per step).
+        lr: learning rate (per step). Kernels read a tensor on their device there, so that a graph can be captured.
         lr_scale: factor on the learning rate of X, not of the decay.
         weight_decay: decoupled decay, per unit of learning rate.
         layout: how the weight is stored, see `as_matrix`.
@@ -95,7 +129,7 @@ def multinorm_update_(
         chain: `norms`, `num_iterations` and the whitening options of `multi_normalize`.
 
     Returns:
-        For each weight, whether its gradient was finite.
+        For each weight, whether its gradient was finite: from kernels a tensor on the device, for which nobody waited.
 
     Example:
         >>> import torch
@@ -110,8 +144,19 @@ def multinorm_update_(
     References:
         https://huggingface.co/papers/2502.06742, Algorithms 2 (MNGD) and 4 (SinkGD).
     """
+    if place is None and takes_kernels(weights, grads, layout=layout, **chain):
+        rate = lr.float() if isinstance(lr, Tensor) and lr.device == grads[0].device else float(lr)
+        return sinkgd_update_(
+            weights,
+            grads,
+            keys,
+            step_size=rate * lr_scale,
+            decay=1 - rate * weight_decay,
+            layout=layout,
+            num_iterations=int(chain["num_iterations"]),
+        )
     matrices = [as_matrix(grad, layout) for grad in grads]
-    step_size, decay = lr * lr_scale, 1 - lr * weight_decay
+    step_size, decay = float(lr) * lr_scale, 1 - float(lr) * weight_decay
     if len(matrices) == 1 and tuple(chain["norms"]) == SINKHORN_CHAIN and place is None and layout != "conv":
         key = keys[0] if keys else None
         scalings = {"num_iterations": chain["num_iterations"], "workspace": workspace or Workspace()}
@@ -160,7 +205,10 @@ def write_scaled_(
 ) -> None:
     """Apply W <- decay W - step_size diag(row) G diag(column), with G viewed as a matrix and W as it is stored."""
     if isinstance(weight, Int8Weight):
-        write_int8_(weight, lambda rows: _scaled(grad[rows], row[rows], column), step_size, decay, key)
+        if fits_int8(weight, grad) and row.dtype == torch.float32 and use_triton((weight, grad)):
+            int8_update_(weight, grad, (row, column), step_size, decay, key)
+        else:
+            write_int8_(weight, lambda rows: _scaled(grad[rows], row[rows], column), step_size, decay, key)
         return
     scratch = workspace.take("scratch", grad)
     exact = weight if weight.dtype == scratch.dtype else workspace.take("exact", weight).copy_(weight)
@@ -179,7 +227,10 @@ def _scaled(grad: Tensor, row: Tensor, column: Tensor) -> Tensor:
 def write_update_(weight: Tensor, update: Tensor, step_size: float, decay: float, key: Tensor | None) -> None:
     """Apply W <- decay W - step_size X; the update is used as working space where the weight is bf16."""
     if isinstance(weight, Int8Weight):
-        write_int8_(weight, lambda rows: update[rows], step_size, decay, key)
+        if fits_int8(weight, update) and use_triton((weight, update)):
+            int8_update_(weight, update, None, step_size, decay, key)
+        else:
+            write_int8_(weight, lambda rows: update[rows], step_size, decay, key)
         return
     exact = weight.to(update.dtype)  # the weight itself where the dtypes agree
     if decay != 1:

@@ -1,5 +1,9 @@
 """Seeds, hypothesis profile and strategies, and tiny models made from configs, without any download."""
 
+import interpreter  # noqa: F401
+
+
+# isort: split
 import pytest
 import torch
 from hypothesis import settings

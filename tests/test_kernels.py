@@ -1,0 +1,367 @@
+"""The Triton kernels against their torch twins: on a CUDA device where there is one, else in Triton's interpreter."""
+
+import copy
+import math
+
+import pytest
+import reference
+import torch
+from conftest import dense, relative_error
+
+from hf_stateless import StatelessOptimizer
+from hf_stateless.int8.quantise import quantize_matrix
+from hf_stateless.int8.weight import Int8Weight
+from hf_stateless.kernels import int8_update, launch, sinkgd_update
+from hf_stateless.rounding import rounding_key
+from hf_stateless.update_rules import multinorm_update_, write_update_
+
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYOUTS = [
+    ("out_in", (7, 33)),
+    ("out_in", (33, 7)),
+    ("out_in", (1, 40)),
+    ("out_in", (40, 1)),
+    ("out_in", (1, 1)),
+    ("out_in", (3, 5, 9)),
+    ("out_in", (2, 2, 3, 4)),
+    ("in_out", (33, 7)),
+    ("in_out", (3, 5, 9)),
+    ("vector", (37,)),
+]
+each_layout = pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setenv("HF_STATELESS_KERNELS", "triton")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Long rows, several tiles of rows and several chunks, at sizes that an interpreter can do."""
+    monkeypatch.setattr(sinkgd_update, "_LONGEST_ROW", 16)
+    monkeypatch.setattr(sinkgd_update, "_LONG_ROWS", (4, 16))
+    monkeypatch.setattr(sinkgd_update, "_TURNED", (8, 8))
+
+
+def random(*shape, dtype=torch.float32, **options):
+    return dense(*shape, dtype=dtype, **options).to(DEVICE)
+
+
+def key_of(index=0, step=1):
+    return rounding_key(0, index, torch.full((1,), float(step), device=DEVICE))
+
+
+def update_(weights, grads, keys=None, *, layout="out_in", num_iterations=5, lr=1.0, weight_decay=0.0):
+    options = {"lr": lr, "lr_scale": 1.0, "weight_decay": weight_decay, "layout": layout}
+    finite = multinorm_update_(
+        weights, grads, keys, norms=("row_l2", "col_l2"), num_iterations=num_iterations, **options
+    )
+    assert isinstance(finite, torch.Tensor), "the twin did the work"
+    return finite.tolist()
+
+
+def twin_(monkeypatch, weights, grads, keys=None, **options):
+    """The torch twin on the same device, one weight at a time."""
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_STATELESS_KERNELS", "torch")
+        options = {"lr": 1.0, "weight_decay": 0.0, "layout": "out_in", "num_iterations": 5, **options}
+        flags = []
+        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+            key = None if keys is None else [keys[i]]
+            flags += multinorm_update_([weight], [grad], key, lr_scale=1.0, norms=("row_l2", "col_l2"), **options)
+    return flags
+
+
+def normalized(grad, **options):
+    """The normalised gradient, as a step of size one from zero takes it."""
+    weight = torch.zeros_like(grad, dtype=torch.float32)
+    assert update_([weight], [grad], **options) == [True]
+    return -weight
+
+
+def expected(grad, layout="out_in", iterations=5):
+    grad = grad.detach().cpu()
+    matrices = grad.reshape(1, -1) if layout == "vector" else grad.mT if layout == "in_out" else grad
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    each = torch.stack([reference.multi_normalize(one, iterations=iterations) for one in flat]).view_as(matrices)
+    return (each.mT if layout == "in_out" else each).reshape(grad.shape)
+
+
+@each_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_update_matches_naive_alternation_in_float64_to_1e_6(layout, shape, dtype):
+    grad = random(*shape, dtype=dtype)
+    assert relative_error(normalized(grad, layout=layout).cpu(), expected(grad, layout)) <= 1e-6
+
+
+def test_long_rows_match_too(small_tiles):
+    grad = random(9, 50)
+    assert relative_error(normalized(grad).cpu(), expected(grad)) <= 1e-6
+
+
+def test_an_odd_width_matches():
+    grad = random(3, 5461)
+    result = normalized(grad, num_iterations=2).cpu()
+    assert relative_error(result, expected(grad, iterations=2)) <= 1e-6
+
+
+def stretched(dim, ratio):
+    grad = dense(24, 30, dtype=torch.float64)
+    grad.select(dim, 2).mul_(ratio)
+    return grad
+
+
+HAZARDS = {
+    "1e-30": dense(12, 20, dtype=torch.float64) * 1e-30,
+    "1e30": dense(12, 20, dtype=torch.float64) * 1e30,
+    "a row of 1e-25": stretched(0, 1e-25),
+    "a column of 1e-15": stretched(1, 1e-15),
+    "a zero row": stretched(0, 0),
+    "a zero column": stretched(1, 0),
+}
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("name", HAZARDS)
+def test_extreme_scales_and_zeros_match(name, layout):
+    grad = HAZARDS[name].float().to(DEVICE)
+    grad = grad.mT.contiguous() if layout == "in_out" else grad
+    result = normalized(grad, layout=layout, num_iterations=3).cpu()
+    assert relative_error(result, expected(grad, layout, iterations=3)) <= 1e-6
+    assert torch.equal(result == 0, grad.cpu() == 0)
+
+
+@pytest.mark.parametrize("value", [1e-45, 1e-39, 3e38])
+def test_the_smallest_and_largest_numbers_stay_finite(monkeypatch, value):
+    grad = random(6, 9).sign() * value
+    kernel, twin = torch.zeros(6, 9, device=DEVICE), torch.zeros(6, 9, device=DEVICE)
+    assert update_([kernel], [grad]) == twin_(monkeypatch, [twin], [grad]) == [True]
+    torch.testing.assert_close(kernel, twin, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_bf16_weights_are_the_nearest_to_the_exact_result(layout):
+    weight, grad = random(160, 300, dtype=torch.bfloat16), random(160, 300, dtype=torch.bfloat16, seed=1)
+    exact = weight.double().cpu() * (1 - 0.01 * 0.1) - 0.01 * expected(grad, layout, iterations=2)
+    update_([weight], [grad], layout=layout, lr=0.01, weight_decay=0.1, num_iterations=2)
+    differing = (weight.cpu() != exact.to(torch.bfloat16)).sum().item()
+    assert differing < 100e-6 * weight.numel()
+
+
+@each_layout
+def test_the_rounding_noise_is_that_of_the_twin_bit_for_bit(monkeypatch, layout, shape):
+    """A decay of 1 + 2^-12 is exact in float32, and a zero learning rate takes the gradient out of it."""
+    start = random(*shape, dtype=torch.bfloat16)
+    kernel, twin = start.clone(), start.clone()
+    options = {"layout": layout, "lr": 2.0**-60, "weight_decay": -(2.0**48), "num_iterations": 1}
+    grad = random(*shape, dtype=torch.bfloat16, seed=1)
+    update_([kernel], [grad], [key_of(3)], **options)
+    twin_(monkeypatch, [twin], [grad], [key_of(3)], **options)
+    assert torch.equal(kernel, twin)
+    assert kernel.numel() < 30 or not torch.equal(kernel, start)
+
+
+def test_stochastic_rounding_is_unbiased():
+    start, grad = random(64, 64, dtype=torch.bfloat16), random(64, 64, seed=1)
+    moved = torch.zeros(64, 64, dtype=torch.float64, device=DEVICE)
+    for step in range(6):
+        weight = start.clone()
+        update_([weight], [grad], [key_of(step=step)], lr=1e-3, num_iterations=1)
+        moved += weight.double() - start.double()
+    exact = -1e-3 * expected(grad, iterations=1)
+    # Of each rounding the error is below one step of bfloat16, of 6 * 4096 its mean is a hundred times smaller.
+    step_size = 2.0 ** (torch.frexp(start.float()).exponent.double().cpu() - 8)
+    error = (moved.cpu() / 6 - exact) / step_size
+    assert abs(error.mean().item()) < 4 * 0.5 / math.sqrt(6 * 64 * 64)
+
+
+def test_a_zero_or_bad_gradient_leaves_its_weight_alone(monkeypatch):
+    grads = [random(5, 20, seed=i) for i in range(5)]
+    grads[1].zero_()
+    grads[2][3, 7], grads[3][0, 0], grads[4][1, 19] = math.nan, math.inf, -math.inf
+    for layout in ("out_in", "in_out"):
+        starts = [random(5, 20, seed=10 + i) for i in range(5)]
+        weights, looped = [w.clone() for w in starts], [w.clone() for w in starts]
+        flags = update_(weights, grads, layout=layout, lr=0.1, weight_decay=0.1)
+        assert flags == [True, True, False, False, False]
+        assert flags == twin_(monkeypatch, looped, grads, layout=layout, lr=0.1, weight_decay=0.1)
+        assert [torch.equal(w, s) for w, s in zip(weights, starts, strict=True)] == [False, *[True] * 4]
+        torch.testing.assert_close(weights, looped, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("spoil", ["zero", "nan"])
+def test_the_matrices_of_a_stack_stand_or_fall_together(monkeypatch, spoil):
+    """As in the twin: without a token an expert still decays, and one bad expert holds all of its tensor back."""
+    grads = [random(4, 5, 9, seed=i) for i in range(2)]
+    grads[1][2] = 0 if spoil == "zero" else math.nan
+    weights = [random(4, 5, 9, seed=10 + i) for i in range(2)]
+    looped = [w.clone() for w in weights]
+    flags = update_(weights, grads, lr=0.1, weight_decay=0.1)
+    assert flags == twin_(monkeypatch, looped, grads, lr=0.1, weight_decay=0.1) == [True, spoil == "zero"]
+    torch.testing.assert_close(weights, looped, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_no_bit_depends_on_the_run_on_the_batch_or_on_the_chunk(monkeypatch, small_tiles, layout):
+    grads = [random(2, 20, 18, dtype=torch.bfloat16, seed=i) for i in range(3)]
+
+    def run(batches, chunk):
+        monkeypatch.setattr(sinkgd_update, "CHUNK_BYTES", chunk)
+        weights = [random(2, 20, 18, dtype=torch.bfloat16, seed=10 + i) for i in range(3)]
+        for batch in batches:
+            keys = [key_of(i) for i in batch]
+            update_([weights[i] for i in batch], [grads[i] for i in batch], keys, layout=layout, lr=0.1)
+        return torch.stack(weights)
+
+    first = run([[0, 1, 2]], 1 << 20)
+    assert torch.equal(run([[0, 1, 2]], 1 << 20), first)
+    assert torch.equal(run([[2], [0, 1]], 1 << 20), first)
+    assert torch.equal(run([[0, 1, 2]], 1), first)  # each matrix of each stack on its own
+
+
+def test_several_tiles_of_rows_in_a_program_match(monkeypatch):
+    monkeypatch.setattr(sinkgd_update, "_TILE", 64)
+    monkeypatch.setattr(sinkgd_update, "_PROGRAM", 400)
+    grad = random(61, 20)
+    assert relative_error(normalized(grad, num_iterations=3).cpu(), expected(grad, iterations=3)) <= 1e-6
+
+
+def test_tensors_that_lie_differently_in_memory_are_one_batch(monkeypatch):
+    grads = [random(6, 10), random(10, 6).mT, random(6, 20)[:, ::2], random(6, 13, seed=3)[:, 3:]]
+    weights = [random(6, 10, seed=4), random(6, 10, seed=5), random(10, 6, seed=6).mT, random(6, 30)[:, ::3]]
+    weights = [w.bfloat16() if i == 1 else w for i, w in enumerate(weights)]
+    looped, keys = copy.deepcopy(weights), [key_of(i) for i in range(4)]
+    before = [grad.clone() for grad in grads]
+    assert update_(weights, grads, keys, lr=0.1) == [True] * 4
+    twin_(monkeypatch, looped, grads, keys, lr=0.1)
+    torch.testing.assert_close(weights, looped, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True))
+
+
+def test_a_learning_rate_on_the_device_gives_the_same_step():
+    weights = [random(6, 10) for _ in range(2)]
+    rates = [0.125, torch.tensor(0.125, device=DEVICE)]
+    for weight, lr in zip(weights, rates, strict=True):
+        update_([weight], [random(6, 10, seed=1)], lr=lr, weight_decay=0.5)
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "num_iterations"),
+    [("conv", torch.float32, 5), ("out_in", torch.float64, 5), ("out_in", torch.float32, 5.5)],
+)
+def test_what_the_kernels_cannot_do_is_left_to_the_twin(layout, dtype, num_iterations):
+    assert not sinkgd_update.fits([random(2, 4, dtype=dtype)], [random(2, 4, dtype=dtype)], layout, num_iterations)
+
+
+def test_an_empty_shard_is_left_to_the_twin():
+    empty = torch.empty(0, 4, device=DEVICE)
+    assert not sinkgd_update.fits([empty], [empty], "out_in", 5)
+
+
+def int8_weight(rows, columns, group_size, seed=0):
+    weight = Int8Weight(*quantize_matrix(dense(rows, columns, scale=0.02, seed=seed), group_size))
+    weight.move_(lambda t: t.to(DEVICE))
+    weight.scale.data = weight.scale.data.to(DEVICE)
+    return weight
+
+
+GROUPS = [(5, 256, 64), (3, 254, 127), (4, 131, 128), (7, 300, None), (1, 1, None)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "group_size"), GROUPS)
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_an_8_bit_update_writes_the_bytes_of_the_twin(monkeypatch, rows, columns, group_size, stochastic):
+    """The products are exact, so that a multiply-add of the twin's processor rounds as a product and a sum do."""
+    kernel, twin = (int8_weight(rows, columns, group_size) for _ in range(2))
+    start, key = kernel.codes.clone(), key_of() if stochastic else None
+    update = random(rows, columns, seed=1)
+    write_update_(kernel, update.clone(), 2.0**-9, 1.0, key)
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_STATELESS_KERNELS", "torch")
+        write_update_(twin, update.clone(), 2.0**-9, 1.0, key)
+    assert torch.equal(kernel.codes, twin.codes)
+    assert torch.equal(kernel.scale, twin.scale)
+    assert columns == 1 or not torch.equal(kernel.codes, start)
+
+
+def test_sinkgd_on_8_bit_weights_differs_from_the_twin_by_roundings_only(monkeypatch):
+    kernel, twin = ([int8_weight(40, 254, 127, seed=i) for i in range(2)] for _ in range(2))
+    grads, keys = [random(40, 254, dtype=torch.bfloat16, seed=i) for i in range(2)], [key_of(0), key_of(1)]
+    options = {"lr": 1e-3, "weight_decay": 0.1}
+    assert update_(kernel, grads, keys, **options) == [True, True]
+    twin_(monkeypatch, twin, grads, keys, **options)
+    for ours, theirs in zip(kernel, twin, strict=True):
+        assert (ours.codes != theirs.codes).sum() <= 100e-6 * ours.numel() + 1
+        assert (ours.codes.int() - theirs.codes.int()).abs().max() <= 1
+        assert torch.equal(ours.scale, theirs.scale)
+
+
+def test_an_update_of_zero_keeps_every_8_bit_byte():
+    weight = int8_weight(6, 254, 127)
+    codes, scale = weight.codes.clone(), weight.scale.clone()
+    write_update_(weight, torch.zeros(6, 254, device=DEVICE), 0.1, 1.0, key_of())
+    update_([weight], [torch.zeros(6, 254, device=DEVICE)], [key_of()], weight_decay=0.5)
+    assert torch.equal(weight.codes, codes)
+    assert torch.equal(weight.scale, scale)
+
+
+def stepped(monkeypatch, choice, steps=2):
+    """An optimizer after some steps with one bad gradient, and what it holds."""
+    monkeypatch.setenv("HF_STATELESS_KERNELS", choice)
+    shapes = [(6, 10), (6, 10), (0, 10), (3, 5, 8), (12,)]
+    params = [torch.nn.Parameter(random(*s, dtype=torch.bfloat16, seed=i)) for i, s in enumerate(shapes)]
+    groups = [
+        {"params": params[:4], "algorithm": "multinorm", "weight_decay": 0.1},
+        {"params": params[4:], "algorithm": "multinorm", "layout": "vector"},
+    ]
+    optimizer = StatelessOptimizer(groups, lr=0.05)
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = random(*p.shape, dtype=torch.bfloat16, seed=100 * step + i)
+        if step:
+            params[1].grad[2, 2] = math.nan
+        optimizer.step()
+    return params, [optimizer.state[p]["step"].item() for p in params if p.numel()]
+
+
+def test_an_optimizer_steps_as_with_the_twin(monkeypatch, caplog):
+    params, counts = stepped(monkeypatch, "triton")
+    assert caplog.text.count("parameter 1 has NaN or infinite entries") == 1
+    twin_params, twin_counts = stepped(monkeypatch, "torch")
+    assert counts == twin_counts == [2, 1, 2, 2]
+    for ours, theirs in zip(params, twin_params, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that were launched."""
+    names = []
+
+    def start(kernel, programs, *args, **options):
+        names.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+        launched(kernel, programs, *args, **options)
+
+    launched = launch.start
+    for module in (launch, sinkgd_update, int8_update):
+        monkeypatch.setattr(module, "start", start)
+    return names
+
+
+def test_launches_grow_with_chunks_and_not_with_matrices(launches):
+    counts = []
+    for matrices in (3, 9):
+        params = [torch.nn.Parameter(random(4, 6, dtype=torch.bfloat16, seed=i)) for i in range(matrices)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        launches.clear()
+        StatelessOptimizer([{"params": params, "algorithm": "multinorm"}], lr=0.1).step()
+        counts.append(len(launches))
+        assert launches.count("write_pointers") == 2
+        assert launches.count("pass_whole_rows") == launches.count("finish_columns") == 5
+        assert launches.count("apply_scaled") == 1
+    assert counts == [13, 13]
