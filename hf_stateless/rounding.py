@@ -67,6 +67,12 @@ def rounding_key(seed: int, index: int, step: Tensor) -> Tensor:
     return _mix(_mix(step.detach().reshape(1).to(torch.int32) * _GOLDEN + first) ^ second)
 
 
+def _hashes(rows: int, columns: int, key: Tensor, row_offset: int) -> tuple[Tensor, ...]:
+    """Return a random odd int32 number for each row and for each column, hashed in one go."""
+    parts = _index_hash(row_offset, rows, key.device) ^ key, _index_hash(0, columns, key.device) ^ (key + _GOLDEN)
+    return _mix(torch.cat(parts)).bitwise_or_(1).split((rows, columns))
+
+
 def rounding_noise(rows: int, columns: int, key: Tensor, *, row_offset: int = 0, out: Tensor | None = None) -> Tensor:
     """Return a (rows, columns) int32 tensor of noise, uniform in [0, 65535].
 
@@ -86,8 +92,7 @@ def rounding_noise(rows: int, columns: int, key: Tensor, *, row_offset: int = 0,
         >>> bool(noise.min() >= 0), bool(noise.max() < 65536)
         (True, True)
     """
-    row = _mix(_index_hash(row_offset, rows, key.device) ^ key).bitwise_or_(1)
-    column = _mix(_index_hash(0, columns, key.device) ^ (key + _GOLDEN)).bitwise_or_(1)
+    row, column = _hashes(rows, columns, key, row_offset)
     # The product of two random odd numbers mod 2^32 is as good as a third one for a single pass over the matrix; its
     # upper half is the random part, which the arithmetic shift leaves signed.
     noise = torch.mul(row.unsqueeze(1), column, out=out)
