@@ -67,10 +67,25 @@ def rounding_key(seed: int, index: int, step: Tensor) -> Tensor:
     return _mix(_mix(step.detach().reshape(1).to(torch.int32) * _GOLDEN + first) ^ second)
 
 
-def _hashes(rows: int, columns: int, key: Tensor, row_offset: int) -> tuple[Tensor, ...]:
-    """Return a random odd int32 number for each row and for each column, hashed in one go."""
+def index_hashes(rows: int, columns: int, key: Tensor, row_offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Return a random odd int32 number for each row and for each column, of which `rounding_noise` is made.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        key: from `rounding_key`.
+        row_offset: index of the first row in the whole matrix.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.rounding import index_hashes, rounding_key
+        >>> row, column = index_hashes(2, 3, rounding_key(0, 0, torch.ones(1)))
+        >>> (row % 2).tolist(), (column % 2).tolist()
+        ([1, 1], [1, 1, 1])
+    """
     parts = _index_hash(row_offset, rows, key.device) ^ key, _index_hash(0, columns, key.device) ^ (key + _GOLDEN)
-    return _mix(torch.cat(parts)).bitwise_or_(1).split((rows, columns))
+    row, column = _mix(torch.cat(parts)).bitwise_or_(1).split((rows, columns))
+    return row, column
 
 
 def rounding_noise(rows: int, columns: int, key: Tensor, *, row_offset: int = 0, out: Tensor | None = None) -> Tensor:
@@ -92,7 +107,7 @@ def rounding_noise(rows: int, columns: int, key: Tensor, *, row_offset: int = 0,
         >>> bool(noise.min() >= 0), bool(noise.max() < 65536)
         (True, True)
     """
-    row, column = _hashes(rows, columns, key, row_offset)
+    row, column = index_hashes(rows, columns, key, row_offset)
     # The product of two random odd numbers mod 2^32 is as good as a third one for a single pass over the matrix; its
     # upper half is the random part, which the arithmetic shift leaves signed.
     noise = torch.mul(row.unsqueeze(1), column, out=out)

@@ -35,7 +35,7 @@ def smallest_sum(size: int) -> float:
 
 
 # Row sums of squares between these need no scaling by row: what underflows is below 1e-16 of its row's norm.
-_SAFE_SUMS = (1e-4, 1e30)
+SAFE_SUMS = (1e-4, 1e30)
 # Elements from which on a second thread saves more than the call costs.
 _WORTH_A_THREAD = 1 << 16
 
@@ -79,7 +79,7 @@ def _squares_(grad: Tensor, squares: Tensor) -> tuple[Tensor | float, Tensor]:
             squares.copy_(grad).mul_(scale).square_()
         sums = _matvec(squares, ones)
         least, most = torch.aminmax(sums)
-        if _SAFE_SUMS[0] < least and most < _SAFE_SUMS[1]:
+        if SAFE_SUMS[0] < least and most < SAFE_SUMS[1]:
             return scale, sums
     row_scale = power_of_two_inverse(squares.copy_(grad).abs_().amax(-1))
     squares.mul_(row_scale.unsqueeze(-1)).square_()
