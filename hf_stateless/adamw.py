@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .rounding import write_rounded_
+from .batching import alike
+from .rounding import round_vectors, write_rounded_
 
 
 # Elements that AdamW works on at once, in whole rows, where it needs float32 copies: bounds each to 64 MiB.
 _CHUNK = 1 << 24
 _BLOCK = 256
+# Vectors up to this length are updated together.
+_SMALL = 1 << 16
 
 _FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
@@ -94,9 +97,38 @@ def adamw_update_(
     if whole:
         means, squares, steps = ([states[i][name] for i in whole] for name in ("exp_avg", "exp_avg_sq", "step"))
         _torch_adamw([params[i] for i in whole], [grads[i] for i in whole], means, squares, steps, hyper)
+    vectors = [i for i in range(len(params)) if in_chunks[i] and _is_small_vector(params[i], states[i], keys)]
+    if keys is not None and len(vectors) > 1:
+        for same in alike(vectors, lambda i: params[i].device):
+            picked = ([values[i] for i in same] for values in (params, grads, states, keys))
+            _adamw_vectors_(*picked, hyper)
+            in_chunks = [chunked and i not in same for i, chunked in enumerate(in_chunks)]
     for i, chunked in enumerate(in_chunks):
         if chunked:
             _adamw_in_chunks_(params[i], grads[i], states[i], None if keys is None else keys[i], hyper)
+
+
+def _is_small_vector(param: Tensor, state: Mapping[str, Tensor], keys: Sequence[Tensor] | None) -> bool:
+    plain = keys is not None and param.dtype == torch.bfloat16 and "exp_avg_absmax" not in state
+    return plain and param.ndim == 1 and 0 < param.numel() <= _SMALL and param.is_contiguous()
+
+
+def _adamw_vectors_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    keys: list[Tensor],
+    hyper: Mapping[str, float],
+) -> None:
+    """Update bf16 vectors (norms and biases) side by side: a launch for each would cost more than its work."""
+    sizes = [p.numel() for p in params]
+    moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+    exact = [torch.cat(tensors).float() for tensors in (params, grads, *moments)]
+    _torch_adamw(*(list(flat.split(sizes)) for flat in exact), [state["step"] for state in states], hyper)
+    weight, _, mean, square = exact
+    torch._foreach_copy_(params, round_vectors(weight, sizes, keys).split(sizes))
+    torch._foreach_copy_(moments[0], mean.to(torch.bfloat16).split(sizes))
+    torch._foreach_copy_(moments[1], round_vectors(square, sizes, torch._foreach_add(keys, 1)).split(sizes))
 
 
 def _torch_adamw(

@@ -76,7 +76,7 @@ def block_rows(rows: int) -> int:
         (16, 43, 1)
     """
     divisors = [size for size in range(1, min(64, rows // 2) + 1) if rows % size == 0]
-    return min(divisors, key=lambda size: abs(size - 16)) if divisors else 1
+    return min(divisors, key=lambda size: abs(math.log2(size / 16))) if divisors else 1
 
 
 def compiled_update_(

@@ -7,6 +7,7 @@ from a generator, so a resumed run repeats it, replicas agree on it, and it is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -146,6 +147,42 @@ def stochastic_round_(target: Tensor, source: Tensor, key: Tensor, *, scratch: T
     # A carry out of the lower half moves the magnitude one bfloat16 up; infinities have no lower half to carry from.
     target.view(torch.int16).view(-1, columns).copy_(bits.add_(noise).bitwise_right_shift_(16))
     return target
+
+
+def round_vectors(values: Tensor, sizes: Sequence[int], keys: Sequence[Tensor]) -> Tensor:
+    r"""Round float32 vectors that lie one after the other to bfloat16, in a number of operations that is fixed.
+
+    Each is rounded to what `stochastic_round_` makes of it alone with its key.
+
+    Args:
+        values: the vectors, flat; lost.
+        sizes: their lengths.
+        keys: their keys, from `rounding_key`.
+
+    Returns:
+        The flat bfloat16 values.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.rounding import round_vectors, rounding_key
+        >>> keys = [rounding_key(0, index, torch.ones(1)) for index in (0, 1)]
+        >>> round_vectors(torch.tensor([1.0, 2.0, 3.0]), [1, 2], keys)
+        tensor([1., 2., 3.], dtype=torch.bfloat16)
+    """
+    owner, column_hash = _places(tuple(sizes), values.device)
+    key = torch.cat(tuple(keys))[owner]
+    row = _mix(_index_hash(0, 1, values.device) ^ key).bitwise_or_(1)
+    column = _mix(column_hash ^ (key + _GOLDEN)).bitwise_or_(1)
+    noise = row.mul_(column).bitwise_right_shift_(16).add_(0x8000)
+    bits = values.view(torch.int32).add_(noise).bitwise_right_shift_(16)
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+@lru_cache(maxsize=16)
+def _places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return to which vector each element of a row of vectors belongs, and the hash of its place there."""
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return owner.to(device), torch.cat([_index_hash(0, size, torch.device("cpu")) for size in sizes]).to(device)
 
 
 def stochastic_round_integers_(values: Tensor, key: Tensor, *, first_row: int = 0) -> Tensor:
