@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .rounding import write_rounded_
+from .batching import alike
+from .rounding import round_vectors, write_rounded_
 
 
 # Elements that AdamW works on at once, in whole rows, where it needs float32 copies: bounds each to 64 MiB.
 _CHUNK = 1 << 24
 _BLOCK = 256
+# Vectors up to this length are updated together.
+_SMALL = 1 << 16
 
 _FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
@@ -94,9 +97,38 @@ def adamw_update_(
     if whole:
         means, squares, steps = ([states[i][name] for i in whole] for name in ("exp_avg", "exp_avg_sq", "step"))
         _torch_adamw([params[i] for i in whole], [grads[i] for i in whole], means, squares, steps, hyper)
+    vectors = [i for i in range(len(params)) if in_chunks[i] and _is_small_vector(params[i], states[i], keys)]
+    if keys is not None and len(vectors) > 1:
+        for same in alike(vectors, lambda i: params[i].device):
+            picked = [params[i] for i in same], [grads[i] for i in same], [states[i] for i in same]
+            _adamw_vectors_(*picked, [keys[i] for i in same], hyper)
+            in_chunks = [chunked and i not in same for i, chunked in enumerate(in_chunks)]
     for i, chunked in enumerate(in_chunks):
         if chunked:
             _adamw_in_chunks_(params[i], grads[i], states[i], None if keys is None else keys[i], hyper)
+
+
+def _is_small_vector(param: Tensor, state: Mapping[str, Tensor], keys: Sequence[Tensor] | None) -> bool:
+    plain = keys is not None and param.dtype == torch.bfloat16 and "exp_avg_absmax" not in state
+    return plain and param.ndim == 1 and 0 < param.numel() <= _SMALL and param.is_contiguous()
+
+
+def _adamw_vectors_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    keys: list[Tensor],
+    hyper: Mapping[str, float],
+) -> None:
+    """Update bf16 vectors (norms and biases) side by side: a launch for each would cost more than its work."""
+    sizes = [p.numel() for p in params]
+    moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+    weight, grad, mean, square = (torch.cat(tensors).float() for tensors in (params, grads, *moments))
+    parts = [list(torch.split(flat, sizes)) for flat in (weight, grad, mean, square)]
+    _torch_adamw(parts[0], parts[1], parts[2], parts[3], [state["step"] for state in states], hyper)
+    torch._foreach_copy_(params, torch.split(round_vectors(weight, sizes, keys), sizes))
+    torch._foreach_copy_(moments[0], torch.split(mean.to(torch.bfloat16), sizes))
+    torch._foreach_copy_(moments[1], torch.split(round_vectors(square, sizes, torch._foreach_add(keys, 1)), sizes))
 
 
 def _torch_adamw(

@@ -98,6 +98,27 @@ def _key_constants(seeds: tuple[int, ...], indices: tuple[int, ...], device: tor
     return constants[0], constants[1]
 
 
+def index_hashes(rows: int, columns: int, key: Tensor, row_offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Return a random odd int32 number for each row and for each column, of which `rounding_noise` is made.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        key: from `rounding_key`.
+        row_offset: index of the first row in the whole matrix.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.rounding import index_hashes, rounding_key
+        >>> row, column = index_hashes(2, 3, rounding_key(0, 0, torch.ones(1)))
+        >>> (row % 2).tolist(), (column % 2).tolist()
+        ([1, 1], [1, 1, 1])
+    """
+    parts = _index_hash(row_offset, rows, key.device) ^ key, _index_hash(0, columns, key.device) ^ (key + _GOLDEN)
+    row, column = torch.split(_mix(torch.cat(parts)).bitwise_or_(1), [rows, columns])
+    return row, column
+
+
 def rounding_noise(rows: int, columns: int, key: Tensor, *, row_offset: int = 0, out: Tensor | None = None) -> Tensor:
     """Return a (rows, columns) int32 tensor of noise, uniform in [0, 65535].
 
@@ -117,8 +138,7 @@ def rounding_noise(rows: int, columns: int, key: Tensor, *, row_offset: int = 0,
         >>> bool(noise.min() >= 0), bool(noise.max() < 65536)
         (True, True)
     """
-    row = _mix(_index_hash(row_offset, rows, key.device) ^ key).bitwise_or_(1)
-    column = _mix(_index_hash(0, columns, key.device) ^ (key + _GOLDEN)).bitwise_or_(1)
+    row, column = index_hashes(rows, columns, key, row_offset)
     # The product of two random odd numbers mod 2^32 is as good as a third one for a single pass over the matrix; its
     # upper half is the random part, which the arithmetic shift leaves signed.
     noise = torch.mul(row.unsqueeze(1), column, out=out)
@@ -157,6 +177,42 @@ def stochastic_round_(target: Tensor, source: Tensor, key: Tensor, *, scratch: T
     # A carry out of the lower half moves the magnitude one bfloat16 up; infinities have no lower half to carry from.
     target.view(torch.int16).view(-1, columns).copy_(bits.add_(noise).bitwise_right_shift_(16))
     return target
+
+
+def round_vectors(values: Tensor, sizes: Sequence[int], keys: Sequence[Tensor]) -> Tensor:
+    r"""Round float32 vectors that lie one after the other to bfloat16, in a number of operations that is fixed.
+
+    Each is rounded to what `stochastic_round_` makes of it alone with its key.
+
+    Args:
+        values: the vectors, flat; lost.
+        sizes: their lengths.
+        keys: their keys, from `rounding_key`.
+
+    Returns:
+        The flat bfloat16 values.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.rounding import round_vectors, rounding_key
+        >>> keys = [rounding_key(0, index, torch.ones(1)) for index in (0, 1)]
+        >>> round_vectors(torch.tensor([1.0, 2.0, 3.0]), [1, 2], keys)
+        tensor([1., 2., 3.], dtype=torch.bfloat16)
+    """
+    owner, column_hash = _places(tuple(sizes), values.device)
+    key = torch.cat(tuple(keys))[owner]
+    row = _mix(_index_hash(0, 1, values.device) ^ key).bitwise_or_(1)
+    column = _mix(column_hash ^ (key + _GOLDEN)).bitwise_or_(1)
+    noise = row.mul_(column).bitwise_right_shift_(16).add_(0x8000)
+    bits = values.view(torch.int32).add_(noise).bitwise_right_shift_(16)
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+@lru_cache(maxsize=16)
+def _places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return to which vector each element of a row of vectors belongs, and the hash of its place there."""
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return owner.to(device), torch.cat([_index_hash(0, size, torch.device("cpu")) for size in sizes]).to(device)
 
 
 def stochastic_round_integers_(values: Tensor, key: Tensor, *, first_row: int = 0) -> Tensor:

@@ -7,6 +7,8 @@ gradient's dtype: 2e-7 relative error where iterating on a bf16 matrix has 5e-3.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,34 +35,55 @@ def smallest_sum(size: int) -> float:
 
 
 # Row sums of squares between these need no scaling by row: what underflows is below 1e-16 of its row's norm.
-_SAFE_SUMS = (1e-4, 1e30)
+SAFE_SUMS = (1e-4, 1e30)
+# Elements from which on a second thread saves more than the call costs.
+_WORTH_A_THREAD = 1 << 16
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     """Return matrix @ vector for (..., m, n) and (..., n); on CPU a loop, since bmm is slow with one column."""
+    if matrix.device.type != "cpu":
+        return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
     if matrix.ndim == 2:
+        return _matvec_in_threads(matrix, vector)
+    flat, vectors = matrix.reshape(-1, *matrix.shape[-2:]), vector.reshape(-1, vector.shape[-1])
+    return torch.stack([torch.mv(a, b) for a, b in zip(flat, vectors, strict=True)]).view(matrix.shape[:-1])
+
+
+def _matvec_in_threads(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return matrix @ vector on CPU: `mv` has one thread, bmm with one row has one for each block of rows."""
+    rows_first = matrix.is_contiguous()
+    stored = matrix if rows_first else matrix.mT
+    blocks = math.gcd(len(stored), torch.get_num_threads())
+    if blocks == 1 or stored.numel() < _WORTH_A_THREAD or not stored.is_contiguous():
         return torch.mv(matrix, vector)
-    if matrix.device.type == "cpu":
-        flat, vectors = matrix.reshape(-1, *matrix.shape[-2:]), vector.reshape(-1, vector.shape[-1])
-        return torch.stack([torch.mv(a, b) for a, b in zip(flat, vectors, strict=True)]).view(matrix.shape[:-1])
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+    parts = stored.view(blocks, -1, stored.shape[1])
+    if rows_first:
+        return torch.bmm(vector.expand(blocks, 1, -1), parts.mT).view(-1)
+    return torch.bmm(vector.view(blocks, 1, -1), parts).sum((0, 1))
 
 
-def _squares_(grad: Tensor, squares: Tensor) -> Tensor:
-    """Write the squares of a gradient whose rows are scaled by powers of two; return the factors.
+def _squares_(grad: Tensor, squares: Tensor) -> tuple[Tensor | float, Tensor]:
+    """Write the squares of a gradient whose rows are scaled by powers of two; return the factors and the row sums.
 
     On CPU the row sums tell whether the scaling can be left out; on an accelerator reading them would cost a
     synchronisation, and the scaling costs little.
     """
-    if grad.device.type == "cpu" and squares.dtype == torch.float32:
+    ones = torch.ones_like(squares[..., 0, :])
+    if grad.device.type == "cpu" and squares.dtype == torch.float32 and grad.ndim == 2:
         # One power of two, from the first row, brings most gradients to size one without a pass of its own.
-        scale = power_of_two_inverse(grad[..., :1, :].to(squares.dtype).abs().amax(-1))
-        sums = _matvec(scale_rows_(grad, scale, squares).square_(), torch.ones_like(squares[..., 0, :]))
-        if _SAFE_SUMS[0] < sums.min() and sums.max() < _SAFE_SUMS[1]:
-            return scale
+        scale = power_of_two_inverse(grad[0].abs().amax().float())
+        if grad.dtype == squares.dtype:
+            torch.mul(grad, scale, out=squares).square_()
+        else:
+            squares.copy_(grad).mul_(scale).square_()
+        sums = _matvec(squares, ones)
+        least, most = torch.aminmax(sums)
+        if SAFE_SUMS[0] < least and most < SAFE_SUMS[1]:
+            return scale, sums
     row_scale = power_of_two_inverse(squares.copy_(grad).abs_().amax(-1))
     squares.mul_(row_scale.unsqueeze(-1)).square_()
-    return row_scale
+    return row_scale, _matvec(squares, ones)
 
 
 def sinkhorn_scalings(
@@ -93,19 +116,19 @@ def sinkhorn_scalings(
     squares = scratch
     if squares is None:
         squares = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-    row_scale = _squares_(grad, squares)
-    row_sums, column_sums = torch.ones_like(squares[..., 0]), torch.ones_like(squares[..., 0, :])
-    u, v = row_sums, column_sums
+    row_scale, row_sums = _squares_(grad, squares)
+    transposed, column_sums = squares.mT, torch.ones_like(squares[..., 0, :])
+    u, v = torch.ones_like(row_sums), column_sums
+    rows, columns = torch.tensor(float(m)), torch.tensor(float(n))  # `n / tensor` would be two operations
     for half_step in range(round(2 * num_iterations)):
         if half_step % 2 == 0:
-            row_sums = _matvec(squares, v)
-            u = row_sums.clamp_min(smallest_sum(n)).reciprocal_().mul_(n)
+            row_sums = (_matvec(squares, v) if half_step else row_sums).clamp_min_(smallest_sum(n))
+            u = torch.div(columns, row_sums)
         else:
-            column_sums = _matvec(squares.mT, u)
-            v = column_sums.clamp_min(smallest_sum(m)).reciprocal_().mul_(m)
-    r = u.sqrt().masked_fill_(row_sums < smallest_sum(n), 0)
-    c = v.sqrt().masked_fill_(column_sums < smallest_sum(m), 0)
-    r.mul_(row_scale)
+            column_sums = _matvec(transposed, u).clamp_min_(smallest_sum(m))
+            v = torch.div(rows, column_sums)
+    r = u.sqrt().masked_fill_(row_sums <= smallest_sum(n), 0).mul_(row_scale)
+    c = v.sqrt().masked_fill_(column_sums <= smallest_sum(m), 0)
     r.masked_fill_(r == torch.inf, 0)  # a row of denormal numbers: its factor is beyond float32, so it counts as zero
     return r, c
 

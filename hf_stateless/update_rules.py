@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import compiled
 from .int8.update import write_int8_
 from .int8.weight import Int8Weight
 from .kernels.dispatch import use_triton
@@ -185,6 +186,12 @@ def _sinkhorn_update_(
 ) -> bool:
     """Apply the SinkGD step of one matrix from its two vectors, without forming the normalised gradient."""
     scratch = workspace.take("scratch", grad)
+    if compiled.wanted() and compiled.fits(weight, grad, layout, num_iterations):
+        finite = compiled.compiled_update_(
+            weight, grad, key, step_size, decay, num_iterations=num_iterations, scratch=scratch
+        )
+        if finite is not None:
+            return finite
     row, column = sinkhorn_scalings(grad, num_iterations, scratch=scratch)
     size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
     if 0 < size < float("inf"):

@@ -19,6 +19,7 @@ ROOMS = [
     "whitening",
     "norms",
     "sinkhorn",
+    "compiled",
     "multi_norm",
     "presets",
     "width",
