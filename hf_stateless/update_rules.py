@@ -6,15 +6,17 @@ with stochastic rounding when a rounding key is given, else to nearest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import compiled
 from .int8.update import write_int8_
 from .int8.weight import Int8Weight
+from .kernels.cpu_sinkgd import fits as fits_cpu
+from .kernels.cpu_sinkgd import sinkgd_steps_
 from .kernels.dispatch import use_triton
 from .kernels.int8_update import fits_int8, int8_update_
 from .kernels.sinkgd_update import fits, sinkgd_update_
@@ -68,19 +70,12 @@ class Workspace:
 
 
 def takes_kernels(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor] | None = None,
-    *,
-    layout: str,
-    norms: Sequence[str],
-    num_iterations: float,
-    **_: Any,
+    weights: Sequence[Tensor], *, layout: str, norms: Sequence[str], num_iterations: float, **_: Any
 ) -> bool:
-    """Tell whether SinkGD kernels update these weights of one shape, however many there are.
+    """Tell whether SinkGD kernels update weights of one shape by the gradients they hold, however many there are.
 
     Args:
         weights: as for `multinorm_update_`.
-        grads: their gradients, if they are not those that the weights hold.
         layout: how the weights are stored.
         norms: the chain.
         num_iterations: how often it runs.
@@ -89,13 +84,25 @@ def takes_kernels(
         >>> import torch
         >>> from hf_stateless.update_rules import takes_kernels
         >>> W = torch.ones(2, 2)
-        >>> takes_kernels([W], [W], layout="out_in", norms=("row_l2", "col_l2"), num_iterations=5)  # on CPU
+        >>> W.grad = torch.ones(2, 2)
+        >>> takes_kernels([W], layout="out_in", norms=("row_l2", "col_l2"), num_iterations=5)  # small, on CPU
         False
     """
-    if tuple(norms) != SINKHORN_CHAIN:
-        return False
-    grads = [w.grad for w in weights] if grads is None else grads  # type: ignore[misc]
-    return use_triton((weights[0], grads[0])) and fits(weights, grads, layout, num_iterations)
+    grads: list[Tensor] = [w.grad for w in weights]  # type: ignore[misc]
+    return _kernel_of(weights, grads, layout, {"norms": norms, "num_iterations": num_iterations}) is not None
+
+
+def _kernel_of(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], layout: str, chain: Mapping[str, Any]
+) -> Callable[..., list[bool] | Tensor] | None:
+    """Return what takes the SinkGD step of these weights of one shape in place of torch, if anything does."""
+    if tuple(chain["norms"]) != SINKHORN_CHAIN:
+        return None
+    if use_triton((weights[0], grads[0])):
+        return (
+            partial(sinkgd_update_, layout=layout) if fits(weights, grads, layout, chain["num_iterations"]) else None
+        )
+    return sinkgd_steps_ if fits_cpu(weights, grads, layout, chain["num_iterations"]) else None
 
 
 def multinorm_update_(
@@ -145,23 +152,24 @@ def multinorm_update_(
     References:
         https://huggingface.co/papers/2502.06742, Algorithms 2 (MNGD) and 4 (SinkGD).
     """
-    if place is None and takes_kernels(weights, grads, layout=layout, **chain):
-        rate = lr.float() if isinstance(lr, Tensor) and lr.device == grads[0].device else float(lr)
-        return sinkgd_update_(
-            weights,
-            grads,
-            keys,
-            step_size=rate * lr_scale,
-            decay=1 - rate * weight_decay,
-            layout=layout,
-            num_iterations=int(chain["num_iterations"]),
+    kernel = None if place else _kernel_of(weights, grads, layout, chain)
+    outcome: list[bool] | Tensor = [False] * len(weights)
+    if kernel:
+        rate = (
+            lr.float() if isinstance(lr, Tensor) and lr.device == grads[0].device != torch.device("cpu") else float(lr)
         )
+        factors = {"step_size": rate * lr_scale, "decay": 1 - rate * weight_decay}
+        outcome = kernel(weights, grads, keys, **factors, num_iterations=int(chain["num_iterations"]))
+        if isinstance(outcome, Tensor) or all(outcome):
+            return outcome
     matrices = [as_matrix(grad, layout) for grad in grads]
     step_size, decay = float(lr) * lr_scale, 1 - float(lr) * weight_decay
-    if len(matrices) == 1 and tuple(chain["norms"]) == SINKHORN_CHAIN and place is None and layout != "conv":
-        key = keys[0] if keys else None
+    if kernel or (len(matrices) == 1 and tuple(chain["norms"]) == SINKHORN_CHAIN and not place and layout != "conv"):
         scalings = {"num_iterations": chain["num_iterations"], "workspace": workspace or Workspace()}
-        return [_sinkhorn_update_(weights[0], matrices[0], key, layout, step_size, decay, **scalings)]
+        return [
+            done or _sinkhorn_update_(weight, matrix, keys[i] if keys else None, layout, step_size, decay, **scalings)
+            for i, (weight, matrix, done) in enumerate(zip(weights, matrices, outcome, strict=True))
+        ]
     batch = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
     updates = multi_normalize(batch, dtype=torch.promote_types(batch.dtype, torch.float32), **chain)
     updates = updates.unsqueeze(0) if len(matrices) == 1 else updates
@@ -186,12 +194,6 @@ def _sinkhorn_update_(
 ) -> bool:
     """Apply the SinkGD step of one matrix from its two vectors, without forming the normalised gradient."""
     scratch = workspace.take("scratch", grad)
-    if compiled.wanted() and compiled.fits(weight, grad, layout, num_iterations):
-        finite = compiled.compiled_update_(
-            weight, grad, key, step_size, decay, num_iterations=num_iterations, scratch=scratch
-        )
-        if finite is not None:
-            return finite
     row, column = sinkhorn_scalings(grad, num_iterations, scratch=scratch)
     size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
     if 0 < size < float("inf"):

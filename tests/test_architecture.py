@@ -19,7 +19,6 @@ ROOMS = [
     "whitening",
     "norms",
     "sinkhorn",
-    "compiled",
     "multi_norm",
     "presets",
     "width",

@@ -1,1 +1,4 @@
-"""Triton kernels for CUDA; each has a torch twin elsewhere in the package, which is also what runs without them."""
+"""Kernels for SinkGD and 8-bit updates, each with a torch twin elsewhere in the package, which is what runs without.
+
+Triton on CUDA; C, compiled where it runs, for large matrices on CPU.
+"""
