@@ -126,6 +126,17 @@ def test_the_scale_of_a_gradient_does_not_matter(scale, updated_by_c):
     assert relative_error(result, exact(torch.zeros(32, 48), dense(32, 48))) <= 1e-6
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squares_that_are_not_kept_are_the_same_bits(shape, grad_dtype, monkeypatch):
+    weight, grad = dense(*shape), dense(*shape, dtype=grad_dtype, seed=1)
+    (kept,), _ = update([weight], [grad])
+    monkeypatch.setattr(cpu_sinkgd, "_KEPT", 0)
+    (anew,), finite = update([weight], [grad])
+    assert finite == [True]
+    assert torch.equal(kept, anew)
+
+
 def spoiled(what):
     grad = dense(32, 48)
     grad[3] *= {"zero row": 0.0, "tiny row": 1e-20, "huge row": 1e20, "nan": torch.nan, "inf": torch.inf}.get(

@@ -1,8 +1,8 @@
 /* One SinkGD step of a matrix on a CPU: W <- decay W - step_size diag(r) G diag(c), r and c of SR-Sinkhorn(G).
 
-The squares of G are written once; each iteration then reads them once, since the sums of a few rows are taken, and
-their share of the column sums added, while these rows are in the fastest cache. Column sums are added up in blocks of
-64 rows first: one long sum in float32 would lose digits. Matrices are contiguous, (m, n). */
+Each iteration reads G or its squares once: the sums of a few rows are taken, and their share of the column sums added,
+while these rows are in the fastest cache. Column sums are added up in blocks of 64 rows first: one long sum in float32
+would lose digits. Matrices are contiguous, (m, n). */
 
 #include <math.h>
 #include <stdint.h>
@@ -26,7 +26,7 @@ static inline void store_nearest(void *p, int64_t i, float x, uint32_t noise) {
     ((uint16_t *)p)[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : nearest);
 }
 
-/* Write the squares of some rows of scale G, and return their sums. */
+/* Write the squares of some rows of scale G, and their sums. */
 #define SQUARE(NAME, LOAD)                                                                              \
     static void NAME(const void *grad, int64_t first, int64_t rows, int64_t n, float scale, float *squares, \
                      float *sums) {                                                                     \
@@ -35,7 +35,7 @@ static inline void store_nearest(void *p, int64_t i, float x, uint32_t noise) {
             float sum = 0;                                                                              \
             _Pragma("omp simd reduction(+ : sum)") for (int64_t j = 0; j < n; j++) {                    \
                 const float x = LOAD(grad, at + j) * scale;                                             \
-                squares[at + j] = x * x;                                                                \
+                squares[i * n + j] = x * x;                                                             \
                 sum += x * x;                                                                           \
             }                                                                                           \
             sums[i] = sum;                                                                              \
@@ -99,26 +99,28 @@ APPLY(apply_bf16_stochastic, load_bf16, load_bf16, store_stochastic)
 APPLY(apply_f32_nearest, load_f32, load_bf16, store_nearest)
 APPLY(apply_bf16_nearest, load_bf16, load_bf16, store_nearest)
 
-/* vectors: m + 4 n floats of scratch. hashes: for stochastic rounding m + n integers, else NULL.
+/* squares: m n floats of scratch where they are kept from one iteration to the next, else ROWS n.
+   vectors: m + 4 n floats of scratch. hashes: for stochastic rounding m + n integers, else NULL.
    Returns LEFT_ALONE, with W unchanged, where the row sums of scale^2 G^2 are not inside (least, most). */
-int sinkgd_step(const void *grad, int grad_is_bf16, void *weight, int weight_is_bf16, float *squares, float *vectors,
-                const int32_t *hashes, int64_t m, int64_t n, int64_t num_iterations, float scale, float step_size,
-                float decay, float smallest_row, float smallest_column, float least, float most) {
+int sinkgd_step(const void *grad, int grad_is_bf16, void *weight, int weight_is_bf16, float *squares,
+                int squares_are_kept, float *vectors, const int32_t *hashes, int64_t m, int64_t n,
+                int64_t num_iterations, float scale, float step_size, float decay, float smallest_row,
+                float smallest_column, float least, float most) {
     float *u = vectors, *v = u + m, *columns = v + n, *block = columns + n, *c = block + n;
     for (int64_t iteration = 0; iteration < num_iterations; iteration++) {
         memset(columns, 0, 2 * n * sizeof(float)); /* and block */
         for (int64_t i = 0; i < m; i += ROWS) {
             const int64_t rows = m - i < ROWS ? m - i : ROWS;
-            if (iteration == 0) {
-                (grad_is_bf16 ? square_bf16 : square_f32)(grad, i, rows, n, scale, squares, u + i);
-                for (int64_t k = i; k < i + rows; k++) {
-                    if (!(least < u[k] && u[k] < most)) return LEFT_ALONE;
-                }
-            } else {
-                weigh_rows(squares + i * n, rows, n, v, u + i);
+            float *part = squares_are_kept ? squares + i * n : squares;
+            if (iteration == 0 || !squares_are_kept) {
+                (grad_is_bf16 ? square_bf16 : square_f32)(grad, i, rows, n, scale, part, u + i);
             }
+            for (int64_t k = i; iteration == 0 && k < i + rows; k++) {
+                if (!(least < u[k] && u[k] < most)) return LEFT_ALONE;
+            }
+            if (iteration > 0) weigh_rows(part, rows, n, v, u + i);
             for (int64_t k = i; k < i + rows; k++) u[k] = u[k] <= smallest_row ? 0 : (float)n / u[k];
-            add_columns(squares + i * n, rows, n, u + i, block);
+            add_columns(part, rows, n, u + i, block);
             if ((i + ROWS) % BLOCK == 0) fold(block, columns, n);
         }
         fold(block, columns, n);

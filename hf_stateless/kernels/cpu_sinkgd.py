@@ -1,4 +1,4 @@
-"""SinkGD on CPUs by compiled C: each iteration reads the squares of the gradient once, each thread takes a matrix."""
+"""SinkGD on CPUs by compiled C: each iteration reads the gradient or its squares once, each thread takes a matrix."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from .dispatch import VARIABLE
 _DTYPES = (torch.float32, torch.bfloat16)
 # Smaller matrices gain less than they are worth: models that have no larger one should not wait for a compiler.
 _SMALLEST = 1 << 16
+# Squares of larger matrices leave the cache, so they are computed anew: no float32 copy of an embedding is ever whole.
+_KEPT = 1 << 22
+_ROWS = 4
 # A thread of the kernel does the work of so many threads of torch.
 _WORTH_THREADS = 2
 
@@ -73,7 +76,7 @@ def _kernel() -> Callable[..., int] | None:
         return None
     address, flag, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     step: Callable[..., int] = library.sinkgd_step
-    step.argtypes = [address, flag, address, flag, *[address] * 3, *[size] * 3, *[number] * 7]  # type: ignore[attr-defined]
+    step.argtypes = [address, flag, address, flag, address, flag, address, address, *[size] * 3, *[number] * 7]  # type: ignore[attr-defined]
     return step
 
 
@@ -88,7 +91,8 @@ def sinkgd_steps_(
 ) -> list[bool]:
     r"""W <- decay W - step_size diag(r) G diag(c) for weights of one shape, a thread of torch's number for each.
 
-    What a weight becomes does not depend on the number of threads. Temporary: a float32 matrix for each thread.
+    What a weight becomes does not depend on the number of threads. Temporary: a float32 matrix for each thread,
+    of up to 16 MiB.
 
     Args:
         weights: for which `fits` is true, updated in place.
@@ -108,7 +112,7 @@ def sinkgd_steps_(
     update = partial(_step_, step_size=step_size, decay=decay, num_iterations=num_iterations)
     threads = min(torch.get_num_threads(), len(weights))
     m, n = weights[0].shape
-    scratch = [torch.empty(m * n + m + 4 * n) for _ in range(threads)]
+    scratch = [torch.empty(_squares(m, n) + m + 4 * n) for _ in range(threads)]
     parts = [range(thread, len(weights), threads) for thread in range(threads)]
     updated = [False] * len(weights)
 
@@ -141,10 +145,15 @@ def _step_(
     assert kernel is not None
     left_alone = kernel(
         grad.data_ptr(), grad.dtype == torch.bfloat16, weight.data_ptr(), weight.dtype == torch.bfloat16,
-        scratch.data_ptr(), scratch[m * n :].data_ptr(), None if hashes is None else hashes.data_ptr(),
-        m, n, num_iterations, _scale(grad), step_size, decay, smallest_sum(n), smallest_sum(m), *SAFE_SUMS,
+        scratch.data_ptr(), m * n <= _KEPT, scratch[_squares(m, n) :].data_ptr(),
+        None if hashes is None else hashes.data_ptr(), m, n, num_iterations,
+        _scale(grad), step_size, decay, smallest_sum(n), smallest_sum(m), *SAFE_SUMS,
     )  # fmt: skip
     return not left_alone
+
+
+def _squares(m: int, n: int) -> int:
+    return m * n if m * n <= _KEPT else _ROWS * n
 
 
 def _scale(grad: Tensor) -> float:
