@@ -17,7 +17,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "ns_steps": None,
         "ns_beta": None,
         "ns_dtype": None,
-        "lr_scale": 0.2,
+        "lr_scale": 0.4,
         "layout": "out_in",
         "split_whitening": False,
         "min_signal": 0.0,

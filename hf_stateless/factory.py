@@ -83,10 +83,11 @@ def _refuse_int8_beside_the_matrices(entry: PartitionedParameter) -> None:
 
 def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str, Any]:
     """Return the algorithm of one parameter with the values it needs."""
+    chained = entry.role in ("matrix", "adapter")
     chain = {
         "algorithm": "multinorm",
         "lr": lr,
-        "lr_scale": options.lr_scale,
+        "lr_scale": options.lr_scale if chained else options.lr_scale_beside,
         "norms": options.norms,
         "num_iterations": options.num_iterations,
         "whitening": options.whitening,
@@ -97,14 +98,13 @@ def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str,
         "split_whitening": options.split_whitening,
         "min_signal": options.min_signal,
     }
-    chained = entry.role in ("matrix", "adapter")
     if chained:  # what `embeddings=stateless` takes along stays without state
         chain |= {"momentum": options.momentum, "momentum_dtype": options.momentum_dtype}
     if entry.role in ("matrix", "head"):  # a low-rank factor and a table of tokens have a side that is no width
         chain["width_rule"] = options.width_rule
     if entry.pair and options.lora == "product" and (chained or options.embeddings == "stateless"):
         norms, num_iterations = product_chain(options.norms, options.num_iterations)
-        values = {"norms": norms, "num_iterations": num_iterations, "lr": lr, "lr_scale": options.lr_scale}
+        values = {"norms": norms, "num_iterations": num_iterations, "lr": lr, "lr_scale": options.lr_scale_beside}
         values |= {"min_signal": options.min_signal}
         return {"algorithm": "lora_product", **values, "scaling": entry.pair.scaling, "layout": entry.pair.layout}
     adamw_lr = lr if options.adamw_lr is None else options.adamw_lr

@@ -37,6 +37,9 @@ class Options:
     """How often the chain runs (L)."""
     lr_scale: float
     """Factor on the learning rate of the matrices."""
+    lr_scale_beside: float = 0.2
+    """The same for what is updated beside them without moments: LoRA pairs as products, embeddings, vectors; AdamW's
+    step has about this size. No key of its own: it is `lr_scale` where that is given."""
     whitening: str = "newton_schulz"
     """How `spectral` is computed."""
     ns_steps: int | None = None
@@ -207,6 +210,8 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Options:
             f"optim_args for optim={name!r}: lora=product updates A and B from their gradients of this step alone: "
             "leave out momentum, or lora=product."
         )
+    if "lr_scale" in values:
+        values["lr_scale_beside"] = values["lr_scale"]
     if name.endswith(LAYERWISE):
         values.setdefault("release", "matrices")
     return _fill_whitening(name, _from_preset(preset, norms), values)
@@ -224,7 +229,8 @@ def optimizer_names() -> tuple[str, ...]:
 
 
 def _from_preset(preset: MultiNormPreset, norms: tuple[str, ...]) -> Options:
-    return Options(norms=norms, num_iterations=preset.num_iterations, lr_scale=preset.lr_scale)
+    lr_scale = preset.lr_scale if "spectral" in norms else PRESETS["sinkgd"].lr_scale
+    return Options(norms=norms, num_iterations=preset.num_iterations, lr_scale=lr_scale)
 
 
 def _fill_whitening(name: str, options: Options, values: dict[str, Any]) -> Options:

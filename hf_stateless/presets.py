@@ -29,19 +29,19 @@ PRESETS: dict[str, MultiNormPreset] = {
     "swan": MultiNormPreset(
         norms=("row_standardize", "spectral"),
         num_iterations=1,
-        lr_scale=0.2,
+        lr_scale=2.0,
         paper="https://huggingface.co/papers/2412.13148",
     ),
     "sinkgd": MultiNormPreset(
         norms=("row_l2", "col_l2"),
         num_iterations=5,
-        lr_scale=0.2,
+        lr_scale=0.4,
         paper="https://huggingface.co/papers/2502.06742",
     ),
     "multinorm": MultiNormPreset(
         norms=("row_l2", "spectral"),
         num_iterations=1,
-        lr_scale=0.2,
+        lr_scale=2.0,
         paper="https://huggingface.co/papers/2502.06742",
     ),
 }

@@ -209,3 +209,21 @@ def test_value_that_the_whitening_does_not_take_is_refused(whitening, key):
 def test_unknown_optimizer_is_answered_with_the_names(name):
     message = message_of(name, {})
     assert message == f"Unknown optimizer {name!r}. Valid: {', '.join(NAMES)}."
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "matrices", "beside"),
+    [
+        ("swan", {}, 2.0, 0.2),
+        ("swan", {"center": "false"}, 2.0, 0.2),
+        ("sinkgd", {}, 0.4, 0.2),
+        ("multinorm", {}, 2.0, 0.2),
+        ("multinorm_layerwise", {"norms": "spectral"}, 2.0, 0.2),
+        ("multinorm", {"norms": "sign"}, 0.4, 0.2),
+        ("sinkgd", {"lr_scale": "0.05"}, 0.05, 0.05),
+        ("multinorm", {"norms": "sign", "lr_scale": "0.05"}, 0.05, 0.05),
+    ],
+)
+def test_the_scale_of_the_step_follows_the_chain_unless_it_is_given(name, given, matrices, beside):
+    options = parse_options(name, given)
+    assert (options.lr_scale, options.lr_scale_beside) == (matrices, beside)
