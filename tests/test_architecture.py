@@ -44,6 +44,7 @@ ROOMS = [
     "memory",
     "report",
     "compare",
+    "export",
     "hub",
     "callbacks",
     "integrations",
