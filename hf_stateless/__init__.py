@@ -1,6 +1,7 @@
 """SWAN, SinkGD and gradient multi-normalization as optimizer names of the Hugging Face stack."""
 
 from .callbacks import attach_memory_report
+from .export import export_model
 from .factory import MultiNormFactory, SinkGDFactory, SwanFactory, create_optimizer
 from .int8.hf_quantizer import Int8TrainingConfig, dequantize, quantize
 from .lora_factory import create_lora_optimizer
@@ -25,6 +26,7 @@ __all__ = [
     "create_lora_optimizer",
     "create_optimizer",
     "dequantize",
+    "export_model",
     "multi_normalize",
     "quantize",
 ]

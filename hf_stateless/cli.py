@@ -101,7 +101,7 @@ def python_path(existing: str) -> str:
 
 def _subcommands() -> list[str]:
     """The rooms that are subcommands of their own, each with `main(argv)`, if this version has them."""
-    return [room for room in ("memory", "compare") if find_spec(f"{__package__}.{room}")]
+    return [room for room in ("memory", "compare", "export") if find_spec(f"{__package__}.{room}")]
 
 
 def _usage() -> str:

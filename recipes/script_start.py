@@ -1,7 +1,9 @@
 """What every recipe script does before it trains: read its recipe, find its checkpoint, take the CPU's cores."""
 
 import difflib
+import json
 import os
+import re
 from pathlib import Path
 
 import psutil
@@ -9,7 +11,8 @@ import torch
 import yaml
 from pretraining_text import InputError
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_stateless.options import optimizer_names
 
@@ -27,9 +30,29 @@ def read_recipe(file: str, known: list[str]) -> dict[str, object]:
     return values
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written to its end: the Trainer writes the state of the run last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """Return the newest whole checkpoint of a folder, and say which newer ones a killed run left unfinished."""
+    numbered = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(folder).glob("*")]
+    steps = {int(match[1]): path for match, path in numbered if match and path.is_dir()}
+    for step in sorted(steps, reverse=True):
+        if is_whole(steps[step]):
+            return str(steps[step])
+        print(f"{steps[step]} is left out: the run ended before it was whole.")
+    return None
+
+
 def find_checkpoint(args: TrainingArguments) -> str | None:
     """Return the checkpoint to resume from; refuse to mix a new run with the checkpoints of an old one."""
-    latest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    latest = last_checkpoint(args.output_dir)
     wanted = str(args.resume_from_checkpoint or False)
     if wanted.lower() == "false" and latest:
         raise InputError(

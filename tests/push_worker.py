@@ -42,6 +42,8 @@ def _trainer(output_dir, kind, base, options):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
+    import hf_stateless
+
     torch.manual_seed(0)
     common = {
         "output_dir": output_dir,
@@ -55,7 +57,9 @@ def _trainer(output_dir, kind, base, options):
     }
     model = AutoModelForCausalLM.from_pretrained(base) if base else TINY_MODELS["llama"]()
     tokens = list(range(3, 19))
-    if kind == "trainer":
+    if kind == "int8":
+        model = hf_stateless.quantize(model, hf_stateless.Int8TrainingConfig(16))
+    if kind in ("trainer", "int8"):
         rows = Dataset.from_list([{"input_ids": tokens, "labels": tokens}] * 8)
         args = TrainingArguments(**{**common, **options})
         return Trainer(model, args, train_dataset=rows, data_collator=default_data_collator)

@@ -49,6 +49,7 @@ ROOMS = [
     "memory",
     "report",
     "compare",
+    "export",
     "hub",
     "callbacks",
     "integrations",

@@ -6,6 +6,7 @@ import math
 import sys
 
 import pytest
+import torch
 from documents import ROOT, read
 
 
@@ -57,11 +58,29 @@ def test_the_walk_ends_with_a_worse_rate_on_both_sides(best, monkeypatch):
         return abs(math.log2(lr) - best)
 
     monkeypatch.setattr(finetuning, "cached", loss)
-    finetuning.sweep("adamw", argparse.Namespace(start=1.0, rates=4, repeat=3, seeds=[0, 1]))
+    finetuning.sweep("adamw", argparse.Namespace(lr=None, start=1.0, rates=4, repeat=3, seeds=[0, 1]))
     first = {lr for seed, lr in tried if seed == 0}
     assert {2.0 ** (best - 1), 2.0**best, 2.0 ** (best + 1)} <= first
     assert len(first) >= 4
     assert {lr for seed, lr in tried if seed == 1} == {2.0 ** (best - 1), 2.0**best, 2.0 ** (best + 1)}
+
+
+def test_one_rate_is_run_with_every_seed_and_no_other(monkeypatch):
+    tried = []
+    monkeypatch.setattr(finetuning, "cached", lambda *run: tried.append(run[:3]))
+    finetuning.sweep("sinkgd, int8", argparse.Namespace(lr=0.5, seeds=[0, 2]))
+    assert tried == [("sinkgd, int8", 0.5, 0), ("sinkgd, int8", 0.5, 2)]
+
+
+@pytest.mark.parametrize(("row", "kinds"), [("sinkgd, int8 nearest", {"Int8Weight"}), ("sinkgd, bf16", {"Parameter"})])
+def test_the_last_layers_are_trained_as_the_row_stores_them(row, kinds, make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    args = argparse.Namespace(model=tmp_path, tuning="layers", layers=1)
+    model = finetuning.load_model(row, args, seed=0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[2] for name in trained} == {"1"}
+    assert {type(p).__name__ for name, p in trained.items() if "_proj" in name} == kinds
+    assert {p.dtype for p in trained.values()} == {torch.bfloat16}
 
 
 def test_a_rate_counts_only_when_every_seed_was_run_with_it():

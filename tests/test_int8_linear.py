@@ -69,6 +69,14 @@ def test_a_frozen_weight_gets_no_gradient_but_passes_one_on():
     assert x.grad.abs().sum() > 0
 
 
+def test_unfreezing_a_module_leaves_the_scales_frozen():
+    """As training the last layers alone does; DDP would wait for the gradient of a scale that asks for one."""
+    module = nn.Sequential(layer(), layer()).requires_grad_(False)
+    for part in (module, copy.deepcopy(module)):
+        part[1].requires_grad_(True)
+        assert [name for name, p in part.named_parameters() if p.requires_grad] == ["1.weight"]
+
+
 def test_what_takes_the_parameter_for_float_values_gets_nan_or_an_error():
     module = layer()
     assert module.weight.norm().isnan()

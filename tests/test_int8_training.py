@@ -2,19 +2,15 @@
 
 import gc
 import json
-import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import VOCAB_SIZE, tiny_inputs
 from distributed_worker import train
-from documents import ROOT
 from test_distributed import launch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_stateless
 from hf_stateless import Int8TrainingConfig, create_optimizer, dequantize, quantize
@@ -186,34 +182,6 @@ def test_rounding_depends_on_the_seed_and_may_be_to_nearest(saved, tmp_path):
     assert not torch.equal(default[codes], seeded[codes])
     assert not torch.equal(default[codes], nearest[codes])
     assert_equal(nearest, trained("stochastic_rounding=false,seed=1"))
-
-
-class KillInStep(TrainerCallback):
-    """Ends the process in the backward pass of one step, after some layers have been updated and before others."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.step:
-            middle = model.model.layers[0].self_attn.q_proj.weight
-            middle.register_post_accumulate_grad_hook(lambda p: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def test_a_kill_between_two_updates_of_a_step_loses_no_checkpoint(saved, tmp_path):
-    options = {"optim": "sinkgd_layerwise", "save_strategy": "steps", "save_steps": 1}
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "import torch; from test_int8_training import *\n"
-        f"fit(load_int8({str(saved)!r}), {str(tmp_path / 'killed')!r}, callbacks=[KillInStep(3)], **{options!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    last = tmp_path / "killed" / "checkpoint-3"
-    assert sorted(p.name for p in Path(tmp_path / "killed").iterdir())[-1] == last.name
-    straight = fit(load_int8(saved), tmp_path / "straight", **options).model
-    assert_equal(state_of(load(last)), state_of(load(tmp_path / "straight" / "checkpoint-3")))
-    assert_equal(state_of(fit(load_int8(saved), tmp_path / "killed", str(last), **options).model), state_of(straight))
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

@@ -251,6 +251,7 @@ def test_bad_input_is_answered_with_one_line_that_says_the_fix(arguments, workpl
     }.items():
         (workplace / name).write_text(text)
     (workplace / "old" / "checkpoint-5").mkdir(parents=True)
+    (workplace / "old" / "checkpoint-5" / "trainer_state.json").write_text("{}")
     with pytest.raises(InputError, match=re.escape(BAD_INPUT[arguments])) as caught:
         run_in_process(arguments, monkeypatch)
     assert "\n" not in str(caught.value)

@@ -311,6 +311,7 @@ def test_bad_input_is_answered_with_one_line_that_says_the_fix(arguments, workpl
         (workplace / name).write_text(text)
     datasets.Dataset.from_list(ROWS["chats"]).to_parquet(workplace / "rows.parquet")
     (workplace / "old" / "checkpoint-5").mkdir(parents=True)
+    (workplace / "old" / "checkpoint-5" / "trainer_state.json").write_text("{}")
     (workplace / "empty").mkdir()
     with pytest.raises(InputError, match=re.escape(BAD_INPUT[arguments])) as caught:
         run_in_process(sft, f"--model_name_or_path model --use_cpu {arguments}", monkeypatch)

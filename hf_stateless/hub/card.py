@@ -199,7 +199,13 @@ def _snippet(facts: CardFacts) -> str | None:
         return None
     name = facts.repository or facts.name
     prompt = '[{"role": "user", "content": "What is memory?"}]' if facts.chat else '"The "'
-    lines = ["from transformers import pipeline", "", f'generate = pipeline("text-generation", model="{name}")']
+    first = ["import hf_stateless  # which knows how its weights are stored"] if facts.needs_import else []
+    lines = [
+        *first,
+        "from transformers import pipeline",
+        "",
+        f'generate = pipeline("text-generation", model="{name}")',
+    ]
     return "\n".join([*lines, f'print(generate({prompt}, max_new_tokens=64)[0]["generated_text"])'])
 
 

@@ -47,6 +47,8 @@ class CardFacts:
     """Id on the Hub, once there is one."""
     chat: bool = False
     """The tokenizer has a chat template."""
+    needs_import: bool = False
+    """Loading it needs `import hf_stateless`: its weights are stored in 8 bits."""
     data: str | None = None
     remarks: list[str] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)

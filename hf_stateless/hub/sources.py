@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from transformers.modelcard import TASK_MAPPING
 
+from ..int8.convert import int8_layers
 from ..options import LAYERWISE
 from ..report.provenance import without_folders
 from .facts import CARD_FILE, CardFacts
@@ -110,6 +111,7 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
         task=words,
         repository=trainer.hub_model_id,
         chat=bool(getattr(trainer.processing_class, "chat_template", None)),
+        needs_import=any(True for _ in int8_layers(inner)),
         data=without_folders(given["data"]) if given.get("data") else None,
         remarks=[without_folders(remark) for remark in given.get("remarks") or ()],
         hyperparameters=_hyperparameters(trainer, adapters),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .quantise import dequantize_matrix, group_length, quantize_matrix
-from .weight import Int8Weight
+from .weight import Int8Weight, Scale
 
 
 class Int8Linear(nn.Linear):
@@ -40,7 +40,7 @@ class Int8Linear(nn.Linear):
     """
 
     weight: Int8Weight
-    weight_scale: nn.Parameter
+    weight_scale: Scale
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Int8Linear(nn.Linear):
     def store(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         """Take over codes and scales as they are; the parameters are made anew."""
         self._dtype = dtype
-        self.weight_scale = nn.Parameter(scale.detach(), requires_grad=False)
+        self.weight_scale = Scale(scale.detach())
         self.weight = Int8Weight(codes.detach(), self.weight_scale, dtype)
 
     def adopt(self) -> None:

@@ -72,5 +72,25 @@ class Int8Weight(nn.Parameter):
         return type(self), (self.codes, self.scale, self.dtype, self.requires_grad)
 
 
+class Scale(nn.Parameter):
+    """The scales beside the codes: saved, moved and sent as a parameter is, but never trained.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.int8.weight import Scale
+        >>> Scale(torch.ones(2, 1)).requires_grad_().requires_grad
+        False
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Scale:
+        """Make a frozen parameter."""
+        scale: Scale = super().__new__(cls, data, False)
+        return scale
+
+    def requires_grad_(self, requires_grad: bool = True) -> Scale:
+        """Stay frozen where a module's `requires_grad_` unfreezes all it has: DDP would wait for a gradient."""
+        return self
+
+
 def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)

@@ -3,11 +3,16 @@
     python recipes/benchmarks/wordnet_pairs.py pairs
     python recipes/benchmarks/finetuning.py --data pairs --tuning layers --rows adamw sinkgd swan
     python recipes/benchmarks/finetuning.py --data pairs --tuning lora
+    python recipes/benchmarks/finetuning.py --data pairs --tuning layers --rows "sinkgd, bf16" "sinkgd, int8" --lr 3e-3
     python recipes/benchmarks/finetuning.py --report recipes/benchmarks/results/finetuning-cpu.json
 
 The learning rate of each row walks in factors of two from `--start` until the best one has a worse neighbour on both
 sides and at least `--rates` were tried. The walk is done on the first seed, and the `--repeat` rates around the best
-one (default: all) are repeated with the other seeds. A seed decides the order of the data and how adapters start.
+one (default: all) are repeated with the other seeds; with `--lr` there is no walk and every row has this one rate. A
+seed decides the order of the data and how adapters start.
+
+Weights are float32 unless the row says otherwise: bf16, or bf16 with the linear layers but the head stored in 8 bits;
+both are written with stochastic rounding, the row "nearest" with rounding to nearest.
 
 Each run is a JSON file in `--runs`, named by its configuration: what is there is not run again, so that a broken sweep
 goes on, and several processes may work on different rows. `--report` gathers the files and prints the tables.
@@ -36,7 +41,7 @@ from trl import SFTConfig, SFTTrainer
 import hf_stateless
 
 
-# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT.
+# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. What follows a comma is read by `weights_of`.
 ROWS: dict[str, tuple[str, str | None]] = {
     "adamw": ("adamw_torch_fused", None),
     "loraplus": ("adamw_torch_fused", None),
@@ -44,9 +49,20 @@ ROWS: dict[str, tuple[str, str | None]] = {
     "swan": ("swan", None),
     "sinkgd, product": ("sinkgd", "lora=product"),
     "swan, product": ("swan", "lora=product"),
+    "sinkgd, bf16": ("sinkgd", None),
+    "sinkgd, int8": ("sinkgd", None),
+    "sinkgd, int8 nearest": ("sinkgd", "stochastic_rounding=false"),
 }
 LORAPLUS_RATIO = 8
 START = 4e-4
+
+
+def weights_of(row: str) -> str:
+    """Return how the weights of a row are stored: float32, bf16 or int8."""
+    return next((kind for kind in ("bf16", "int8") if kind in row), "float32")
+
+
+DEFAULT_ROWS = [row for row in ROWS if weights_of(row) == "float32"]
 
 
 def load_data(folder: Path, name: str, count: int) -> Dataset:
@@ -54,9 +70,13 @@ def load_data(folder: Path, name: str, count: int) -> Dataset:
     return load_dataset("json", data_files=str(folder / f"{name}.jsonl"), split=f"train[:{count}]")
 
 
-def load_model(args: argparse.Namespace, seed: int) -> PreTrainedModel:
+def load_model(row: str, args: argparse.Namespace, seed: int) -> PreTrainedModel:
     """Return the model with what is trained: the last layers, LoRA on the last layers, or everything."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    weights = weights_of(row)
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    if weights == "int8":
+        hf_stateless.quantize(model)
     layers = range(model.config.num_hidden_layers)[-args.layers :]
     if args.tuning == "lora":
         set_seed(seed)
@@ -103,7 +123,7 @@ def run(row: str, lr: float, seed: int, args: argparse.Namespace) -> dict[str, A
             else "gradient_checkpointing": False
         },
     )
-    model = load_model(args, seed)
+    model = load_model(row, args, seed)
     optimizer = None
     if row == "loraplus":
         optimizer = create_loraplus_optimizer(
@@ -162,7 +182,14 @@ def cached(row: str, lr: float, seed: int, args: argparse.Namespace) -> float:
 
 
 def sweep(row: str, args: argparse.Namespace) -> None:
-    """Try learning rates until the best is an inner one and enough were tried, then repeat them with other seeds."""
+    """Try learning rates until the best is an inner one and enough were tried, then repeat them with other seeds.
+
+    With `args.lr` that rate is run with every seed, and no other.
+    """
+    if args.lr:
+        for seed in args.seeds:
+            cached(row, args.lr, seed, args)
+        return
     first, *others = args.seeds
     losses = {k: cached(row, args.start * 2.0**k, first, args) for k in (0, 1)}
     while True:
@@ -215,6 +242,27 @@ def table(records: list[dict[str, Any]], tuning: str) -> str:
     return "\n".join(lines)
 
 
+def weights_table(records: list[dict[str, Any]]) -> str:
+    """Render runs at one learning rate as a Markdown table: the loss beside that of the first kind of weights."""
+    rows = {
+        row: {r["seed"]: r["eval_loss"] for r in records if r["row"] == row}
+        for row in ROWS
+        if any(r["row"] == row for r in records)
+    }
+    first = next(iter(rows.values()))
+    reference = statistics.mean(first.values())
+    lines = [
+        f"| Trained with | Held-out loss | Each seed | Over `{next(iter(rows))}` | Each seed |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row, losses in rows.items():
+        mean, each = statistics.mean(losses.values()), ", ".join(f"{losses[seed]:.4f}" for seed in sorted(losses))
+        apart = ", ".join(f"{100 * (losses[seed] / first[seed] - 1):+.2f} %" for seed in sorted(losses))
+        over = [f"{100 * (mean / reference - 1):+.2f} %", apart] if losses is not first else ["", ""]
+        lines.append(f"| `{row}` | {mean:.4f} | {each} | {' | '.join(over)} |".replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
 def setup() -> dict[str, Any]:
     """Return versions and device, for the file of results."""
     return {
@@ -238,6 +286,9 @@ def report(output: Path, runs: Path) -> None:
     records = json.loads(output.read_text())["records"]
     for tuning in dict.fromkeys(record["tuning"] for record in records):
         print(f"\n{tuning}:\n{table(records, tuning)}")
+        of_weights = [r for r in records if r["tuning"] == tuning and weights_of(r["row"]) != "float32"]
+        if of_weights and len({r["learning_rate"] for r in of_weights}) == 1:
+            print(f"\n{tuning}, by weights:\n{weights_table(of_weights)}")
 
 
 def main() -> None:
@@ -248,7 +299,8 @@ def main() -> None:
     parser.add_argument("--tuning", choices=["layers", "lora", "full"], default="lora")
     parser.add_argument("--layers", type=int, default=6, help="how many of the last layers are trained or adapted")
     parser.add_argument("--lora_r", type=int, default=8)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=DEFAULT_ROWS)
+    parser.add_argument("--lr", type=float, help="the only learning rate, instead of the walk")
     parser.add_argument("--start", type=float, default=START, help="learning rate at which the walk starts")
     parser.add_argument("--rates", type=int, default=4, help="least number of learning rates of a row")
     parser.add_argument("--repeat", type=int, help="rates that are repeated with the other seeds; default: all")
@@ -264,6 +316,8 @@ def main() -> None:
     if args.report:
         report(args.report, args.runs)
         return
+    if args.tuning == "lora" and any(weights_of(row) != "float32" for row in args.rows):
+        parser.error("--tuning lora trains float32 adapters: rows with bf16 or int8 need --tuning layers or full")
     if not (args.data / "train.jsonl").is_file():
         parser.error(
             f"no train.jsonl in {args.data}: make it with python recipes/benchmarks/wordnet_pairs.py {args.data}"
