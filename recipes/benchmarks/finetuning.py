@@ -35,23 +35,25 @@ import trl
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from rate_walk import nearest, walk
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import hf_stateless
 
 
-# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. What follows a comma is read by `weights_of`.
+# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. What follows a comma is read by `weights_of`. With
+# this scale a step of a matrix is as large as AdamW's.
 ROWS: dict[str, tuple[str, str | None]] = {
     "adamw": ("adamw_torch_fused", None),
     "loraplus": ("adamw_torch_fused", None),
-    "sinkgd": ("sinkgd", None),
-    "swan": ("swan", None),
-    "sinkgd, product": ("sinkgd", "lora=product"),
-    "swan, product": ("swan", "lora=product"),
-    "sinkgd, bf16": ("sinkgd", None),
-    "sinkgd, int8": ("sinkgd", None),
-    "sinkgd, int8 nearest": ("sinkgd", "stochastic_rounding=false"),
+    "sinkgd": ("sinkgd", "lr_scale=0.2"),
+    "swan": ("swan", "lr_scale=0.2"),
+    "sinkgd, product": ("sinkgd", "lora=product,lr_scale=0.2"),
+    "swan, product": ("swan", "lora=product,lr_scale=0.2"),
+    "sinkgd, bf16": ("sinkgd", "lr_scale=0.2"),
+    "sinkgd, int8": ("sinkgd", "lr_scale=0.2"),
+    "sinkgd, int8 nearest": ("sinkgd", "lr_scale=0.2,stochastic_rounding=false"),
 }
 LORAPLUS_RATIO = 8
 START = 4e-4
@@ -191,22 +193,9 @@ def sweep(row: str, args: argparse.Namespace) -> None:
             cached(row, args.lr, seed, args)
         return
     first, *others = args.seeds
-    losses = {k: cached(row, args.start * 2.0**k, first, args) for k in (0, 1)}
-    while True:
-        best = min(losses, key=losses.__getitem__)
-        low, high = min(losses), max(losses)
-        if best == low:
-            step = low - 1
-        elif best == high:
-            step = high + 1
-        elif len(losses) < args.rates:
-            step = low - 1 if losses[low] < losses[high] else high + 1
-        else:
-            break
-        losses[step] = cached(row, args.start * 2.0**step, first, args)
-    repeated = sorted(losses, key=lambda k: (abs(k - best), losses[k]))[: args.repeat]
+    losses = walk(lambda k: cached(row, args.start * 2.0**k, first, args), args.rates)
     for seed in others:
-        for k in sorted(repeated):
+        for k in nearest(losses, args.repeat):
             cached(row, args.start * 2.0**k, seed, args)
 
 

@@ -1,0 +1,166 @@
+"""What `quality.py` trains: the studies and the optimizers, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_stateless.partition import partition_parameters
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison: every optimizer trains this model on this text with these batches for so many steps."""
+
+    text: str = "python"
+    """`python` is the text that every Python installation holds, `english` what `--train_files` names."""
+    hidden: int = 128
+    layers: int = 4
+    vocab: int = 2048
+    sequences: int = 16
+    """Sequences in a batch."""
+    block: int = 128
+    """Tokens in a sequence."""
+    steps: int = 200
+
+    @property
+    def intermediate(self) -> int:
+        """The width of the MLP, 8/3 of the hidden size as in LLaMA."""
+        return -(-self.hidden * 8 // 24) * 8
+
+    def values(self) -> dict[str, Any]:
+        """Return what names a run."""
+        return asdict(self)
+
+
+STUDIES = {
+    "small": Study(),
+    "small batch": Study(sequences=4),
+    "large batch": Study(sequences=64, steps=100),
+    "large batch, 60 % of the tokens": Study(sequences=64, steps=60),
+    "long": Study(steps=800),
+    "width 128": Study(layers=2, sequences=8, steps=100),
+    "width 256": Study(layers=2, sequences=8, steps=100, hidden=256),
+    "width 512": Study(layers=2, sequences=8, steps=100, hidden=512),
+    "width 1024": Study(layers=2, sequences=8, steps=100, hidden=1024),
+    "largest, python": Study(hidden=256, sequences=32, steps=150),
+    "largest, english": Study(text="english", hidden=256, sequences=32, steps=150),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer: what the Trainer is told, and where the walk over learning rates starts.
+
+    The learning rate of ours is the entry RMS of an update of a matrix (`lr_scale=1`).
+    """
+
+    start: float
+    optim: str | None = None
+    """A name for `TrainingArguments(optim=...)`; None for `factory`."""
+    optim_args: str = ""
+    training: tuple[tuple[str, Any], ...] = ()
+    """Further arguments of the Trainer."""
+    factory: Callable[..., Any] | None = None
+    apart: bool = True
+    """Whether what is no matrix has a rate of its own: the best one of `adamw` in the same study, times `rest`."""
+    rest: float = 1.0
+
+
+def ours(chain: str, start: float = 5e-4, rest: float = 1.0, **training: Any) -> Row:
+    """Return a row of `multinorm`, or of a preset by its name; `:` parts the name from the options."""
+    name, _, options = chain.partition(":")
+    return Row(start, name, ",".join(filter(None, ["lr_scale=1", options])), tuple(training.items()), rest=rest)
+
+
+class Beside(torch.optim.Optimizer):
+    """A torch optimizer for the matrices beside AdamW for the rest: two optimizers that the Trainer sees as one."""
+
+    def __init__(self, matrices: torch.optim.Optimizer, rest: torch.optim.Optimizer) -> None:
+        self.parts = (matrices, rest)
+        super().__init__([{"params": [p]} for part in self.parts for g in part.param_groups for p in g["params"]], {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]  # shared: rates stay live
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the state of both."""
+        return [t for part in self.parts for state in part.state.values() for t in state.values()]
+
+
+class MatrixFactory:
+    """A factory as `Trainer(optimizer_cls_and_kwargs=...)` takes it: `make` for what our partition calls matrices."""
+
+    @staticmethod
+    def make(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def __call__(self, model: nn.Module, lr: float, rest_rate: float) -> Beside:
+        matrices, rest = [], []
+        for entry in partition_parameters(model, None):
+            (matrices if entry.role == "matrix" else rest).append(entry.parameter)
+        return Beside(self.make(matrices, lr), torch.optim.AdamW(rest, lr=rest_rate, weight_decay=0.0, fused=True))
+
+
+class MuonFactory(MatrixFactory):
+    """Muon with the scale that makes its updates as large as AdamW's."""
+
+    @staticmethod
+    def make(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Muon(params, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+
+class AdamWFactory(MatrixFactory):
+    """AdamW for both, with a learning rate for each."""
+
+    @staticmethod
+    def make(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True)
+
+
+ROWS: dict[str, Row] = {
+    # What AdamW can do: alone, with other settings, and with a rate of its own for the matrices.
+    "adamw": Row(2e-3, "adamw_torch_fused", apart=False),
+    "adamw, beta2 0.95": Row(4e-3, "adamw_torch_fused", training=(("adam_beta2", 0.95),), apart=False),
+    "adamw, weight decay 0.1": Row(4e-3, "adamw_torch_fused", training=(("weight_decay", 0.1),), apart=False),
+    "adamw, 2 % warm-up": Row(4e-3, "adamw_torch_fused", training=(("warmup_steps", 0.02),), apart=False),
+    "adamw, rates apart": Row(5e-4, factory=AdamWFactory),
+    **{f"adamw, rates apart, rest {k}x": Row(5e-4, factory=AdamWFactory, rest=k) for k in (2, 4, 8)},
+    "adafactor": Row(8e-3, "adafactor", apart=False),
+    "lion": Row(5e-4, "lion_32bit", apart=False),
+    "galore": Row(8e-3, "galore_adamw", "rank=32,update_proj_gap=50,scale=1.0", apart=False),
+    "apollo": Row(8e-3, "apollo_adamw", "rank=32,update_proj_gap=50,scale=1.0", apart=False),
+    "muon": Row(4e-3, factory=MuonFactory),
+    **{f"muon, rest {k}x": Row(4e-3, factory=MuonFactory, rest=k) for k in (2, 4, 8)},
+    "swan": ours("swan", 4e-3),
+    **{f"swan, rest {k}x": ours("swan", 4e-3, rest=k) for k in (2, 4, 8)},
+    "sinkgd": ours("sinkgd"),
+    **{f"sinkgd, rest {k}x": ours("sinkgd", rest=k) for k in (2, 4, 8)},
+    # What makes the difference: iterations, chains, order, centring.
+    "sinkgd, L=1": ours("sinkgd:num_iterations=1"),
+    "sinkgd, L=3": ours("sinkgd:num_iterations=3"),
+    "columns then rows": ours("multinorm:norms=col_l2+row_l2,num_iterations=5"),
+    "rows": ours("multinorm:norms=row_l2"),
+    "columns": ours("multinorm:norms=col_l2"),
+    "spectral (Muon without momentum)": ours("multinorm:norms=spectral", 4e-3),
+    "sign": ours("multinorm:norms=sign"),
+    "swan, not centred": ours("swan:center=false", 4e-3),
+    "swan, polar_express": ours("swan:whitening=polar_express", 4e-3),
+    "swan, then columns": ours("multinorm:norms=row_l2+spectral+col_l2", 4e-3),
+    # What embeddings are updated by, warm-up and decay.
+    "swan, sinkhorn_momentum embeddings": ours("swan:embeddings=sinkhorn_momentum", 4e-3),
+    "swan, stateless embeddings": ours("swan:embeddings=stateless", 4e-3),
+    "sinkgd, stateless embeddings": ours("sinkgd:embeddings=stateless"),
+    "swan, momentum 0.9, 8-bit": ours("swan:momentum=0.9,momentum_dtype=int8", 4e-3),
+    "sinkgd, momentum 0.9, 8-bit": ours("sinkgd:momentum=0.9,momentum_dtype=int8"),
+    "swan, width rule": ours("swan:width_rule=spectral", 4e-3),
+    "sinkgd, width rule": ours("sinkgd:width_rule=fan_in"),
+    "swan, 2 % warm-up": ours("swan", 4e-3, warmup_steps=0.02),
+    "swan, weight decay 0.1": ours("swan", 4e-3, weight_decay=0.1),
+}

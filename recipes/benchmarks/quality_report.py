@@ -1,0 +1,91 @@
+"""Tables and curves of the runs of `quality.py`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quality_plan import ROWS, STUDIES
+from rate_walk import best_rate
+
+
+Records = Sequence[Mapping[str, Any]]
+HEADER = (
+    "| Optimizer | Held-out loss | Seeds: spread | Best learning rate | Loss at half and double that | "
+    "Bytes of state |\n|---|---:|---:|---:|---:|---:|"
+)
+
+
+def of_study(records: Records, name: str) -> list[dict[str, Any]]:
+    """Return the finished runs of a study; a run that diverged counts as an infinite loss."""
+    wanted = STUDIES[name].values()
+    return [
+        {**record, "eval_loss": float("inf") if record["eval_loss"] is None else record["eval_loss"]}
+        for record in records
+        if all(record.get(key) == value for key, value in wanted.items())
+    ]
+
+
+def by_row(records: Records) -> dict[str, list[Mapping[str, Any]]]:
+    """Group records by optimizer, in the order of the plan."""
+    return {row: same for row in ROWS if (same := [r for r in records if r["row"] == row])}
+
+
+def tables(records: Records) -> dict[str, str]:
+    """Return a Markdown table for each study that has runs, best optimizer first, and one of learning rates."""
+    found = {name: runs for name in STUDIES if (runs := of_study(records, name))}
+    result = {name: table(runs) for name, runs in found.items()}
+    return {**result, "learning rates": rates_table(found)} if found else result
+
+
+def table(records: Records) -> str:
+    """Render one study."""
+    lines = []
+    for row, same in by_row(records).items():
+        best, losses, means = best_rate(same)
+        beside = [f"{means[lr]:.3f}" if lr in means else "not run" for lr in (best / 2, best * 2)]
+        loss = statistics.mean(losses.values())
+        spread = f"{len(losses)}: {max(losses.values()) - min(losses.values()):.3f}" if len(losses) > 1 else "1"
+        state = statistics.median(record["state_bytes"] for record in same) / same[0]["parameters"]
+        lines.append((loss, f"| {row} | {loss:.3f} | {spread} | {best:.1e} | {', '.join(beside)} | {state:.2f} |"))
+    return "\n".join([HEADER, *(line for _, line in sorted(lines))])
+
+
+def rates_table(found: Mapping[str, Records]) -> str:
+    """Render the best learning rates of the main rows over the studies, as multiples of AdamW's."""
+    rows = ("sinkgd", "swan", "muon")
+    lines = ["| Study | AdamW | " + " | ".join(rows) + " |", "|---|---:|" + "---:|" * len(rows)]
+    for name, records in found.items():
+        best = {row: best_rate(same)[0] for row, same in by_row(records).items()}
+        if "adamw" in best:
+            cells = [f"{best[row]:.1e}: {best[row] / best['adamw']:.2g}x" if row in best else "" for row in rows]
+            lines.append(f"| {name} | {best['adamw']:.1e} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def curves(records: Records, picture: Path, rows: Sequence[str] = ("adamw", "muon", "sinkgd", "swan")) -> None:
+    """Draw the training loss of the best runs against tokens and time, and the final loss against memory."""
+    import matplotlib.pyplot as plt
+
+    found = {name: runs for name in STUDIES if (runs := of_study(records, name))}
+    figure, axes = plt.subplots(len(found), 3, figsize=(13, 3.4 * len(found)), squeeze=False, layout="constrained")
+    for (name, runs), (tokens, hours, memory) in zip(found.items(), axes, strict=True):
+        for row, same in by_row(runs).items():
+            best, losses, _ = best_rate(same)
+            record = next(r for r in same if r["learning_rate"] == best and r["seed"] == min(losses))
+            size = (record["weight_bytes"] + record["state_bytes"]) / 2**20
+            memory.scatter(size, statistics.mean(losses.values()), label=row, s=18)
+            if row in rows:
+                steps = [step for step, _ in record["train_losses"]]
+                values = [value for _, value in record["train_losses"]]
+                tokens.plot([s * record["sequences"] * record["block"] / 1e6 for s in steps], values, label=row)
+                hours.plot([s / record["steps"] * record["seconds"] for s in steps], values, label=row)
+        tokens.set(title=name, xlabel="million tokens", ylabel="training loss")
+        hours.set(xlabel="seconds (shared machine)", ylabel="training loss")
+        memory.set(xlabel="weights and optimizer state, MiB", ylabel="held-out loss")
+        tokens.legend(fontsize=7)
+        memory.legend(fontsize=5)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,103 @@
+"""Held-out loss of the embedded pretraining with weights in bf16 and in 8 bits, at equal steps.
+
+    python recipes/benchmarks/weight_formats.py --seeds 0 1 2
+    python recipes/benchmarks/weight_formats.py --report recipes/benchmarks/results/weight-formats-cpu.json
+
+Each run is `recipes/pretrain.py` with its default recipe (SinkGD) and another format of the weights; rounding to
+nearest stands beside as the control that stalls. What is in `--runs` already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import hf_stateless
+
+
+PRETRAIN = Path(__file__).parent.parent / "pretrain.py"
+SCALE = "lr_scale=0.2"  # half of the default: 8e-4 as the entry RMS of a step of a matrix, at the recipe's rate
+NEAREST = f"{SCALE},stochastic_rounding=false"
+FORMATS: dict[str, list[str]] = {
+    "bf16": ["--optim_args", SCALE],
+    "int8": ["--optim_args", SCALE, "--load_in_8bit_training"],
+    "int8, nearest": ["--optim_args", NEAREST, "--load_in_8bit_training"],
+    "bf16, nearest": ["--optim_args", NEAREST],
+}
+
+
+def train(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Run the recipe once and return its record."""
+    folder = args.runs / f"{name.replace(', ', '-')}-{seed}"
+    state = folder / "trainer_state.json"
+    if not state.is_file():
+        command = [sys.executable, str(PRETRAIN), "--dtype", "bfloat16", "--seed", str(seed), *FORMATS[name]]
+        # Only the end is compared.
+        command += ["--output_dir", str(folder), "--eval_strategy", "no", "--eval_on_start", "false"]
+        command += ["--max_steps", str(args.steps), "--report_to", "none", "--disable_tqdm", "true"]
+        command += ["--cpu_threads", str(args.threads)] if args.threads else []
+        subprocess.run(
+            command, check=True, stdout=subprocess.DEVNULL, stderr=None if args.verbose else subprocess.DEVNULL
+        )
+    history = json.loads(state.read_text())["log_history"]
+    loss = next(entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry)
+    print(f"{name}: seed {seed}: held-out loss {loss:.4f}", flush=True)
+    losses = [(entry["step"], round(entry["loss"], 4)) for entry in history if "loss" in entry]
+    return {"format": name, "seed": seed, "steps": args.steps, "eval_loss": loss, "train_losses": losses}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Render the records as a Markdown table: each format against bf16 with the same seed."""
+    lines = ["| Linear weights | Held-out loss | Over bf16, each seed |", "|---|---:|---:|"]
+    base = {r["seed"]: r["eval_loss"] for r in records if r["format"] == "bf16"}
+    for name in FORMATS:
+        losses = {r["seed"]: r["eval_loss"] for r in records if r["format"] == name}
+        if losses:
+            over = ", ".join(
+                f"{100 * (loss / base[seed] - 1):+.2f} %" for seed, loss in losses.items() if seed in base
+            )
+            lines.append(f"| {name} | {statistics.mean(losses.values()):.3f} | {over if name != 'bf16' else ''} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line; train what is missing, or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=500, help="those of the default recipe")
+    parser.add_argument("--threads", type=int, help="threads of torch on CPU")
+    parser.add_argument("--verbose", action="store_true", help="show what the recipe prints to stderr")
+    parser.add_argument("--runs", type=Path, default=Path("runs/weight-formats"), help="folder of the models")
+    parser.add_argument("--output", type=Path, help="write the records as JSON")
+    parser.add_argument("--report", type=Path, help="print the table of a file of results")
+    args = parser.parse_args()
+    if args.report:
+        print(table(json.loads(args.report.read_text())["records"]))
+        return
+    records = [train(name, seed, args) for seed in args.seeds for name in args.formats]
+    print(table(records))
+    if args.output:
+        setup = {
+            "device": platform.machine() + " CPU",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "hf_stateless": hf_stateless.__version__,
+        }
+        part = args.output.with_suffix(".part")
+        part.write_text(json.dumps({"setup": setup, "records": records}, indent=1) + "\n")
+        part.replace(args.output)
+
+
+if __name__ == "__main__":
+    main()

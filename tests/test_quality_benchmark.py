@@ -1,0 +1,157 @@
+"""The quality benchmark: its plan, the walk over learning rates, real tiny runs, and the tables in the README."""
+
+import argparse
+import json
+import math
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from documents import ROOT, read
+
+
+sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
+
+import quality
+import quality_plan
+import quality_report
+import rate_walk
+import weight_formats
+from quality_plan import ROWS, STUDIES, AdamWFactory, MuonFactory, Study
+
+
+RESULTS = ROOT / "recipes" / "benchmarks" / "results"
+TINY = Study(hidden=32, layers=1, vocab=64, sequences=2, block=16, steps=2)
+
+
+class Words:
+    def __len__(self):
+        return 64
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch):
+    blocks = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (8, 16)).tolist()])
+    monkeypatch.setattr(quality, "text_blocks", lambda study, args: (blocks, blocks, Words()))
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    return argparse.Namespace(runs=runs, study="tiny", seeds=[0], device="cpu", rates=3, repeat=1, factors=None)
+
+
+@pytest.mark.parametrize("best", [-3, 0, 1, 4])
+def test_the_walk_ends_with_a_worse_rate_on_both_sides(best):
+    losses = rate_walk.walk(lambda k: abs(k - best), least=4)
+    assert min(losses, key=losses.get) == best
+    assert {best - 1, best + 1} <= losses.keys()
+    assert len(losses) >= 4
+
+
+def test_a_diverged_run_is_worse_than_every_other():
+    losses = rate_walk.walk(lambda k: math.inf if k > 0 else abs(k + 1), least=3)
+    assert min(losses, key=losses.get) == -1
+
+
+def test_the_best_rate_is_one_that_most_seeds_were_run_with():
+    runs = [(0, 1.0, 2.0), (0, 2.0, 1.9), (1, 1.0, 2.2), (1, 2.0, 1.7), (0, 4.0, 1.0)]
+    records = [{"seed": seed, "learning_rate": lr, "eval_loss": loss} for seed, lr, loss in runs]
+    best, losses, means = rate_walk.best_rate(records)
+    assert (best, losses) == (2.0, {0: 1.9, 1: 1.7})
+    assert means == pytest.approx({1.0: 2.1, 2.0: 1.8, 4.0: 1.0})
+
+
+@pytest.mark.parametrize("factory", [MuonFactory, AdamWFactory])
+def test_the_rows_with_a_factory_update_every_parameter_once(factory):
+    model = quality.make_model(TINY, 64, 0)
+    optimizer = factory()(model, lr=1e-2, rest_rate=1e-3)
+    named = {id(p): name for name, p in model.named_parameters()}
+    updated = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(updated) == sorted(named)
+    rates = {named[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name for name, lr in rates.items() if lr == 1e-2} == {n for n in named.values() if "_proj" in n}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(input_ids=torch.randint(0, 64, (1, 8)), labels=torch.randint(0, 64, (1, 8))).loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5 if group["lr"] == 1e-2 else 0.0  # what a scheduler does reaches the parts
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in named.values() if "_proj" in name}
+    assert optimizer.tensors()
+
+
+@pytest.mark.parametrize("row", ["adamw", "muon", "swan", "sinkgd", "sign"])
+def test_a_run_goes_through_the_trainer_and_is_found_again(row, args, monkeypatch):
+    quality.cached("adamw", 1e-3, 0, TINY, args)
+    loss = quality.cached(row, 1e-3, 0, TINY, args)
+    record = next(r for r in quality.read_runs(args.runs) if r["row"] == row)
+    assert record["eval_loss"] == loss
+    assert 0 < loss < 10
+    assert record["rest_rate"] == (None if row == "adamw" else 1e-3)
+    per_weight = record["state_bytes"] / record["weight_bytes"]
+    assert per_weight == pytest.approx(2, abs=0.01) if row == "adamw" else per_weight < 2
+    monkeypatch.setattr(quality, "run", None)  # would be called again
+    assert quality.cached(row, 1e-3, 0, TINY, args) == loss
+
+
+def test_rows_beside_adamw_ask_for_its_run(args):
+    with pytest.raises(SystemExit, match="--rows adamw"):
+        quality.cached("swan", 1e-3, 0, TINY, args)
+
+
+def test_every_run_has_a_file_of_its_own(tmp_path):
+    names = {
+        quality.file_of(quality.configuration(row, lr, seed, study), tmp_path)
+        for row in ROWS
+        for lr in (1e-3, 2e-3)
+        for seed in (0, 1)
+        for study in STUDIES.values()
+    }
+    assert len(names) == len(ROWS) * 2 * 2 * len(set(STUDIES.values()))
+
+
+def test_rows_name_optimizers_that_the_trainer_knows():
+    from transformers.training_args import OptimizerNames
+
+    import hf_stateless  # noqa: F401
+
+    for row in ROWS.values():
+        assert (row.optim is None) == (row.factory is not None)
+        assert row.optim is None or OptimizerNames(row.optim)
+
+
+def test_a_table_has_the_best_row_first_and_marks_what_diverged():
+    base = {**STUDIES["small"].values(), "seed": 0, "state_bytes": 80, "parameters": 10}
+    runs = [("adamw", 1e-3, 3.0), ("adamw", 2e-3, 2.5), ("adamw", 4e-3, None), ("swan", 4e-3, 2.25)]
+    records = [{**base, "row": row, "learning_rate": lr, "eval_loss": loss} for row, lr, loss in runs]
+    table = quality_report.tables(records)["small"].splitlines()
+    assert table[2].startswith("| swan | 2.250 | 1 | 4.0e-03 | not run, not run | 8.00 |")
+    assert table[3].startswith("| adamw | 2.500 | 1 | 2.0e-03 | 3.000, inf |")
+    assert "4.0e-03: 2x" in quality_report.tables(records)["learning rates"]
+
+
+@pytest.mark.skipif(not (RESULTS / "quality-cpu.json").is_file(), reason="no results")
+def test_the_tables_in_the_readme_are_those_of_the_runs():
+    records = json.loads((RESULTS / "quality-cpu.json").read_text())["records"]
+    tables = quality_report.tables(records)
+    readme = read("README.md")
+    shown = [name for name, table in tables.items() if table in readme]
+    assert {"small", "learning rates"} <= set(shown)
+
+
+def test_the_table_of_weight_formats_in_the_readme_is_that_of_the_runs():
+    records = json.loads((RESULTS / "weight-formats-cpu.json").read_text())["records"]
+    assert weight_formats.table(records) in read("README.md")
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    base = {**STUDIES["small"].values(), "seed": 0, "state_bytes": 80, "parameters": 10, "weight_bytes": 40}
+    record = {**base, "row": "swan", "learning_rate": 1e-3, "eval_loss": 2.0, "train_losses": [[1, 3.0]], "seconds": 1}
+    quality_report.curves([record], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_studies_differ():
+    assert len(set(STUDIES.values())) == len(STUDIES)
+    assert quality_plan.Study().intermediate % 8 == 0
