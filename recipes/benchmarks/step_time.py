@@ -1,11 +1,17 @@
 """Time of one optimizer step on the linear layers of LLaMA, as ratios to torch's fused AdamW.
 
     python recipes/benchmarks/step_time.py                                   # 60m and 130m, float32 and bf16, CPU
-    python recipes/benchmarks/step_time.py --models 60m --dtypes float32 --rounds 20 --output results.json
+    python recipes/benchmarks/step_time.py --slow --layers 2 --rounds 3      # Muon and SWAN
+    python recipes/benchmarks/step_time.py --models 350m 1b 7b --dtypes bfloat16 --slow --train_step 131072   # a GPU
+    python recipes/benchmarks/step_time.py --report results.json             # the table of a file of results
 
 All optimizers step in turn within each round, so that whatever else the machine does falls on all of them; the ratio
 is taken within a round and the median over rounds is printed with its spread. Weights and gradients are random; the
-steps are real ones. Nothing is compiled unless a row says so.
+steps are real ones. Bytes are counted, the least that a step can move; over the measured time they give the bandwidth
+that is reached, told as a part of what copying a large tensor reaches on the same device (read and write counted).
+
+`--train_step N` also times forward and backward of the model on a few sequences, without activation checkpointing,
+scaled to N tokens, and tells which part of a training step of so many tokens the optimizer's step is.
 """
 
 from __future__ import annotations
@@ -15,50 +21,31 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from step_time_rows import BASELINE, ROWS, SLOW
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_stateless
-from hf_stateless import PRESETS, StatelessOptimizer
 
 
-# hidden size, intermediate size and layers of the GaLore benchmark's LLaMA configurations.
+# hidden size, intermediate size, layers and heads of the GaLore benchmark's LLaMA configurations.
 MODELS = {
-    "60m": (512, 1376, 8),
-    "130m": (768, 2048, 12),
-    "350m": (1024, 2736, 24),
-    "1b": (2048, 5461, 24),
-    "7b": (4096, 11008, 32),
+    "60m": (512, 1376, 8, 8),
+    "130m": (768, 2048, 12, 12),
+    "350m": (1024, 2736, 24, 16),
+    "1b": (2048, 5461, 24, 32),
+    "7b": (4096, 11008, 32, 32),
 }
-BASELINE = "AdamW (fused)"
+SEQUENCE = 256
 
 
 def linear_shapes(model: str, layers: int | None) -> list[tuple[int, int]]:
     """Return the (out, in) shapes of the linear layers of one LLaMA, or of its first layers."""
-    hidden, intermediate, depth = MODELS[model]
+    hidden, intermediate, depth, _ = MODELS[model]
     block = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
     return block * min(depth, layers or depth)
-
-
-def preset_row(name: str, **options: object) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
-    """Return a constructor of our optimizer with one group of matrices."""
-    preset = PRESETS[name]
-    group = {"algorithm": "multinorm", "norms": preset.norms, "num_iterations": preset.num_iterations, **options}
-    return lambda params: StatelessOptimizer([{"params": params, **group}])
-
-
-ROWS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
-    BASELINE: lambda params: torch.optim.AdamW(params, fused=True),
-    "AdamW (foreach)": lambda params: torch.optim.AdamW(params, foreach=True),
-    "SGD (fused)": lambda params: torch.optim.SGD(params, lr=1e-3, fused=True),
-    "Muon (torch)": lambda params: torch.optim.Muon(params, lr=1e-3),
-    "sinkgd": preset_row("sinkgd"),
-    "sinkgd, L=1": preset_row("sinkgd", num_iterations=1),
-    "swan": preset_row("swan"),
-    "swan, polar_express": preset_row("swan", whitening="polar_express"),
-}
 
 
 def make(row: str, shapes: list[tuple[int, int]], dtype: torch.dtype, device: str) -> torch.optim.Optimizer:
@@ -70,48 +57,91 @@ def make(row: str, shapes: list[tuple[int, int]], dtype: torch.dtype, device: st
         param = torch.nn.Parameter(weight)
         param.grad = torch.randn(shape, generator=generator, device=device).mul_(1e-4).to(dtype)
         params.append(param)
-    return ROWS[row](params)
+    return ROWS[row].make(params)
 
 
-def seconds(optimizer: torch.optim.Optimizer, device: str) -> float:
+def synchronize(device: str) -> None:
+    """Wait for a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(row: str, optimizer: torch.optim.Optimizer, device: str) -> float:
     """Time one step."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    optimizer.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    with ROWS[row].at_work():
+        synchronize(device)
+        start = time.perf_counter()
+        optimizer.step()
+        synchronize(device)
+        return time.perf_counter() - start
 
 
-def measure(model: str, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, object]]:
-    """Return one record per row: median time, and the median and quartiles of the ratio to the baseline."""
+def copy_bandwidth(device: str, size: int = 1 << 28) -> float:
+    """Return the bytes per second, read and written, of copying a tensor that no cache holds; median of nine."""
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    times = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size / statistics.median(times[1:])
+
+
+def seconds_per_token(model: str, dtype: torch.dtype, device: str) -> float:
+    """Time forward and backward on a few sequences, and return the median of three over their tokens."""
+    hidden, intermediate, layers, heads = MODELS[model]
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
+    with torch.device(device):
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=32000)).to(dtype)
+        tokens = torch.randint(0, 32000, (1 if device == "cpu" else 8, SEQUENCE))
+    times = []
+    for _ in range(4):
+        synchronize(device)
+        start = time.perf_counter()
+        llama(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) / tokens.numel()
+
+
+def measure(model: str, dtype: torch.dtype, bandwidth: float, args: argparse.Namespace) -> list[dict[str, object]]:
+    """Return one record per row: median time, the median and quartiles of the ratio to the baseline, and bandwidth."""
     shapes = linear_shapes(model, args.layers)
+    weights = sum(m * n for m, n in shapes)
     optimizers = {row: make(row, shapes, dtype, args.device) for row in args.rows}
-    for optimizer in optimizers.values():
-        seconds(optimizer, args.device)
     times: dict[str, list[float]] = {row: [] for row in optimizers}
-    for _ in range(args.rounds):
+    for round_number in range(args.rounds + 1):
         for row, optimizer in optimizers.items():
-            times[row].append(seconds(optimizer, args.device))
+            elapsed = seconds(row, optimizer, args.device)
+            times[row] += [elapsed] if round_number else []
+    del optimizers
+    training = args.train_step * seconds_per_token(model, dtype, args.device) if args.train_step else 0.0
+    depth = len(linear_shapes(model, None)) / len(shapes)
     records = []
     for row, values in times.items():
         ratios = [value / base for value, base in zip(values, times[BASELINE], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        records.append(
-            {
-                "model": model,
-                "dtype": str(dtype).removeprefix("torch."),
-                "optimizer": row,
-                "milliseconds": round(1e3 * statistics.median(values), 2),
-                "ratio": round(statistics.median(ratios), 2),
-                "ratio_quartiles": [round(low, 2), round(high, 2)],
-            }
-        )
+        median = statistics.median(values)
+        least = ROWS[row].least_bytes(weights, torch.finfo(dtype).bits // 8)
+        record: dict[str, object] = {
+            "model": model,
+            "dtype": str(dtype).removeprefix("torch."),
+            "optimizer": row,
+            "milliseconds": round(1e3 * median, 2),
+            "ratio": round(statistics.median(ratios), 2),
+            "ratio_quartiles": [round(low, 2), round(high, 2)],
+            "least_bytes": least,
+            "of_copy_bandwidth": round(least / median / bandwidth, 3),
+        }
+        if training:
+            record["share_of_training_step"] = round(median * depth / (median * depth + training), 7)
+        records.append(record)
     return records
 
 
-def setup(args: argparse.Namespace) -> dict[str, object]:
+def setup(bandwidth: float, args: argparse.Namespace) -> dict[str, object]:
     """Return what has to stand beside the numbers."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
     return {
@@ -119,51 +149,79 @@ def setup(args: argparse.Namespace) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "rounds": args.rounds,
         "layers": args.layers or "all",
+        "copy_bandwidth_gib_per_second": round(bandwidth / 2**30, 1),
+        "tokens_of_a_training_step": args.train_step or "not measured",
+        "left_out": {row: ROWS[row].missing(args.device) for row in ROWS if ROWS[row].missing(args.device)},
         "torch": torch.__version__,
         "hf_stateless": hf_stateless.__version__,
-        "how": "measured, interleaved, median over rounds of the ratio within a round",
+        "how": "measured, interleaved, median over rounds of the ratio within a round; bytes counted",
     }
 
 
 def table(records: list[dict[str, object]]) -> str:
     """Render records as a Markdown table with one column for each model and dtype."""
     columns = list(dict.fromkeys((r["model"], r["dtype"]) for r in records))
-    lines = ["| optimizer | " + " | ".join(f"{model} {dtype}" for model, dtype in columns) + " |"]
-    lines.append("|---|" + "--:|" * len(columns))
-    for row in dict.fromkeys(r["optimizer"] for r in records):
+    lines = ["| | " + " | ".join(f"{str(m).upper()} {str(d).replace('bfloat16', 'bf16')}" for m, d in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for row in dict.fromkeys(str(r["optimizer"]) for r in records):
         cells = {(r["model"], r["dtype"]): r for r in records if r["optimizer"] == row}
-        shown = [f"{cells[c]['ratio']:.2f}x ({cells[c]['milliseconds']:.1f} ms)" for c in columns]
+        shown = [f"{cells[c]['ratio']:.2f}x, {100 * cells[c]['of_copy_bandwidth']:.0f} %" for c in columns]  # type: ignore[operator]
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse the command line, measure, print the table and write the JSON."""
+def shares(records: list[dict[str, object]]) -> str:
+    """Render the shares of a training step, if they were measured."""
+    lines = [
+        f"{r['model']} {r['dtype']} {r['optimizer']}: {100 * r['share_of_training_step']:.3f} % of a training step"  # type: ignore[operator]
+        for r in records
+        if "share_of_training_step" in r
+    ]
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["60m", "130m"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="the baseline is always added")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all but the slow ones; the baseline always")
+    parser.add_argument("--slow", action="store_true", help="the rows of many matrix products instead of the others")
     parser.add_argument("--layers", type=int, help="only the first layers of each model")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--train_step", type=int, help="tokens of a training step, for the share of it")
     parser.add_argument("--threads", type=int, help="threads of torch on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, help="write the records as JSON")
+    parser.add_argument("--report", type=Path, help="print the table of a file of results")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds={args.rounds}: at least 2 are needed for a spread")
-    args.rows = [BASELINE, *(row for row in args.rows if row != BASELINE)]
+    rows = args.rows or [row for row in ROWS if (row in SLOW) == args.slow]
+    args.rows = [BASELINE, *(r for r in rows if r != BASELINE and not ROWS[r].missing(args.device))]
+    return args
+
+
+def main() -> None:
+    """Measure, print the table and write the JSON, or print a table of before."""
+    args = parse()
+    if args.report:
+        records = json.loads(args.report.read_text())["records"]
+        print("\n".join(filter(None, [table(records), shares(records)])))
+        return
     if args.threads:
         torch.set_num_threads(args.threads)
+    bandwidth = copy_bandwidth(args.device)
     records: list[dict[str, object]] = []
     for model in args.models:
         for dtype in args.dtypes:
             print(f"measuring {model} {dtype} ...", flush=True)
-            records += measure(model, getattr(torch, dtype), args)
-    print(table(records))
-    print("\n".join(f"{key}: {value}" for key, value in setup(args).items()))
+            records += measure(model, getattr(torch, dtype), bandwidth, args)
+    print("\n".join(filter(None, [table(records), shares(records)])))
+    print("\n".join(f"{key}: {value}" for key, value in setup(bandwidth, args).items()))
     if args.output:
         part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup(args), "records": records}, indent=1) + "\n")
+        part.write_text(json.dumps({"setup": setup(bandwidth, args), "records": records}, indent=1) + "\n")
         part.replace(args.output)
 
 

@@ -1,0 +1,111 @@
+"""The optimizers that `step_time.py` times, and the bytes that a step of each has to move at least."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_stateless import PRESETS, StatelessOptimizer
+
+
+Params = list[torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer over matrices."""
+
+    make: Callable[[Params], torch.optim.Optimizer]
+    state_bytes: float = 0.0
+    """Bytes of state per weight that a step reads and writes; in units of the weight's own where `state_like`."""
+    state_like: bool = False
+    needs: str = ""
+    """The package that has it."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Set while it steps."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def missing(self, device: str) -> str:
+        """Say why the row cannot be run, or return an empty string."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        return "" if device in self.devices else f"not on {device}"
+
+    def least_bytes(self, weights: int, size: int) -> int:
+        """Count what one step must move: gradient and weight read, weight written, state read and written.
+
+        Args:
+            weights: number of weights.
+            size: bytes of one.
+        """
+        state = self.state_bytes * (size if self.state_like else 1)
+        return round(weights * (3 * size + 2 * state))
+
+    @contextmanager
+    def at_work(self) -> Any:
+        """Set the environment of the row for the time of a step."""
+        before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def ours(name: str, **options: object) -> Callable[[Params], torch.optim.Optimizer]:
+    """Return a constructor of our optimizer with one group of matrices."""
+    preset = PRESETS[name]
+    group = {"algorithm": "multinorm", "norms": preset.norms, "num_iterations": preset.num_iterations, **options}
+    return lambda params: StatelessOptimizer([{"params": params, **group}])
+
+
+def bitsandbytes_adamw(params: Params) -> torch.optim.Optimizer:
+    """AdamW with 8-bit moments."""
+    import bitsandbytes
+
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(params, lr=1e-3)
+    return optimizer
+
+
+def racs(params: Params) -> torch.optim.Optimizer:
+    """RACS: one scaling by rows and columns with averaged vectors."""
+    from pytorch_optimizer.optimizer import RACS
+
+    optimizer: torch.optim.Optimizer = RACS(params, lr=1e-3)
+    return optimizer
+
+
+def apollo(params: Params) -> torch.optim.Optimizer:
+    """APOLLO of rank 256 by random projections."""
+    from apollo_torch import APOLLOAdamW
+
+    group = {"rank": 256, "proj": "random", "scale_type": "channel", "scale": 1.0, "update_proj_gap": 200}
+    optimizer: torch.optim.Optimizer = APOLLOAdamW([{"params": params, "proj_type": "std", **group}], lr=1e-3)
+    return optimizer
+
+
+BASELINE = "AdamW (fused)"
+ROWS: dict[str, Row] = {
+    BASELINE: Row(lambda params: torch.optim.AdamW(params, fused=True), 2, state_like=True),
+    "AdamW (foreach)": Row(lambda params: torch.optim.AdamW(params, foreach=True), 2, state_like=True),
+    "AdamW8bit (bitsandbytes)": Row(bitsandbytes_adamw, 2 * (1 + 4 / 256), needs="bitsandbytes"),
+    "SGD (fused)": Row(lambda params: torch.optim.SGD(params, lr=1e-3, fused=True)),
+    "Muon (torch)": Row(lambda params: torch.optim.Muon(params, lr=1e-3), 1, state_like=True),
+    "RACS (pytorch_optimizer)": Row(racs, needs="pytorch_optimizer"),
+    "APOLLO (apollo_torch)": Row(apollo, needs="apollo_torch"),
+    "sinkgd": Row(ours("sinkgd")),
+    "sinkgd, L=1": Row(ours("sinkgd", num_iterations=1)),
+    "sinkgd, torch": Row(ours("sinkgd"), environment={"HF_STATELESS_KERNELS": "torch"}),
+    "swan": Row(ours("swan")),
+    "swan, polar_express": Row(ours("swan", whitening="polar_express")),
+    "swan, float16": Row(ours("swan", ns_dtype="float16"), devices=("cuda",)),
+}
+SLOW = ("Muon (torch)", "swan", "swan, polar_express", "swan, float16")
+"""Rows of many matrix products, for which a CPU takes seconds."""
