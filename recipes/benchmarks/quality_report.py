@@ -55,7 +55,7 @@ def table(records: Records) -> str:
 
 def rates_table(found: Mapping[str, Records]) -> str:
     """Render the best learning rates of the main rows over the studies, as multiples of AdamW's."""
-    rows = ("sinkgd", "swan", "muon")
+    rows = ("adamw, rates apart", "sinkgd", "swan", "muon")
     lines = ["| Study | AdamW | " + " | ".join(rows) + " |", "|---|---:|" + "---:|" * len(rows)]
     for name, records in found.items():
         best = {row: best_rate(same)[0] for row, same in by_row(records).items()}
