@@ -26,6 +26,8 @@ from .sharding import is_sharded, total_norm
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+# Elements of a gradient whose norm is taken at once.
+_PART = 1 << 20
 _LIVE: weakref.WeakSet[LayerwiseUpdates] = weakref.WeakSet()
 # What stands in front of a layer's parameters: `model.layers.3`, up to the first number.
 _BLOCK = re.compile(r"(?:\D[^.]*\.)*?\d+(?=\.)")
@@ -281,13 +283,20 @@ class LayerwiseUpdates:
 
     def _apply(self, index: int, grad: Tensor) -> None:
         p = self._hooked[index]
-        norm = torch.linalg.vector_norm(grad.detach(), dtype=torch.float32)
+        norm = _norm(grad.detach())
         # A gradient that is zero on all ranks is one that no rank had: AdamW must not decay its moments.
         if self._averaging is None or norm != 0:
             self._norms.append(norm)
             p.grad = grad
             self.optimizer.update_parameters([index])
         p.grad = None
+
+
+def _norm(grad: Tensor) -> Tensor:
+    """Return the norm in float32; on CPU torch makes a copy of that dtype, so large matrices are taken in parts."""
+    parts = torch.split(grad, max(1, _PART // grad.shape[1])) if grad.ndim == 2 and grad.numel() > _PART else (grad,)
+    norms: list[Tensor] = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _refuse_fp16() -> None:

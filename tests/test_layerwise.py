@@ -765,6 +765,22 @@ def test_save_only_model_resumes_from_the_weights(run):
     assert any((a != b).any() for a, b in zip(first.model.parameters(), resumed.model.parameters(), strict=True))
 
 
+def test_large_matrices_in_parts_have_the_same_norm(monkeypatch):
+    def trained(name):
+        model = make("llama", torch.bfloat16)
+        optimizer = create_optimizer(model, name, lr=1e-2, embeddings="stateless")
+        loss_of(model).backward()
+        norm = optimizer.released_norm() if "layerwise" in name else None
+        optimizer.step()
+        return model, norm
+
+    whole = trained("sinkgd_layerwise")[1]
+    monkeypatch.setattr("hf_stateless.layerwise._PART", 100)
+    in_parts, norm = trained("sinkgd_layerwise")
+    torch.testing.assert_close(norm, whole, rtol=1e-6, atol=0)
+    assert_same(in_parts, trained("sinkgd")[0])
+
+
 # ---- The memory benchmark
 
 BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"

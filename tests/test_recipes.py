@@ -233,6 +233,7 @@ BAD_INPUT = {
     "--dataset_name allenai/c4": "Without a network, give local files with --train_files 'data/*.txt'",
     "--train_files short.txt --tokenizer_name t5-base": "Cannot load the tokenizer 't5-base':",
     "--resume_from_checkpoint true": "No checkpoint at runs/llama-tiny-sinkgd: give its folder, or true",
+    "--load_in_8bit_training --optim adamw_torch": "8-bit weights are trained by swan, sinkgd",
     "--resume_from_checkpoint gone": "No checkpoint at gone: give its folder, or true for the latest one.",
     "--output_dir old": "old holds checkpoints of an earlier run: continue it with --resume_from_checkpoint true",
 }
@@ -281,6 +282,15 @@ def test_a_launched_run_reports_and_leaves_a_model_and_a_resumed_run_ends_bit_eq
     resumed = AutoModelForCausalLM.from_pretrained(workplace / "out")
     for name, value in model.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_every_weight_of_an_8_bit_model_is_trained(workplace, monkeypatch, capsys):
+    flags = "--load_in_8bit_training --optim sinkgd_layerwise --max_grad_norm 0 --max_steps 3 "
+    run_in_process(RUN + flags + "--train_files text/*.txt", monkeypatch)
+    perplexities = re.search(r"perplexity: ([\d.]+) before, ([\d.]+) after", capsys.readouterr().out)
+    assert float(perplexities[2]) < float(perplexities[1])
+    stored = AutoModelForCausalLM.from_pretrained(workplace / "out").state_dict()
+    assert sum(tensor.dtype == torch.int8 for tensor in stored.values()) == 7
 
 
 def test_json_lines_with_their_own_held_out_file_train_with_any_optimizer(workplace, monkeypatch, capsys):

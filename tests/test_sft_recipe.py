@@ -32,6 +32,8 @@ from finetuning_model import InputError, ModelArguments, find_model, parse_argum
 from peft import AutoPeftModelForCausalLM  # noqa: E402
 from trl import DatasetMixtureConfig, DPOConfig, SFTConfig  # noqa: E402
 
+from hf_stateless import Int8TrainingConfig  # noqa: E402
+
 
 # PEFT and TRL still ask transformers for the older name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -287,6 +289,7 @@ BAD_INPUT = {
     "--dataset_name trl-lib/Capybara": "Without a network, give local files with --train_files 'data/*.jsonl'.",
     "--train_files pairs.jsonl --assistant_only_loss": "the dataset is not conversational",
     "--load_in_8bit": "without use_peft: a quantised model is frozen. Add --use_peft.",
+    "--load_in_8bit_training --optim adamw_torch": "8-bit weights are trained by swan, sinkgd",
     "--use_peft --load_in_8bit --load_in_4bit": "You can't use 8 bit and 4 bit precision at the same time",
     "--model_name_or_path empty": "No model in empty: it has no config.json. Give the folder of a whole model.",
     "--model_name_or_path org/none": "Cannot load 'org/none':",
@@ -454,6 +457,20 @@ def test_packing_fills_sequences_and_keeps_every_token(workplace, monkeypatch):
     rows = [trainer.train_dataset["input_ids"] for trainer in (plain, packed)]
     tokens = [sorted(token for row in part for token in row) for part in rows]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("optim", ["sinkgd_layerwise --optim_args embeddings=stateless,release=all", "swan"])
+def test_every_weight_of_an_8_bit_model_is_trained(optim, workplace, monkeypatch, capsys):
+    flags = f"--load_in_8bit_training --dtype bfloat16 --max_grad_norm 0 --optim {optim} --max_steps 3 "
+    run_in_process(sft, RUN + flags + "--train_files chats.jsonl", monkeypatch)
+    before, after = map(
+        float, re.search(r"Held-out loss: ([\d.]+) before, ([\d.]+) after", capsys.readouterr().out).groups()
+    )
+    assert after < before
+    start = AutoModelForCausalLM.from_pretrained("model", quantization_config=Int8TrainingConfig(), dtype="bfloat16")
+    start, trained = start.state_dict(), AutoModelForCausalLM.from_pretrained("out").state_dict()
+    assert sum(tensor.dtype == torch.int8 for tensor in trained.values()) == 2 * 7
+    assert not [n for n, t in trained.items() if "scale" not in n and torch.equal(t, start[n])]
 
 
 @pytest.mark.parametrize("kind", ["full", "LoRA", "8-bit LoRA"])
