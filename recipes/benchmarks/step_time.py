@@ -2,13 +2,15 @@
 
     python recipes/benchmarks/step_time.py                                   # 60m and 130m, float32 and bf16, CPU
     python recipes/benchmarks/step_time.py --slow --layers 2 --rounds 3      # Muon and SWAN
-    python recipes/benchmarks/step_time.py --models 350m 1b 7b --dtypes bfloat16 --slow --train_step 131072   # a GPU
+    python recipes/benchmarks/step_time.py --models 350m 1b --dtypes bfloat16 --slow --train_step 131072      # a GPU
     python recipes/benchmarks/step_time.py --report results.json             # the table of a file of results
 
 All optimizers step in turn within each round, so that whatever else the machine does falls on all of them; the ratio
 is taken within a round and the median over rounds is printed with its spread. Weights and gradients are random; the
-steps are real ones. Bytes are counted, the least that a step can move; over the measured time they give the bandwidth
-that is reached, told as a part of what copying a large tensor reaches on the same device (read and write counted).
+steps are real ones. Each row has weights, gradients and state of its own: `--layers` or `--rows` if memory is short.
+Bytes are counted, the least that a step can move; over the measured time they give the bandwidth that is reached, told
+as a part of what copying a large tensor reaches in the same round (its reads and writes counted). A copy also reads
+what it overwrites where a processor fetches lines before it writes them, so that updates in place can pass 100 %.
 
 `--train_step N` also times forward and backward of the model on a few sequences, without activation checkpointing,
 scaled to N tokens, and tells which part of a training step of so many tokens the optimizer's step is.
@@ -17,10 +19,13 @@ scaled to N tokens, and tells which part of a training step of so many tokens th
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +44,8 @@ MODELS = {
     "7b": (4096, 11008, 32, 32),
 }
 SEQUENCE = 256
+COPIED = 1 << 28
+"""Bytes of the tensor that is copied: no cache holds it."""
 
 
 def linear_shapes(model: str, layers: int | None) -> list[tuple[int, int]]:
@@ -60,33 +67,30 @@ def make(row: str, shapes: list[tuple[int, int]], dtype: torch.dtype, device: st
     return ROWS[row].make(params)
 
 
-def synchronize(device: str) -> None:
-    """Wait for a GPU."""
+def seconds(work: Callable[[], object], device: str) -> float:
+    """Time one call, until the device is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def seconds(row: str, optimizer: torch.optim.Optimizer, device: str) -> float:
-    """Time one step."""
-    with ROWS[row].at_work():
-        synchronize(device)
-        start = time.perf_counter()
-        optimizer.step()
-        synchronize(device)
-        return time.perf_counter() - start
-
-
-def copy_bandwidth(device: str, size: int = 1 << 28) -> float:
-    """Return the bytes per second, read and written, of copying a tensor that no cache holds; median of nine."""
-    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    times = []
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size / statistics.median(times[1:])
+def rounds(shapes: list[tuple[int, int]], dtype: torch.dtype, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds of a copy and of every row's step in each round; a round before them is not counted."""
+    optimizers = {row: make(row, shapes, dtype, args.device) for row in args.rows}
+    source, target = (torch.ones(COPIED, dtype=torch.uint8, device=args.device) for _ in range(2))
+    times: dict[str, list[float]] = {row: [] for row in ("copy", *optimizers)}
+    for round_number in range(args.rounds + 1):
+        elapsed = {"copy": seconds(lambda: target.copy_(source), args.device)}
+        for row, optimizer in optimizers.items():
+            with ROWS[row].at_work():
+                elapsed[row] = seconds(optimizer.step, args.device)
+        for row, value in elapsed.items():
+            times[row] += [value] if round_number else []
+    return times
 
 
 def seconds_per_token(model: str, dtype: torch.dtype, device: str) -> float:
@@ -96,65 +100,71 @@ def seconds_per_token(model: str, dtype: torch.dtype, device: str) -> float:
     with torch.device(device):
         llama = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=32000)).to(dtype)
         tokens = torch.randint(0, 32000, (1 if device == "cpu" else 8, SEQUENCE))
-    times = []
-    for _ in range(4):
-        synchronize(device)
-        start = time.perf_counter()
+
+    def work() -> None:
         llama(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+
+    times = [seconds(work, device) for _ in range(4)]
     return statistics.median(times[1:]) / tokens.numel()
 
 
-def measure(model: str, dtype: torch.dtype, bandwidth: float, args: argparse.Namespace) -> list[dict[str, object]]:
-    """Return one record per row: median time, the median and quartiles of the ratio to the baseline, and bandwidth."""
+def spread(values: list[float], digits: int) -> tuple[float, list[float]]:
+    """Return the median and the quartiles, rounded."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return round(median, digits), [round(low, digits), round(high, digits)]
+
+
+def measure(model: str, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, object]]:
+    """Return one record per row: time, its ratio to the baseline, bandwidth and share of a training step."""
     shapes = linear_shapes(model, args.layers)
-    weights = sum(m * n for m, n in shapes)
-    optimizers = {row: make(row, shapes, dtype, args.device) for row in args.rows}
-    times: dict[str, list[float]] = {row: [] for row in optimizers}
-    for round_number in range(args.rounds + 1):
-        for row, optimizer in optimizers.items():
-            elapsed = seconds(row, optimizer, args.device)
-            times[row] += [elapsed] if round_number else []
-    del optimizers
+    times = rounds(shapes, dtype, args)
+    copies = [2 * COPIED / value for value in times.pop("copy")]
     training = args.train_step * seconds_per_token(model, dtype, args.device) if args.train_step else 0.0
     depth = len(linear_shapes(model, None)) / len(shapes)
     records = []
     for row, values in times.items():
-        ratios = [value / base for value, base in zip(values, times[BASELINE], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        median = statistics.median(values)
-        least = ROWS[row].least_bytes(weights, torch.finfo(dtype).bits // 8)
+        least = ROWS[row].least_bytes(shapes, torch.finfo(dtype).bits // 8)
+        milliseconds, milliseconds_quartiles = spread([1e3 * value for value in values], 3)
+        ratio, ratio_quartiles = spread([a / b for a, b in zip(values, times[BASELINE], strict=True)], 3)
+        of_copy, of_copy_quartiles = spread([least / a / b for a, b in zip(values, copies, strict=True)], 4)
         record: dict[str, object] = {
             "model": model,
             "dtype": str(dtype).removeprefix("torch."),
             "optimizer": row,
-            "milliseconds": round(1e3 * median, 2),
-            "ratio": round(statistics.median(ratios), 2),
-            "ratio_quartiles": [round(low, 2), round(high, 2)],
+            "milliseconds": milliseconds,
+            "milliseconds_quartiles": milliseconds_quartiles,
+            "ratio": ratio,
+            "ratio_quartiles": ratio_quartiles,
             "least_bytes": least,
-            "of_copy_bandwidth": round(least / median / bandwidth, 3),
+            "copy_gib_per_second": round(statistics.median(copies) / 2**30, 2),
+            "of_copy_bandwidth": of_copy,
+            "of_copy_bandwidth_quartiles": of_copy_quartiles,
         }
         if training:
-            record["share_of_training_step"] = round(median * depth / (median * depth + training), 7)
+            step = depth * milliseconds / 1e3
+            record["forward_and_backward_seconds"] = round(training, 3)
+            record["share_of_training_step"] = float(f"{step / (step + training):.4g}")
         records.append(record)
     return records
 
 
-def setup(bandwidth: float, args: argparse.Namespace) -> dict[str, object]:
+def setup(args: argparse.Namespace) -> dict[str, object]:
     """Return what has to stand beside the numbers."""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
+    packages = ["transformers", *sorted({ROWS[row].needs for row in args.rows if ROWS[row].needs})]
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}",
         "threads": torch.get_num_threads(),
         "rounds": args.rounds,
         "layers": args.layers or "all",
-        "copy_bandwidth_gib_per_second": round(bandwidth / 2**30, 1),
         "tokens_of_a_training_step": args.train_step or "not measured",
-        "left_out": {row: ROWS[row].missing(args.device) for row in ROWS if ROWS[row].missing(args.device)},
+        "left_out": args.left_out,
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": {name: importlib.metadata.version(name) for name in packages},
         "hf_stateless": hf_stateless.__version__,
-        "how": "measured, interleaved, median over rounds of the ratio within a round; bytes counted",
+        "command": " ".join(["python recipes/benchmarks/step_time.py", *sys.argv[1:]]),
+        "how": "measured, interleaved, medians over rounds, ratios within a round; bytes counted; "
+        "forward and backward measured on a few sequences and scaled to the tokens",
     }
 
 
@@ -197,9 +207,17 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds={args.rounds}: at least 2 are needed for a spread")
-    rows = args.rows or [row for row in ROWS if (row in SLOW) == args.slow]
-    args.rows = [BASELINE, *(r for r in rows if r != BASELINE and not ROWS[r].missing(args.device))]
+    if args.train_step is not None and args.train_step < 1:
+        parser.error(f"--train_step={args.train_step}: expected a number of tokens such as 131072")
     return args
+
+
+def choose_rows(args: argparse.Namespace) -> None:
+    """Set the rows to run, the baseline first, and why others are left out."""
+    rows = args.rows or [row for row in ROWS if (row in SLOW) == args.slow]
+    reasons = {row: ROWS[row].missing(args.device) for row in rows}
+    args.left_out = {row: reason for row, reason in reasons.items() if reason}
+    args.rows = [BASELINE, *(row for row in rows if row != BASELINE and not reasons[row])]
 
 
 def main() -> None:
@@ -211,17 +229,17 @@ def main() -> None:
         return
     if args.threads:
         torch.set_num_threads(args.threads)
-    bandwidth = copy_bandwidth(args.device)
+    choose_rows(args)
     records: list[dict[str, object]] = []
     for model in args.models:
         for dtype in args.dtypes:
             print(f"measuring {model} {dtype} ...", flush=True)
-            records += measure(model, getattr(torch, dtype), bandwidth, args)
+            records += measure(model, getattr(torch, dtype), args)
     print("\n".join(filter(None, [table(records), shares(records)])))
-    print("\n".join(f"{key}: {value}" for key, value in setup(bandwidth, args).items()))
+    print("\n".join(f"{key}: {value}" for key, value in setup(args).items()))
     if args.output:
         part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup(bandwidth, args), "records": records}, indent=1) + "\n")
+        part.write_text(json.dumps({"setup": setup(args), "records": records}, indent=1) + "\n")
         part.replace(args.output)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from hf_stateless import PRESETS, StatelessOptimizer
 
 
 Params = list[torch.nn.Parameter]
+RANK = 256
 
 
 @dataclass(frozen=True)
@@ -23,32 +23,45 @@ class Row:
 
     make: Callable[[Params], torch.optim.Optimizer]
     state_bytes: float = 0.0
-    """Bytes of state per weight that a step reads and writes; in units of the weight's own where `state_like`."""
+    """Bytes of state that a step reads and writes per weight; in units of the weight's own where `state_like`."""
     state_like: bool = False
+    rank: int = 0
+    """Where set, states are those of the longer side times the rank."""
     needs: str = ""
-    """The package that has it."""
+    """The package of others that has it."""
     environment: dict[str, str] = field(default_factory=dict)
     """Set while it steps."""
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     def missing(self, device: str) -> str:
         """Say why the row cannot be run, or return an empty string."""
-        if self.needs and importlib.util.find_spec(self.needs) is None:
+        if device not in self.devices:
+            return f"not on {device}"
+        if not self.needs:
+            return ""
+        if importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
-        return "" if device in self.devices else f"not on {device}"
+        param = torch.nn.Parameter(torch.ones(2 * RANK, 2 * RANK, device=device))
+        param.grad = torch.ones_like(param)
+        try:
+            self.make([param]).step()
+        except Exception as error:  # whatever another package raises, the other rows can be run
+            return f"{self.needs} fails on {device}: {type(error).__name__}"
+        return ""
 
-    def least_bytes(self, weights: int, size: int) -> int:
+    def least_bytes(self, shapes: list[tuple[int, int]], size: int) -> int:
         """Count what one step must move: gradient and weight read, weight written, state read and written.
 
         Args:
-            weights: number of weights.
-            size: bytes of one.
+            shapes: of the weights.
+            size: bytes of one of their numbers.
         """
-        state = self.state_bytes * (size if self.state_like else 1)
-        return round(weights * (3 * size + 2 * state))
+        weights = sum(m * n for m, n in shapes)
+        states = sum(max(shape) * min(self.rank, *shape) for shape in shapes) if self.rank else weights
+        return round(3 * size * weights + 2 * self.state_bytes * (size if self.state_like else 1) * states)
 
     @contextmanager
-    def at_work(self) -> Any:
+    def at_work(self) -> Iterator[None]:
         """Set the environment of the row for the time of a step."""
         before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
@@ -82,11 +95,19 @@ def racs(params: Params) -> torch.optim.Optimizer:
     return optimizer
 
 
+def sinksgd(params: Params) -> torch.optim.Optimizer:
+    """Five iterations without momentum, stochastic rounding of bf16 weights, as in `sinkgd`."""
+    from adv_optm import SinkSGD_adv
+
+    optimizer: torch.optim.Optimizer = SinkSGD_adv(params, lr=1e-3)
+    return optimizer
+
+
 def apollo(params: Params) -> torch.optim.Optimizer:
-    """APOLLO of rank 256 by random projections."""
+    """APOLLO by random projections."""
     from apollo_torch import APOLLOAdamW
 
-    group = {"rank": 256, "proj": "random", "scale_type": "channel", "scale": 1.0, "update_proj_gap": 200}
+    group = {"rank": RANK, "proj": "random", "scale_type": "channel", "scale": 1.0, "update_proj_gap": 200}
     optimizer: torch.optim.Optimizer = APOLLOAdamW([{"params": params, "proj_type": "std", **group}], lr=1e-3)
     return optimizer
 
@@ -99,7 +120,8 @@ ROWS: dict[str, Row] = {
     "SGD (fused)": Row(lambda params: torch.optim.SGD(params, lr=1e-3, fused=True)),
     "Muon (torch)": Row(lambda params: torch.optim.Muon(params, lr=1e-3), 1, state_like=True),
     "RACS (pytorch_optimizer)": Row(racs, needs="pytorch_optimizer"),
-    "APOLLO (apollo_torch)": Row(apollo, needs="apollo_torch"),
+    "APOLLO (apollo_torch)": Row(apollo, 2, state_like=True, rank=RANK, needs="apollo_torch"),
+    "SinkSGD_adv (adv_optm)": Row(sinksgd, needs="adv_optm"),
     "sinkgd": Row(ours("sinkgd")),
     "sinkgd, L=1": Row(ours("sinkgd", num_iterations=1)),
     "sinkgd, torch": Row(ours("sinkgd"), environment={"HF_STATELESS_KERNELS": "torch"}),
