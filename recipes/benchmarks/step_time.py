@@ -9,8 +9,8 @@ All optimizers step in turn within each round, so that whatever else the machine
 is taken within a round and the median over rounds is printed with its spread. Weights and gradients are random; the
 steps are real ones. Each row has weights, gradients and state of its own: `--layers` or `--rows` if memory is short.
 Bytes are counted, the least that a step can move; over the measured time they give the bandwidth that is reached, told
-as a part of what copying a large tensor reaches in the same round (its reads and writes counted). A copy also reads
-what it overwrites where a processor fetches lines before it writes them, so that updates in place can pass 100 %.
+as a part of what copying a large tensor reaches in the same round (its reads and writes counted). Updates in place can
+pass 100 %: a CPU may move more bytes a second through one tensor than from one tensor to another.
 
 `--train_step N` also times forward and backward of the model on a few sequences, without activation checkpointing,
 scaled to N tokens, and tells which part of a training step of so many tokens the optimizer's step is.
