@@ -3,11 +3,13 @@
     python recipes/benchmarks/memory.py                                       # 200M parameters, float32, CPU
     python recipes/benchmarks/memory.py --time --rows "sinkgd_layerwise"       # also the time of a step
     python recipes/benchmarks/memory.py --model llama-7b --device cuda         # bf16, max_memory_allocated
+    python recipes/benchmarks/memory.py --model llama-7b --int8                # 8-bit linear layers beside bf16
 
 On CPU the peak is the largest resident set of the process, libraries included; what these take is measured too and
 printed beside it. glibc is told to give back freed blocks of 1 MiB and more at once: it would else keep up to 0.1 GiB
 of them, more in one run than in the next. On CUDA the peak is `max_memory_allocated`. Weights are random, steps are
-real ones on random tokens, clipped as the Trainer does. `--time` alternates steps with and without hooks in one
+real ones on random tokens, clipped as the Trainer does. A row that does not fit says so, as AdamW on 7B on a small
+card, and the ratios are then left out. `--time` alternates steps with and without hooks in one
 process and prints the median of their ratio.
 """
 
@@ -30,6 +32,8 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_stateless
+from hf_stateless.int8.convert import layers_to_quantize
+from hf_stateless.int8.linear import Int8Linear
 
 
 # hidden size, intermediate size, layers and heads; 1b and 7b are those of the GaLore benchmark.
@@ -41,6 +45,8 @@ MODELS = {
 }
 BASELINE = "AdamW (fused)"
 GIB = 2**30
+# Exit status of a process that torch told so, and of one that the system killed.
+OUT_OF_MEMORY = (77, -9)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
@@ -55,12 +61,14 @@ ROWS: dict[str, Callable[[torch.nn.Module], torch.optim.Optimizer]] = {
     "sinkgd_layerwise": preset_row("sinkgd_layerwise"),
     "sinkgd_layerwise, release=all": preset_row("sinkgd_layerwise", release="all"),
     "sinkgd_layerwise, stateless": preset_row("sinkgd_layerwise", release="all", embeddings="stateless"),
+    "sinkgd_layerwise, int8": preset_row("sinkgd_layerwise", release="all", embeddings="stateless"),
 }
 DEFAULT_ROWS = list(ROWS)[:4]
+INT8_ROWS = list(ROWS)[-2:]
 
 
-def build(args: argparse.Namespace) -> LlamaForCausalLM:
-    """Return the model on its device, made there and in its dtype."""
+def build(args: argparse.Namespace, row: str = BASELINE) -> LlamaForCausalLM:
+    """Return the model on its device, made there and in its dtype, with 8-bit layers where the row says so."""
     hidden, intermediate, layers, heads = MODELS[args.model]
     config = LlamaConfig(
         hidden_size=hidden,
@@ -73,18 +81,36 @@ def build(args: argparse.Namespace) -> LlamaForCausalLM:
     )
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, args.dtype))
-    with torch.device(args.device):
+    with torch.device("meta" if "int8" in row else args.device):
         model = LlamaForCausalLM(config)
+    if "int8" in row:
+        fill_in_8_bits(model, torch.device(args.device))
     torch.set_default_dtype(torch.float32)
     model.train()
-    if args.device == "cuda":
+    if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
+def fill_in_8_bits(model: LlamaForCausalLM, device: torch.device) -> None:
+    """Give a model on the meta device random weights, one layer at a time: its float weights are never together."""
+    for name in layers_to_quantize(model, None):
+        empty = model.get_submodule(name)
+        linear = torch.nn.Linear(empty.in_features, empty.out_features, bias=False, device=device)
+        torch.nn.init.normal_(linear.weight, std=model.config.initializer_range)
+        model.set_submodule(name, Int8Linear.from_float(linear))
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        torch.nn.init.normal_(module.to_empty(device=device).weight, std=model.config.initializer_range)
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__:
+            torch.nn.init.ones_(module.to_empty(device=device).weight)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+
+
 def watch_gradients(model: torch.nn.Module) -> list[int]:
     """Return a list to which the bytes of all gradients are added whenever backward completes one."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     seen: list[int] = [0]
 
     def see(_: torch.Tensor) -> None:
@@ -112,7 +138,7 @@ def resident() -> int:
 def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
     """Train a few steps in this process and return its sizes in GiB."""
     libraries = 0 if args.device == "cuda" else resident()
-    model = build(args)
+    model = build(args, row)
     gradients = watch_gradients(model)  # before the optimizer, so that each gradient is seen before it is freed
     optimizer = ROWS[row](model)
     for _ in range(args.steps):
@@ -121,7 +147,7 @@ def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
     sizes = {
         "peak": torch.cuda.max_memory_allocated() if args.device == "cuda" else resident(),
         "libraries": libraries,
-        "weights": sum(p.nbytes for p in model.parameters()),
+        "weights": sum(t.nbytes for t in model.state_dict().values()),
         "state": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
         "gradients": max(gradients),
         "gradients_of_adamw": sum(p.nbytes for params in groups for p in params),
@@ -130,17 +156,20 @@ def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
     return {name: size / GIB for name, size in sizes.items()}
 
 
-def measure_in_process(row: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure one row in a process of its own."""
+def measure_in_process(row: str, args: argparse.Namespace) -> dict[str, float] | None:
+    """Measure one row in a process of its own; None where the memory does not suffice."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", row]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **MALLOC})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **MALLOC})
+    if done.returncode in OUT_OF_MEMORY:
+        return None
+    done.check_returncode()
     sizes: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return sizes
 
 
 def time_ratio(row: str, args: argparse.Namespace) -> dict[str, object]:
     """Return how much longer a step takes with hooks: both kinds of step in turn, in one process."""
-    model = build(args)
+    model = build(args, row)
     optimizer = ROWS[row](model)
     times: dict[bool, list[float]] = {True: [], False: []}
     for round_number in range(args.rounds + 1):
@@ -168,22 +197,38 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, object]]:
     """Return one record per row: medians over the runs, which go through all rows in turn."""
     runs: dict[str, list[dict[str, float]]] = {row: [] for row in args.rows}
     for number in range(args.runs):
-        for row in args.rows:
+        for row in list(runs):
             print(f"run {number + 1}: {row} ...", flush=True)
-            runs[row].append(measure_in_process(row, args))
-    baseline = statistics.median(run["peak"] for run in runs[BASELINE])
+            sizes = measure_in_process(row, args)
+            if sizes is None:
+                print(f"{row}: out of memory", flush=True)
+                del runs[row]
+            else:
+                runs[row].append(sizes)
     records: list[dict[str, object]] = []
     for row, measured in runs.items():
         medians = {f"{name}_gib": round(statistics.median(run[name] for run in measured), 3) for name in measured[0]}
         peaks = [run["peak"] for run in measured]
         record = {"model": args.model, "dtype": args.dtype, "optimizer": row, **medians}
-        record |= {"ratio": round(statistics.median(peaks) / baseline, 3)}
+        record |= ratios(measured, runs.get(BASELINE))
         record |= {"peak_gib_range": [round(min(peaks), 3), round(max(peaks), 3)]}
         if args.time and "layerwise" in row:
             print(f"timing {row} ...", flush=True)
             record |= time_ratio(row, args)
         records.append(record)
     return records
+
+
+def ratios(measured: list[dict[str, float]], baseline: list[dict[str, float]] | None) -> dict[str, object]:
+    """Return the peak as a part of AdamW's, as it is and above what Python and its libraries take."""
+    if baseline is None:
+        return {}
+    of_peak, of_training = (
+        statistics.median(run["peak"] - without * run["libraries"] for run in measured)
+        / statistics.median(run["peak"] - without * run["libraries"] for run in baseline)
+        for without in (0, 1)
+    )
+    return {"ratio": round(of_peak, 3), "ratio_above_libraries": round(of_training, 3)}
 
 
 def setup(args: argparse.Namespace) -> dict[str, object]:
@@ -211,7 +256,8 @@ def table(records: list[dict[str, object]]) -> str:
     lines = ["| " + " | ".join(titles + ["step time with hooks"] * timed) + " |", "|---|" + "--:|" * (5 + 1 + timed)]
     for record in records:
         cells = [f"{record[f'{name}_gib']:.2f}" for name in ("weights", "state", "gradients", "libraries")]
-        cells = [str(record["optimizer"]), f"{record['peak_gib']:.2f}", f"{record['ratio']:.2f}x", *cells]
+        ratio = f"{record['ratio']:.2f}x" if "ratio" in record else ""
+        cells = [str(record["optimizer"]), f"{record['peak_gib']:.2f}", ratio, *cells]
         if timed:
             cells.append(f"{record['time_ratio']:.2f}x" if "time_ratio" in record else "")
         lines.append("| " + " | ".join(cells) + " |")
@@ -222,12 +268,13 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-200m")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on CUDA, else float32")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=DEFAULT_ROWS, help="the baseline is always added")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on CUDA and with --int8")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="the baseline is always added")
+    parser.add_argument("--int8", action="store_true", help="8-bit linear layers beside bf16, without optimizer state")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="training steps of a run")
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--length", type=int, help="tokens of a sequence; 512 on CUDA, else 64")
+    parser.add_argument("--length", type=int, help="default: 64 on CPU, 512 on CUDA, 2048 with --int8")
     parser.add_argument("--vocab_size", type=int, default=32000)
     parser.add_argument("--time", action="store_true", help="also time steps with and without hooks")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind that are timed")
@@ -238,9 +285,12 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 2 or args.runs < 1:
         parser.error(f"--rounds={args.rounds} --runs={args.runs}: at least 2 rounds and 1 run are needed")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.length = args.length or (512 if args.device == "cuda" else 64)
-    args.rows = [BASELINE, *(row for row in args.rows if row != BASELINE)]
+    on_cuda = args.device == "cuda"
+    args.checkpointing = on_cuda
+    args.dtype = args.dtype or ("bfloat16" if on_cuda or args.int8 else "float32")
+    args.length = args.length or ((2048 if args.int8 else 512) if on_cuda else 64)
+    rows = args.rows or (INT8_ROWS if args.int8 else DEFAULT_ROWS)
+    args.rows = [BASELINE, *(row for row in rows if row != BASELINE)]
     return args
 
 
@@ -250,7 +300,10 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.measure:
-        print(json.dumps(measure(args.measure, args)))
+        try:
+            print(json.dumps(measure(args.measure, args)))
+        except torch.OutOfMemoryError:
+            sys.exit(OUT_OF_MEMORY[0])
         return
     records = measure_all(args)
     print(table(records))
