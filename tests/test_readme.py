@@ -9,7 +9,9 @@ from importlib.metadata import metadata
 import pytest
 import torch
 from conftest import tiny_inputs
+from datasets import Dataset
 from documents import ROOT, blocks, commands, markdown_pages, read
+from push_worker import tiny_tokenizer
 
 from hf_stateless import NORMS, PRESETS
 from hf_stateless.options import Options, valid_keys
@@ -28,12 +30,16 @@ CONFIG_FLAG = "--config"
 
 @pytest.fixture
 def reader_objects(make_model, tmp_path, monkeypatch):
-    """What a reader already has, under the names that the README uses: a model and a dataset."""
+    """What a reader already has, under the names of the README: a model, its folder and tokenizer, and datasets."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     batch = tiny_inputs("llama", batch_size=8)
     rows = [{name: values[row] for name, values in batch.items()} for row in range(8)]
-    return {"__name__": "readme", "model": make_model("llama"), "dataset": rows}
+    model, tokenizer = make_model("llama"), tiny_tokenizer()
+    model.save_pretrained("a-model")
+    chats = Dataset.from_list([{"prompt": f"w{row} w3", "completion": f" w{row + 1}"} for row in range(8)])
+    names = {"name": "a-model", "tokenizer": tokenizer, "chats": chats}
+    return {"__name__": "readme", "model": model, "dataset": rows, **names}
 
 
 @pytest.mark.parametrize("block", EXECUTED, ids=str)

@@ -26,6 +26,21 @@ static inline void store_nearest(void *p, int64_t i, float x, uint32_t noise) {
     ((uint16_t *)p)[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : nearest);
 }
 
+/* The hash of `rounding.py`, with products that wrap and arithmetic shifts. */
+static inline int32_t mix(int32_t x) {
+    x ^= x >> 16, x = (int32_t)((uint32_t)x * 0x7FEB352Du);
+    x ^= x >> 15, x = (int32_t)((uint32_t)x * 0x846CA68Bu);
+    return x ^ (x >> 16);
+}
+static const uint32_t GOLDEN = 0x9E3779B9u;
+
+/* Odd hashes of m rows and n columns, of which `rounding_noise` is made. */
+static void hash_indices(int32_t *hashes, int64_t m, int64_t n, int32_t key) {
+    for (int64_t i = 0; i < m; i++) hashes[i] = mix(mix((int32_t)((uint32_t)i * GOLDEN)) ^ key) | 1;
+    key = (int32_t)((uint32_t)key + GOLDEN);
+    for (int64_t j = 0; j < n; j++) hashes[m + j] = mix(mix((int32_t)((uint32_t)j * GOLDEN)) ^ key) | 1;
+}
+
 /* Write the squares of some rows of scale G, and their sums. */
 #define SQUARE(NAME, LOAD)                                                                              \
     static void NAME(const void *grad, int64_t first, int64_t rows, int64_t n, float scale, float *squares, \
@@ -100,11 +115,11 @@ APPLY(apply_f32_nearest, load_f32, load_bf16, store_nearest)
 APPLY(apply_bf16_nearest, load_bf16, load_bf16, store_nearest)
 
 /* squares: m n floats of scratch where they are kept from one iteration to the next, else ROWS n.
-   vectors: m + 4 n floats of scratch. hashes: for stochastic rounding m + n integers, else NULL.
+   vectors: m + 4 n floats of scratch. hashes: for stochastic rounding by key, m + n integers of scratch, else NULL.
    Returns LEFT_ALONE, with W unchanged, where the row sums of scale^2 G^2 are not inside (least, most). */
 int sinkgd_step(const void *grad, int grad_is_bf16, void *weight, int weight_is_bf16, float *squares,
-                int squares_are_kept, float *vectors, const int32_t *hashes, int64_t m, int64_t n,
-                int64_t num_iterations, float scale, float step_size, float decay, float smallest_row,
+                int squares_are_kept, float *vectors, int32_t *hashes, int32_t key, int64_t m,
+                int64_t n, int64_t num_iterations, float scale, float step_size, float decay, float smallest_row,
                 float smallest_column, float least, float most) {
     float *u = vectors, *v = u + m, *columns = v + n, *block = columns + n, *c = block + n;
     for (int64_t iteration = 0; iteration < num_iterations; iteration++) {
@@ -130,6 +145,7 @@ int sinkgd_step(const void *grad, int grad_is_bf16, void *weight, int weight_is_
             c[j] = columns[j] <= smallest_column ? 0 : sqrtf(v[j]);
         }
     }
+    if (hashes) hash_indices(hashes, m, n, key);
     for (int64_t i = 0; i < m; i++) {
         const float r = sqrtf(u[i]) * scale;
         const uint32_t row_hash = hashes ? (uint32_t)hashes[i] : 0;

@@ -12,7 +12,6 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from ..rounding import index_hashes
 from ..sinkhorn import SAFE_SUMS, smallest_sum
 from .cpu_compiler import compiled
 from .dispatch import VARIABLE
@@ -76,7 +75,7 @@ def _kernel() -> Callable[..., int] | None:
         return None
     address, flag, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     step: Callable[..., int] = library.sinkgd_step
-    step.argtypes = [address, flag, address, flag, address, flag, address, address, *[size] * 3, *[number] * 7]  # type: ignore[attr-defined]
+    step.argtypes = [address, flag, address, flag, address, flag, address, address, flag, *[size] * 3, *[number] * 7]  # type: ignore[attr-defined]
     return step
 
 
@@ -112,7 +111,7 @@ def sinkgd_steps_(
     update = partial(_step_, step_size=step_size, decay=decay, num_iterations=num_iterations)
     threads = min(torch.get_num_threads(), len(weights))
     m, n = weights[0].shape
-    scratch = [torch.empty(_squares(m, n) + m + 4 * n) for _ in range(threads)]
+    scratch = [torch.empty(_squares(m, n) + 2 * m + 5 * n) for _ in range(threads)]
     parts = [range(thread, len(weights), threads) for thread in range(threads)]
     updated = [False] * len(weights)
 
@@ -140,13 +139,14 @@ def _step_(
     num_iterations: int,
 ) -> bool:
     m, n = grad.shape
-    hashes = torch.cat(index_hashes(m, n, key)) if key is not None and weight.dtype == torch.bfloat16 else None
+    rounded = key is not None and weight.dtype == torch.bfloat16
+    vectors = scratch.data_ptr() + 4 * _squares(m, n)
     kernel = _kernel()
     assert kernel is not None
     left_alone = kernel(
         grad.data_ptr(), grad.dtype == torch.bfloat16, weight.data_ptr(), weight.dtype == torch.bfloat16,
-        scratch.data_ptr(), m * n <= _KEPT, scratch[_squares(m, n) :].data_ptr(),
-        None if hashes is None else hashes.data_ptr(), m, n, num_iterations,
+        scratch.data_ptr(), m * n <= _KEPT, vectors, vectors + 4 * (m + 4 * n) if rounded else None,
+        int(key) if rounded else 0, m, n, num_iterations,  # type: ignore[arg-type]
         _scale(grad), step_size, decay, smallest_sum(n), smallest_sum(m), *SAFE_SUMS,
     )  # fmt: skip
     return not left_alone
