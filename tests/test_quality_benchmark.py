@@ -20,6 +20,8 @@ import rate_walk
 import weight_formats
 from quality_plan import ROWS, STUDIES, AdamWFactory, MuonFactory, Study
 
+from hf_stateless import PRESETS
+
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results"
 TINY = Study(hidden=32, layers=1, vocab=64, sequences=2, block=16, steps=2)
@@ -130,13 +132,37 @@ def test_a_table_has_the_best_row_first_and_marks_what_diverged():
     assert "4.0e-03: 2x" in quality_report.tables(records)["learning rates"]
 
 
-@pytest.mark.skipif(not (RESULTS / "quality-cpu.json").is_file(), reason="no results")
-def test_the_tables_in_the_readme_are_those_of_the_runs():
-    records = json.loads((RESULTS / "quality-cpu.json").read_text())["records"]
-    tables = quality_report.tables(records)
+LARGEST = ("largest, python", "largest, english")
+SHOWN = {"small", *LARGEST, "small batch", "large batch", "large batch, 60 % of the tokens", "learning rates"}
+
+
+@pytest.fixture(scope="module")
+def records():
+    return json.loads((RESULTS / "quality-cpu.json").read_text())["records"]
+
+
+def test_the_tables_in_the_readme_are_those_of_the_runs(records):
     readme = read("README.md")
-    shown = [name for name, table in tables.items() if table in readme]
-    assert {"small", "learning rates"} <= set(shown)
+    assert {name for name, table in quality_report.tables(records).items() if table in readme} == SHOWN
+
+
+def test_swan_with_its_default_ends_below_adamw_at_the_largest_size_as_the_readme_says(records):
+    ends = {}
+    for study in LARGEST:
+        rows = quality_report.by_row(quality_report.of_study(records, study))
+        rate, _, plain = rate_walk.best_rate(rows["adamw"])
+        _, _, apart = rate_walk.best_rate(rows["adamw, rates apart"])
+        (default,) = [
+            r["eval_loss"]
+            for r in rows["swan"]
+            if r["learning_rate"] == pytest.approx(PRESETS["swan"].lr_scale * rate) and r["seed"] == 0
+        ]
+        ends[study] = [default, min(plain.values()), min(apart.values())]
+        assert default < min(ends[study][1:])
+    swan, adamw, apart = ([f"{ends[study][i]:.3f}" for study in LARGEST] for i in range(3))
+    told = f"`swan` ends at {swan[0]} and {swan[1]} in the two largest studies: below plain AdamW ({adamw[0]} and "
+    told += f"{adamw[1]}) and below AdamW with rates apart ({apart[0]} and {apart[1]})."
+    assert told in read("README.md")
 
 
 def test_the_table_of_weight_formats_in_the_readme_is_that_of_the_runs():

@@ -12,6 +12,8 @@ from rate_walk import best_rate
 
 
 Records = Sequence[Mapping[str, Any]]
+# What the picture shows; the tables have every row.
+DRAWN = ("adamw", "adamw, rates apart", "muon", "swan", "sinkgd")
 HEADER = (
     "| Optimizer | Held-out loss | Seeds: spread | Best learning rate | Loss at half and double that | "
     "Bytes of state |\n|---|---:|---:|---:|---:|---:|"
@@ -65,27 +67,26 @@ def rates_table(found: Mapping[str, Records]) -> str:
     return "\n".join(lines)
 
 
-def curves(records: Records, picture: Path, rows: Sequence[str] = ("adamw", "muon", "sinkgd", "swan")) -> None:
+def curves(records: Records, picture: Path) -> None:
     """Draw the training loss of the best runs against tokens and time, and the final loss against memory."""
     import matplotlib.pyplot as plt
 
     found = {name: runs for name in STUDIES if (runs := of_study(records, name))}
     figure, axes = plt.subplots(len(found), 3, figsize=(13, 3.4 * len(found)), squeeze=False, layout="constrained")
     for (name, runs), (tokens, hours, memory) in zip(found.items(), axes, strict=True):
-        for row, same in by_row(runs).items():
+        for row, same in by_row([r for r in runs if r["row"] in DRAWN]).items():
             best, losses, _ = best_rate(same)
             record = next(r for r in same if r["learning_rate"] == best and r["seed"] == min(losses))
             size = (record["weight_bytes"] + record["state_bytes"]) / 2**20
             memory.scatter(size, statistics.mean(losses.values()), label=row, s=18)
-            if row in rows:
-                steps = [step for step, _ in record["train_losses"]]
-                values = [value for _, value in record["train_losses"]]
-                tokens.plot([s * record["sequences"] * record["block"] / 1e6 for s in steps], values, label=row)
-                hours.plot([s / record["steps"] * record["seconds"] for s in steps], values, label=row)
+            steps = [step for step, _ in record["train_losses"]]
+            values = [value for _, value in record["train_losses"]]
+            tokens.plot([s * record["sequences"] * record["block"] / 1e6 for s in steps], values, label=row)
+            hours.plot([s / record["steps"] * record["seconds"] for s in steps], values, label=row)
         tokens.set(title=name, xlabel="million tokens", ylabel="training loss")
         hours.set(xlabel="seconds (shared machine)", ylabel="training loss")
         memory.set(xlabel="weights and optimizer state, MiB", ylabel="held-out loss")
         tokens.legend(fontsize=7)
-        memory.legend(fontsize=5)
+        memory.legend(fontsize=7)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
