@@ -211,7 +211,7 @@ def round_vectors(values: Tensor, sizes: Sequence[int], keys: Sequence[Tensor]) 
 @lru_cache(maxsize=16)
 def _places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return to which vector each element of a row of vectors belongs, and the hash of its place there."""
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    owner = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])
     return owner.to(device), torch.cat([_index_hash(0, size, torch.device("cpu")) for size in sizes]).to(device)
 
 

@@ -122,10 +122,10 @@ def sinkhorn_scalings(
     rows, columns = torch.tensor(float(m)), torch.tensor(float(n))  # `n / tensor` would be two operations
     for half_step in range(round(2 * num_iterations)):
         if half_step % 2 == 0:
-            row_sums = (_matvec(squares, v) if half_step else row_sums).clamp_min_(smallest_sum(n))
+            row_sums = (_matvec(squares, v) if half_step else row_sums).clamp_min(smallest_sum(n))
             u = torch.div(columns, row_sums)
         else:
-            column_sums = _matvec(transposed, u).clamp_min_(smallest_sum(m))
+            column_sums = _matvec(transposed, u).clamp_min(smallest_sum(m))
             v = torch.div(rows, column_sums)
     r = u.sqrt().masked_fill_(row_sums <= smallest_sum(n), 0).mul_(row_scale)
     c = v.sqrt().masked_fill_(column_sums <= smallest_sum(m), 0)

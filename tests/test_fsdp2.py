@@ -251,7 +251,7 @@ def test_every_cut_of_a_matrix_steps_as_on_one_process(case, kind, results):
     expected = on_one_process(shape, options, kind)
     for of_rank in results:
         assert of_rank["world"] == WORLD
-        torch.testing.assert_close(of_rank[case, kind], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(of_rank[case, kind], expected, rtol=1e-4, atol=2e-5)
     assert torch.equal(expected[0], dense(*shape, seed=7)) == (kind == "zero")
 
 

@@ -74,7 +74,8 @@ def _forget_cached_tensors() -> None:
     """Empty the caches of the package: tensors without contents must not stay in them, nor real ones get in here."""
     package = __name__.partition(".")[0]
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == package:
+        # Those of the kernels hold libraries and what was said once.
+        if name.partition(".")[0] == package and not name.startswith(f"{package}.kernels"):
             for value in vars(module).values():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
