@@ -231,7 +231,7 @@ def test_replicas_have_the_same_bytes_although_they_started_apart(name, ddp, tmp
     codes = [key for key, t in first.items() if t.dtype == torch.int8]
     assert len(codes) == 14
     for key in codes:  # gradients averaged in another order now and then round to a neighbour
-        assert (first[key].float() - alone[key].float()).abs().mean() < 0.3
+        assert (first[key].float() - alone[key].float()).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])

@@ -160,11 +160,11 @@ def make(case, rank, layerwise, wrap=DistributedDataParallel):
     kind, dtype, name, options = REPLICATED[case]
     model = built(kind, dtype, seed=rank)
     if layerwise:
-        optimizer = create_optimizer(model, f"{name}_layerwise", lr=0.01, weight_decay=0.1, **options)
+        optimizer = create_optimizer(model, f"{name}_layerwise", lr=0.01, lr_scale=0.2, weight_decay=0.1, **options)
         return wrap(model, **UNUSED), optimizer
     plain = wrap(model, **UNUSED)
     options = {key: value for key, value in options.items() if key != "release"}
-    return plain, create_optimizer(plain, name, lr=0.01, weight_decay=0.1, **options)
+    return plain, create_optimizer(plain, name, lr=0.01, lr_scale=0.2, weight_decay=0.1, **options)
 
 
 def run_replicated(rank, case):
@@ -243,7 +243,9 @@ def run_clipped(rank):
         accelerator, model = Accelerator(cpu=True), built(Llama)
         assert accelerator.num_processes == WORLD
         name = "sinkgd_layerwise" if layerwise else "sinkgd"
-        model, optimizer = accelerator.prepare(model, create_optimizer(model, name, lr=0.01, adamw_eps=1e-2))
+        model, optimizer = accelerator.prepare(
+            model, create_optimizer(model, name, lr=0.01, lr_scale=0.2, adamw_eps=1e-2)
+        )
         norms = []
         for step in range(STEPS):
             accelerator.backward(model(tokens(rank, step)))
@@ -366,7 +368,7 @@ def train_sharded(rank, kind, name, options, swapped):
     model.spare.requires_grad_(False)
     if not swapped:
         sharded(model)
-    optimizer = create_optimizer(model, name, lr=0.01, weight_decay=0.1, **options)
+    optimizer = create_optimizer(model, name, lr=0.01, lr_scale=0.2, weight_decay=0.1, **options)
     if swapped:
         sharded(model)
         now = dict(model.named_parameters())
@@ -520,7 +522,7 @@ def trained_alone(kind, name, options, steps, dtype=torch.float32, frozen=()):
     model = built(kind, dtype)
     for part in frozen:
         getattr(model, part).requires_grad_(False)
-    optimizer = create_optimizer(model, name, lr=0.01, weight_decay=0.1, **options)
+    optimizer = create_optimizer(model, name, lr=0.01, lr_scale=0.2, weight_decay=0.1, **options)
     for micro_batches in steps:
         for micro_batch in micro_batches:
             model(tokens(step=micro_batch)).backward()
@@ -761,7 +763,7 @@ def test_the_trainer_on_two_processes_keeps_replicas_equal_to_the_bit(trainer_re
     ],
 )
 def test_the_trainer_on_two_processes_trains_as_the_plain_optimizer(layerwise, plain, trainer_results):
-    assert_close(trainer_results[0][layerwise]["weights"], trainer_results[0][plain]["weights"], 1e-6)
+    assert_close(trainer_results[0][layerwise]["weights"], trainer_results[0][plain]["weights"], 5e-6)
     assert trainer_results[0][layerwise]["norms"] == pytest.approx(trainer_results[0][plain]["norms"], rel=1e-5)
 
 
