@@ -145,7 +145,9 @@ def rounding_noise(rows: int, columns: int, key: Tensor, *, row_offset: int = 0,
     return noise.bitwise_right_shift_(16).add_(0x8000)
 
 
-def stochastic_round_(target: Tensor, source: Tensor, key: Tensor, *, scratch: Tensor | None = None) -> Tensor:
+def stochastic_round_(
+    target: Tensor, source: Tensor, key: Tensor, *, scratch: Tensor | None = None, first_row: int = 0
+) -> Tensor:
     r"""Write float32 `source` into bfloat16 `target`, up with probability (x - lower) / (upper - lower).
 
     A value that bfloat16 represents is written unchanged, infinities and the ordinary NaN included.
@@ -155,6 +157,7 @@ def stochastic_round_(target: Tensor, source: Tensor, key: Tensor, *, scratch: T
         source: contiguous float32 tensor of the same shape; used as working space and lost.
         key: from `rounding_key`.
         scratch: contiguous float32 tensor of the same shape that may be overwritten, to save an allocation.
+        first_row: number of the first row in the whole matrix, on which the noise depends.
 
     Returns:
         `target`.
@@ -172,7 +175,7 @@ def stochastic_round_(target: Tensor, source: Tensor, key: Tensor, *, scratch: T
     if target.numel() == 0:
         return target
     out = None if scratch is None else scratch.view(torch.int32).view(-1, columns)
-    noise = rounding_noise(target.numel() // columns, columns, key, out=out)
+    noise = rounding_noise(target.numel() // columns, columns, key, row_offset=first_row, out=out)
     bits = source.view(torch.int32).view(-1, columns)
     # A carry out of the lower half moves the magnitude one bfloat16 up; infinities have no lower half to carry from.
     target.view(torch.int16).view(-1, columns).copy_(bits.add_(noise).bitwise_right_shift_(16))
@@ -240,7 +243,9 @@ def stochastic_round_integers_(values: Tensor, key: Tensor, *, first_row: int = 
     return values.add_(noise.to(values.dtype), alpha=2.0**-16).add_(2.0**-17).floor_()
 
 
-def write_rounded_(target: Tensor, exact: Tensor, key: Tensor | None, *, scratch: Tensor | None = None) -> None:
+def write_rounded_(
+    target: Tensor, exact: Tensor, key: Tensor | None, *, scratch: Tensor | None = None, first_row: int = 0
+) -> None:
     """Write the float32 values that were computed from a tensor back into it, rounded as its dtype asks.
 
     Args:
@@ -248,6 +253,7 @@ def write_rounded_(target: Tensor, exact: Tensor, key: Tensor | None, *, scratch
         exact: its new values; lost if `target` is bfloat16. Nothing is done where it is `target` itself.
         key: from `rounding_key`, or None for rounding to nearest.
         scratch: float32 tensor of the same shape that may be overwritten, to save an allocation.
+        first_row: number of the first row in the whole matrix, on which the noise depends.
 
     Example:
         >>> import torch
@@ -264,6 +270,6 @@ def write_rounded_(target: Tensor, exact: Tensor, key: Tensor | None, *, scratch
         return
     rounded = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
     scratch = scratch if scratch is not None and scratch.is_contiguous() else None
-    stochastic_round_(rounded, exact.contiguous(), key, scratch=scratch)
+    stochastic_round_(rounded, exact.contiguous(), key, scratch=scratch, first_row=first_row)
     if rounded is not target:
         target.copy_(rounded)

@@ -133,6 +133,67 @@ def sinkhorn_scalings(
     return r, c
 
 
+# Elements of a block that is in float32 at once, as in `int8.update`.
+_BLOCK = 1 << 22
+
+
+def row_blocks(matrix: Tensor) -> list[slice]:
+    """Return the blocks of rows in which a matrix is worked on: one, unless it is as large as an embedding.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.sinkhorn import row_blocks
+        >>> row_blocks(torch.empty(4, 8)), len(row_blocks(torch.empty(32000, 1024, device="meta")))
+        ([slice(0, 4, None)], 8)
+    """
+    rows = matrix.shape[0]
+    if matrix.ndim != 2 or matrix.numel() < 4 * _BLOCK:
+        return [slice(0, rows)]
+    at_once = max(1, _BLOCK // matrix.shape[1])
+    return [slice(first, min(first + at_once, rows)) for first in range(0, rows, at_once)]
+
+
+def scalings_by_blocks(grad: Tensor, num_iterations: float, blocks: list[slice]) -> tuple[Tensor, Tensor]:
+    r"""Return what `sinkhorn_scalings` does, up to the order of sums, with a float32 copy of one block at a time.
+
+    Both half steps of an iteration take one pass over the gradient: the sums of the columns need u of the block alone.
+
+    Args:
+        grad: (m, n) gradient in any floating dtype.
+        num_iterations: L, as for `sinkhorn_scalings`.
+        blocks: from `row_blocks`.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.sinkhorn import scalings_by_blocks, sinkhorn_scalings
+        >>> G = torch.randn(6, 4)
+        >>> r, c = scalings_by_blocks(G, 5, [slice(0, 4), slice(4, 6)])
+        >>> torch.testing.assert_close((r, c), sinkhorn_scalings(G, 5))
+    """
+    grad = grad.detach()
+    m, n = grad.shape
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    row_scale = power_of_two_inverse(torch.cat([grad[rows].abs().amax(-1) for rows in blocks]).to(dtype))
+    v = column_sums = torch.ones(n, dtype=dtype, device=grad.device)
+    u, row_sums = torch.ones_like(row_scale), torch.ones_like(row_scale)
+    buffer = torch.empty(max(rows.stop - rows.start for rows in blocks), n, dtype=dtype, device=grad.device)
+    half_steps = round(2 * num_iterations)
+    for half_step in range(0, half_steps, 2):
+        sums = torch.zeros_like(v)
+        for rows in blocks:
+            squares = buffer[: rows.stop - rows.start].copy_(grad[rows]).mul_(row_scale[rows].unsqueeze(-1)).square_()
+            row_sums[rows] = torch.mv(squares, v)
+            u[rows] = row_sums[rows].clamp_min(smallest_sum(n)).reciprocal_().mul_(n)
+            sums.addmv_(squares.mT, u[rows])
+        if half_step + 1 < half_steps:
+            column_sums = sums
+            v = column_sums.clamp_min(smallest_sum(m)).reciprocal_().mul_(m)
+    r = u.sqrt().masked_fill_(row_sums < smallest_sum(n), 0)
+    c = v.sqrt().masked_fill_(column_sums < smallest_sum(m), 0)
+    r.mul_(row_scale)
+    return r.masked_fill_(r == torch.inf, 0), c
+
+
 def sr_sinkhorn(grad: Tensor, num_iterations: float = 5, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Alternate row and column l2 normalisation L times: the SinkGD update, G in R^{m x n}.
 

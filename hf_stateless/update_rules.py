@@ -22,7 +22,7 @@ from .kernels.int8_update import fits_int8, int8_update_
 from .kernels.sinkgd_update import fits, sinkgd_update_
 from .multi_norm import SINKHORN_CHAIN, multi_normalize
 from .rounding import write_rounded_
-from .sinkhorn import scale_rows_, sinkhorn_scalings, sr_sinkhorn
+from .sinkhorn import row_blocks, scale_rows_, scalings_by_blocks, sinkhorn_scalings, sr_sinkhorn
 
 
 def as_matrix(tensor: Tensor, layout: str) -> Tensor:
@@ -193,8 +193,11 @@ def _sinkhorn_update_(
     workspace: Workspace,
 ) -> bool:
     """Apply the SinkGD step of one matrix from its two vectors, without forming the normalised gradient."""
-    scratch = workspace.take("scratch", grad)
-    row, column = sinkhorn_scalings(grad, num_iterations, scratch=scratch)
+    blocks = row_blocks(grad)
+    if len(blocks) > 1:
+        row, column = scalings_by_blocks(grad, num_iterations, blocks)
+    else:
+        row, column = sinkhorn_scalings(grad, num_iterations, scratch=workspace.take("scratch", grad))
     size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
     if 0 < size < float("inf"):
         write_scaled_(weight, grad, row, column, step_size, decay, key, layout, workspace)
@@ -219,13 +222,15 @@ def write_scaled_(
         else:
             write_int8_(weight, lambda rows: _scaled(grad[rows], row[rows], column), step_size, decay, key)
         return
-    scratch = workspace.take("scratch", grad)
-    exact = weight if weight.dtype == scratch.dtype else workspace.take("exact", weight).copy_(weight)
-    if decay != 1:
-        exact.mul_(decay)
-    scale_rows_(grad, row, scratch)
-    as_matrix(exact, layout).addcmul_(scratch, column.unsqueeze(-2), value=-step_size)
-    write_rounded_(weight, exact, key, scratch=as_matrix(scratch, layout))
+    for rows in row_blocks(grad) if layout == "out_in" else [slice(0, grad.shape[0])]:
+        part = weight[rows] if layout == "out_in" else weight
+        scratch = workspace.take("scratch", grad[rows])
+        exact = part if part.dtype == scratch.dtype else workspace.take("exact", part).copy_(part)
+        if decay != 1:
+            exact.mul_(decay)
+        scale_rows_(grad[rows], row[rows], scratch)
+        as_matrix(exact, layout).addcmul_(scratch, column.unsqueeze(-2), value=-step_size)
+        write_rounded_(part, exact, key, scratch=as_matrix(scratch, layout), first_row=rows.start)
 
 
 def _scaled(grad: Tensor, row: Tensor, column: Tensor) -> Tensor:

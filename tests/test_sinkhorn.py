@@ -7,7 +7,9 @@ from conftest import dense, gradients, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_stateless.sinkhorn import sinkhorn_scalings, sr_sinkhorn
+from hf_stateless import sinkhorn
+from hf_stateless.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings, sr_sinkhorn
+from hf_stateless.update_rules import multinorm_update_
 
 
 def log_normal(size, sigma, seed):
@@ -290,3 +292,45 @@ def test_zero_rows_and_columns_of_large_matrices_stay_zero_and_nothing_else_does
     result = sr_sinkhorn(grad)
     assert torch.equal(result == 0, grad == 0)
     assert result.isfinite().all()
+
+
+@given(gradients(), st.integers(1, 5), st.sampled_from([0.5, 1, 5, 5.5]))
+def test_scalings_by_blocks_of_rows_are_those_of_the_whole(grad, at_once, num_iterations):
+    grad = grad.flatten(0, -2)
+    blocks = [slice(first, min(first + at_once, len(grad))) for first in range(0, len(grad), at_once)]
+    whole = diagonal(sinkhorn_scalings(grad, num_iterations))
+    by_blocks = diagonal(scalings_by_blocks(grad, num_iterations, blocks))
+    torch.testing.assert_close(by_blocks * grad.double(), whole * grad.double(), rtol=1e-5, atol=1e-6)
+
+
+def diagonal(factors):
+    row, column = factors
+    return row.double()[:, None] * column.double()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_large_matrices_are_updated_by_blocks_as_small_ones_are_whole(weight_dtype, bad, monkeypatch):
+    grad = dense(37, 16)
+    grad[5] = 0
+    spoilt = grad.clone()
+    spoilt[30, 2] = bad
+
+    def updated(of):
+        weight = dense(37, 16).to(weight_dtype)
+        key = [torch.tensor([7], dtype=torch.int32)]
+        step = {"lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.1, "layout": "out_in"}
+        finite = multinorm_update_([weight], [of], key, **step, norms=("row_l2", "col_l2"), num_iterations=5)
+        return weight, finite
+
+    whole, finite = updated(grad)
+    monkeypatch.setattr(sinkhorn, "_BLOCK", 48)
+    assert len(row_blocks(grad)) == 13
+    by_blocks, also_finite = updated(grad)
+    assert finite == also_finite == [True]
+    # A bf16 weight may round the other way where the sums differ in their last bit.
+    away = (whole.float() - by_blocks.float()).abs() > 1e-5
+    assert away.float().mean() <= (0.01 if weight_dtype == torch.bfloat16 else 0)
+    assert updated(spoilt)[1] == [False]
+    assert torch.equal(updated(spoilt)[0], dense(37, 16).to(weight_dtype))
+    assert torch.equal(updated(torch.zeros(37, 16))[0], dense(37, 16).to(weight_dtype))
