@@ -71,7 +71,10 @@ def test_adapters_train_and_resume_over_a_base_that_stays_as_it_is(base, name, f
     model.save_pretrained(tmp_path / "saved")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved", **bits_and_bytes(base))
     assert changed(weights_of(loaded), final) == set()
-    torch.testing.assert_close(loaded.eval()(PROMPT).logits, model.eval()(PROMPT).logits, rtol=0, atol=0)
+    # On CPUs with AVX512-BF16 bitsandbytes computes otherwise where a gradient is asked for, as of adapters in training.
+    with torch.no_grad():
+        expected, logits = model.eval()(PROMPT).logits, loaded.eval()(PROMPT).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["sinkgd", "swan"])
