@@ -12,7 +12,6 @@ all-reduce of flags. FSDP2 itself gathers the weights twice and scatters the gra
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from result_files import write_results
 from step_time import MODELS, linear_shapes
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -208,9 +208,7 @@ def main() -> None:
     print(table(records))
     print("\n".join(f"{key}: {value}" for key, value in setup(args).items()))
     if args.output:
-        part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup(args), "records": records}, indent=1) + "\n")
-        part.replace(args.output)
+        write_results(args.output, setup(args), records=records)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -30,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import trl
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from rate_walk import nearest, walk
+from result_files import versions, write_results, write_whole
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -174,10 +173,7 @@ def cached(row: str, lr: float, seed: int, args: argparse.Namespace) -> float:
     name = "_".join(str(value).replace(", ", "-") for value in configuration(row, lr, seed, args).values())
     file = args.runs / f"{name}.json"
     if not file.is_file():
-        record = run(row, lr, seed, args)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        part.replace(file)
+        write_whole(file, json.dumps(run(row, lr, seed, args), indent=1) + "\n")
     loss = float(json.loads(file.read_text())["eval_loss"])
     print(f"{args.tuning} {row}: lr {lr:.2e} seed {seed}: held-out loss {loss:.4f}", flush=True)
     return loss
@@ -257,11 +253,8 @@ def setup() -> dict[str, Any]:
     return {
         "device": platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "trl": trl.__version__,
-        "hf_stateless": hf_stateless.__version__,
+        **versions(),
     }
 
 
@@ -269,9 +262,7 @@ def report(output: Path, runs: Path) -> None:
     """Gather the files of the runs into one, if there are any, and print the tables."""
     records = [json.loads(file.read_text()) for file in sorted(runs.glob("*.json"))]
     if records:
-        part = output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup(), "records": records}, indent=1) + "\n")
-        part.replace(output)
+        write_results(output, setup(), records=records)
     records = json.loads(output.read_text())["records"]
     for tuning in dict.fromkeys(record["tuning"] for record in records):
         print(f"\n{tuning}:\n{table(records, tuning)}")

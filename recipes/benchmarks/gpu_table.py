@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from result_files import write_results
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 import hf_stateless
@@ -115,9 +116,7 @@ def main() -> None:
             "transformers": transformers.__version__,
             "hf_stateless": hf_stateless.__version__,
         }
-        part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup, "models": models}, indent=1) + "\n")
-        part.replace(args.output)
+        write_results(args.output, setup, models=models)
 
 
 if __name__ == "__main__":

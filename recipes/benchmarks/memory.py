@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from result_files import write_results
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_stateless
@@ -309,9 +310,7 @@ def main() -> None:
     print(table(records))
     print("\n".join(f"{key}: {value}" for key, value in setup(args).items()))
     if args.output:
-        part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup(args), "records": records}, indent=1) + "\n")
-        part.replace(args.output)
+        write_results(args.output, setup(args), records=records)
 
 
 if __name__ == "__main__":

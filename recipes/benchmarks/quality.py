@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -29,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from quality_plan import ROWS, STUDIES, Beside, Row, Study
 from quality_report import curves, tables
 from rate_walk import best_rate, nearest, walk
+from result_files import versions, write_whole
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -43,8 +42,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-
-import hf_stateless
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -179,10 +176,7 @@ def cached(row: str, lr: float, seed: int, study: Study, args: argparse.Namespac
     """Return the held-out loss of a run, from its file or by training; infinite where it diverged."""
     file = file_of(configuration(row, lr, seed, study), args.runs)
     if not file.is_file():
-        record = run(row, lr, seed, study, args)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(record) + "\n")
-        part.replace(file)
+        write_whole(file, json.dumps(run(row, lr, seed, study, args)) + "\n")
     loss = json.loads(file.read_text())["eval_loss"]
     print(f"{args.study}: {row}: lr {lr:.2e} seed {seed}: held-out loss {loss or math.inf:.4f}", flush=True)
     return math.inf if loss is None else float(loss)
@@ -226,10 +220,7 @@ def setup() -> dict[str, Any]:
     """Return versions and device, for the file of results."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_stateless": hf_stateless.__version__,
+        **versions(),
     }
 
 
@@ -237,10 +228,8 @@ def report(output: Path, runs: Path, picture: Path | None) -> None:
     """Gather the files of the runs into one, if there are any, and print the tables."""
     records = read_runs(runs)
     if records:
-        part = output.with_suffix(".part")
         lines = ",\n".join(json.dumps(record) for record in records)
-        part.write_text(f'{{"setup": {json.dumps(setup())},\n"records": [\n{lines}\n]}}\n')
-        part.replace(output)
+        write_whole(output, f'{{"setup": {json.dumps(setup())},\n"records": [\n{lines}\n]}}\n')
     records = json.loads(output.read_text())["records"]
     for name, table in tables(records).items():
         print(f"\n{name}:\n{table}")

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from result_files import write_results
 from step_time_rows import BASELINE, ROWS, SLOW
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -238,9 +239,7 @@ def main() -> None:
     print("\n".join(filter(None, [table(records), shares(records)])))
     print("\n".join(f"{key}: {value}" for key, value in setup(args).items()))
     if args.output:
-        part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup(args), "records": records}, indent=1) + "\n")
-        part.replace(args.output)
+        write_results(args.output, setup(args), records=records)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import hf_stateless
+from result_files import versions, write_results
 
 
 PRETRAIN = Path(__file__).parent.parent / "pretrain.py"
@@ -87,16 +84,7 @@ def main() -> None:
     records = [train(name, seed, args) for seed in args.seeds for name in args.formats]
     print(table(records))
     if args.output:
-        setup = {
-            "device": platform.machine() + " CPU",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "hf_stateless": hf_stateless.__version__,
-        }
-        part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup, "records": records}, indent=1) + "\n")
-        part.replace(args.output)
+        write_results(args.output, {"device": platform.machine() + " CPU", **versions()}, records=records)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ time is that of the thread. The cosine is the lowest over the four square or the
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sysconfig
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from result_files import write_results
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -204,9 +204,7 @@ def main() -> None:
     print(table(records))
     print("\n".join(f"{key}: {value}" for key, value in setup(args).items()))
     if args.output:
-        part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup(args), "records": records}, indent=1) + "\n")
-        part.replace(args.output)
+        write_results(args.output, setup(args), records=records)
 
 
 if __name__ == "__main__":

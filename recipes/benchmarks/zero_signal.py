@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset, disable_progress_bars
+from result_files import write_results
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
@@ -190,9 +191,7 @@ def main() -> None:
                     print(json.dumps(records[-1]), flush=True)
     print(table(records))
     if args.output:
-        part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"setup": setup, "records": records}, indent=1) + "\n")
-        part.replace(args.output)
+        write_results(args.output, setup, records=records)
 
 
 if __name__ == "__main__":
