@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from ..norms import power_of_two_inverse
 from ..sinkhorn import SAFE_SUMS, smallest_sum
 from .cpu_compiler import compiled
 from .dispatch import VARIABLE
@@ -141,24 +141,17 @@ def _step_(
     m, n = grad.shape
     rounded = key is not None and weight.dtype == torch.bfloat16
     vectors = scratch.data_ptr() + 4 * _squares(m, n)
+    scale = float(power_of_two_inverse(grad[0].abs().amax().float()))  # that of the twin
     kernel = _kernel()
     assert kernel is not None
     left_alone = kernel(
         grad.data_ptr(), grad.dtype == torch.bfloat16, weight.data_ptr(), weight.dtype == torch.bfloat16,
         scratch.data_ptr(), m * n <= _KEPT, vectors, vectors + 4 * (m + 4 * n) if rounded else None,
         int(key) if rounded else 0, m, n, num_iterations,  # type: ignore[arg-type]
-        _scale(grad), step_size, decay, smallest_sum(n), smallest_sum(m), *SAFE_SUMS,
+        scale, step_size, decay, smallest_sum(n), smallest_sum(m), *SAFE_SUMS,
     )  # fmt: skip
     return not left_alone
 
 
 def _squares(m: int, n: int) -> int:
     return m * n if m * n <= _KEPT else _ROWS * n
-
-
-def _scale(grad: Tensor) -> float:
-    """Return the power of two that brings the first row to size one, as for the twin; 1 where there is none."""
-    largest = float(grad[0].abs().amax())
-    if not 0 < largest < math.inf:
-        return 1.0
-    return 2.0 ** min(max(-math.frexp(largest)[1], -126), 126)
