@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from .command_line import Parser
 from .memory.table import aligned
 from .report.schema import GIB, REPORT_FILE, MemoryReport
 
@@ -229,11 +229,6 @@ def _draw_losses(axes: Any, runs: Sequence[Run], key: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (type hf-stateless compare --help)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what runs reached and what they took, side by side.
 
@@ -248,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["no/such/run"])
         2
     """
-    parser = _Parser(prog="hf-stateless compare", description="Loss, time and memory of runs side by side.")
+    parser = Parser(prog="hf-stateless compare", description="Loss, time and memory of runs side by side.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a picture, such as compare.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import shutil
@@ -10,13 +9,14 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from .command_line import Parser, first_line
 from .int8.hf_quantizer import METHOD, dequantize
 
 
@@ -94,7 +94,7 @@ def _files_of(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=_READ))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no such folder, and not to be had from the Hub ({_first_line(error)})") from error
+        raise ValueError(f"{source}: no such folder, and not to be had from the Hub ({first_line(error)})") from error
 
 
 def _load(files: Path | None, source: str) -> PreTrainedModel:
@@ -123,11 +123,6 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (type hf-stateless export --help)")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Export one model, and print how to load it.
 
@@ -142,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         >>> main(["no/such/folder"])
         2
     """
-    parser = _Parser(prog="hf-stateless export", description="Write a model trained in 8 bits for other programs.")
+    parser = Parser(prog="hf-stateless export", description="Write a model trained in 8 bits for other programs.")
     parser.add_argument("source", metavar="MODEL", help="folder of a saved 8-bit model, or its id on the Hub")
     parser.add_argument("output", metavar="OUT", help="new folder")
     parser.add_argument(
@@ -152,16 +147,12 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         folder = export_model(args.source, args.output, args.format)
     except (ValueError, OSError, ImportError) as error:
-        print(f"hf-stateless export: {_first_line(error)}", file=sys.stderr)
+        print(f"hf-stateless export: {first_line(error)}", file=sys.stderr)
         return 2
     print(f'{folder}: {args.format}, for from_pretrained("{folder}")')
     if args.format == "bf16":
         print(f"A GGUF file of it, with llama.cpp: python convert_hf_to_gguf.py {folder} --outfile model.gguf")
     return 0
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import hf_stateless
 PACKAGE = "hf_stateless"
 # Each room may import the rooms above it; `__init__` may import all of them.
 ROOMS = [
+    "command_line",
     "batching",
     "rounding",
     "int8",

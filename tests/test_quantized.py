@@ -71,7 +71,7 @@ def test_adapters_train_and_resume_over_a_base_that_stays_as_it_is(base, name, f
     model.save_pretrained(tmp_path / "saved")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved", **bits_and_bytes(base))
     assert changed(weights_of(loaded), final) == set()
-    # On CPUs with AVX512-BF16 bitsandbytes computes otherwise where a gradient is asked for, as of adapters in training.
+    # On CPUs with AVX512-BF16 bitsandbytes computes otherwise where a gradient is asked for, as of trained adapters.
     with torch.no_grad():
         expected, logits = model.eval()(PROMPT).logits, loaded.eval()(PROMPT).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)

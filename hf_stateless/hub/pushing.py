@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+from ..command_line import first_line
 from .card import attach_model_card
 from .facts import CardFacts
 
@@ -89,9 +90,9 @@ def push(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> CommitInfo | No
             return _upload(trainer)
         except Exception as error:
             if wait is None or not is_transient(error):
-                raise PushError(_advice(trainer, f"after {attempt} attempts: {_in_one_line(error)}")) from error
+                raise PushError(_advice(trainer, f"after {attempt} attempts: {first_line(error)}")) from error
             wait = max(wait, _asked_to_wait(error))
-            logger.warning("Push failed (%s). Trying again in %.0f s.", _in_one_line(error), wait)
+            logger.warning("Push failed (%s). Trying again in %.0f s.", first_line(error), wait)
             time.sleep(wait)
     raise AssertionError
 
@@ -142,10 +143,6 @@ def _asked_to_wait(error: Exception) -> float:
     """Return the seconds that a busy server asks for; huggingface_hub heeds them in some of its requests only."""
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return float(asked) if asked.isdigit() else 0.0
-
-
-def _in_one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _advice(trainer: Trainer, failure: str) -> str:

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
+from ..command_line import Parser
 from ..int8.weight import Int8Weight
 from ..options import LAYERWISE
 from .estimate import estimate
@@ -23,11 +24,6 @@ from .table import GPUS, Settings, as_json, as_table, plot
 _DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (type hf-stateless memory --help)")
-
-
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
@@ -35,7 +31,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hf-stateless memory", description="Predict the memory of a training run.")
+    parser = Parser(prog="hf-stateless memory", description="Predict the memory of a training run.")
     add = parser.add_argument
     add("model", metavar="MODEL", help="id on the Hub, folder with a config.json, or such a file")
     add("--optim", default=_DEFAULT_OPTIMIZERS, help=f"names joined by commas: {', '.join(known_optimizers())}")

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..command_line import first_line
 from ..int8.hf_quantizer import quantize
 from .state import shard
 from .table import Settings
@@ -37,7 +38,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"MODEL={source!r}: expected a folder with a config.json, such a file, or the id of a model on the Hub "
-            f"that can be reached ({_first_line(error)})"
+            f"that can be reached ({first_line(error)})"
         ) from None
     config.use_cache = False  # as the Trainer sets it
     return config
@@ -71,7 +72,7 @@ def build_model(config: Any, settings: Settings) -> nn.Module:
                 base_of(model).activation_checkpointing_enable()
     except (AttributeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
         kind = getattr(config, "model_type", "")
-        raise ValueError(f"The model of this config (type {kind!r}) cannot be built: {_first_line(error)}") from None
+        raise ValueError(f"The model of this config (type {kind!r}) cannot be built: {first_line(error)}") from None
     trained: nn.Module = model.train()
     return trained
 
@@ -101,10 +102,6 @@ def _with_lora(model: Any, rank: int) -> Any:
     with warnings.catch_warnings():  # PEFT asks transformers for an attribute that it has renamed
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def example_inputs(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
