@@ -259,7 +259,7 @@ def run_clipped(rank):
 def run_compiled(rank):
     """DDP around a compiled model, of which the names have a prefix."""
     model = built(Tower)
-    optimizer = create_optimizer(model, "sinkgd_layerwise", lr=0.01, weight_decay=0.1)
+    optimizer = create_optimizer(model, "sinkgd_layerwise", lr=0.01, lr_scale=0.2, weight_decay=0.1)
     wrapped = DistributedDataParallel(torch.compile(model, backend="aot_eager"), **UNUSED)
     for step in range(STEPS):
         step_once(wrapped, optimizer, tokens(rank, step))
@@ -294,9 +294,9 @@ def run_reentrant(rank):
     for layerwise in (True, False):
         model = built(Reentrant)
         if layerwise:
-            optimizer = create_optimizer(model, "sinkgd_layerwise", lr=0.01)
+            optimizer = create_optimizer(model, "sinkgd_layerwise", lr=0.01, lr_scale=0.2)
         model = DistributedDataParallel(model)
-        optimizer = optimizer if layerwise else create_optimizer(model, "sinkgd", lr=0.01)
+        optimizer = optimizer if layerwise else create_optimizer(model, "sinkgd", lr=0.01, lr_scale=0.2)
         for step in range(STEPS):
             step_once(model, optimizer, tokens(rank, step))
         trained.append(weights_of(model))
@@ -306,7 +306,7 @@ def run_reentrant(rank):
 def run_wrapped_twice(rank):
     """DDP around another module than the optimizer knows, so that it also has the hooked matrices in its buckets."""
     model = built(Tower)
-    optimizer = create_optimizer(model, "sinkgd_layerwise", lr=0.01, weight_decay=0.1)
+    optimizer = create_optimizer(model, "sinkgd_layerwise", lr=0.01, lr_scale=0.2, weight_decay=0.1)
     wrapped = DistributedDataParallel(nn.Sequential(model), gradient_as_bucket_view=True, **UNUSED)
     for step in range(STEPS):
         step_once(wrapped, optimizer, tokens(rank, step))
@@ -699,8 +699,8 @@ RUNS = {
     "layerwise, accumulated": ("sinkgd_layerwise", {"gradient_accumulation_steps": 2}),
     "layerwise, all released": ("sinkgd_layerwise", {"optim_args": "release=all", "max_grad_norm": 0.0}),
     "plain, unclipped": ("sinkgd", {"max_grad_norm": 0.0}),
-    "layerwise swan": ("swan_layerwise", {}),
-    "plain swan": ("swan", {}),
+    "layerwise swan": ("swan_layerwise", {"optim_args": "lr_scale=0.2"}),
+    "plain swan": ("swan", {"optim_args": "lr_scale=0.2"}),
 }
 
 

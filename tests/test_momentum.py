@@ -35,7 +35,8 @@ def build(name="sinkgd", shape=(6, 9), **options):
     """One matrix and its optimizer."""
     weight = torch.nn.Parameter(dense(*shape, seed=7))
     chain = {"norms": PRESETS[name].norms, "num_iterations": PRESETS[name].num_iterations}
-    group = {"params": [weight], "algorithm": "multinorm", "weight_decay": 0.1, "momentum": MU, **chain, **options}
+    group = {"params": [weight], "algorithm": "multinorm", "lr_scale": 0.2, "weight_decay": 0.1, "momentum": MU}
+    group |= {**chain, **options}
     return weight, StatelessOptimizer([group], lr=LR)
 
 

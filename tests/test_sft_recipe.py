@@ -55,7 +55,8 @@ ADAPTERS = {
 }
 RUN = (
     "--model_name_or_path model --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --max_length 64 "
-    "--learning_rate 1e-2 --eval_strategy no --logging_steps 1 --cpu_threads 1 --use_cpu --output_dir out "
+    "--learning_rate 1e-2 --optim_args lr_scale=0.2 --eval_strategy no --logging_steps 1 --cpu_threads 1 --use_cpu "
+    "--output_dir out "
 )
 
 

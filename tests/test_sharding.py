@@ -80,7 +80,7 @@ def sharded(dtype=torch.float32):
 
 def run_sharded(rank, name, options):
     model = sharded()
-    optimizer = create_optimizer(model, name, lr=0.01, weight_decay=0.1, **options)
+    optimizer = create_optimizer(model, name, lr=0.01, lr_scale=0.2, weight_decay=0.1, **options)
     take_steps(model, optimizer, tokens(rank))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return whole(model)
@@ -89,7 +89,7 @@ def run_sharded(rank, name, options):
 def run_resumed(rank, name, options, full):
     """Take steps, hand the state to a fresh optimizer through torch's checkpoint code, and take as many more."""
     model = sharded()
-    optimizer = create_optimizer(model, name, lr=0.01, weight_decay=0.1, **options)
+    optimizer = create_optimizer(model, name, lr=0.01, lr_scale=0.2, weight_decay=0.1, **options)
     take_steps(model, optimizer, tokens(rank))
     saved = get_optimizer_state_dict(
         model, optimizer, options=StateDictOptions(full_state_dict=full, cpu_offload=full)
@@ -97,7 +97,7 @@ def run_resumed(rank, name, options, full):
     saved = copy.deepcopy(saved)
     fresh_model = sharded()
     fresh_model.load_state_dict(copy.deepcopy(model.state_dict()))
-    fresh = create_optimizer(fresh_model, name, lr=0.01, weight_decay=0.1, **options)
+    fresh = create_optimizer(fresh_model, name, lr=0.01, lr_scale=0.2, weight_decay=0.1, **options)
     loading = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full)
     set_optimizer_state_dict(fresh_model, fresh, saved, options=loading)
     take_steps(model, optimizer, tokens(rank))
@@ -172,7 +172,7 @@ def test_fsdp2_equals_one_process(case, results):
     name, options = SHARDED[case]
     model = odd_model()
     start = copy.deepcopy(model.state_dict())
-    take_steps(model, create_optimizer(model, name, lr=0.01, weight_decay=0.1, **options), tokens())
+    take_steps(model, create_optimizer(model, name, lr=0.01, lr_scale=0.2, weight_decay=0.1, **options), tokens())
     expected = model.state_dict()
     for rank in range(WORLD):
         torch.testing.assert_close(results[rank][case], dict(expected), rtol=1e-5, atol=1e-5)
