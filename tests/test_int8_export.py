@@ -143,3 +143,15 @@ def test_a_missing_bitsandbytes_and_an_unknown_format_are_told(int8, tmp_path, m
         export_model(int8, tmp_path / "out", "bitsandbytes")
     with pytest.raises(ValueError, match="A GGUF file is made from bf16"):
         export_model(int8, tmp_path / "out", "gguf-ready")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dequantised_peft_model_merges_its_adapters(dtype, make_model):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(quantize(make_model("llama").to(dtype)), lora).eval()
+    expected = logits(adapted)
+    merged = dequantize(adapted, torch.float32).merge_and_unload()
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in name for name in merged.state_dict())
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)

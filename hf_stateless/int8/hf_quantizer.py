@@ -177,7 +177,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> P
     What is saved afterwards loads anywhere, and converts to any format that plain models convert to.
 
     Args:
-        model: from `quantize`, or loaded with an `Int8TrainingConfig`.
+        model: from `quantize`, or loaded with an `Int8TrainingConfig`; a PEFT model over one can be merged afterwards.
         dtype: of all parameters; the weights are rounded to it once.
 
     Returns:
@@ -200,6 +200,6 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> P
             f"{type(model).__name__} has no 8-bit layer of hf_stateless: pass a model that was loaded with "
             "quantization_config=hf_stateless.Int8TrainingConfig(), or made by hf_stateless.quantize(model)."
         )
-    dequantized: PreTrainedModel = model.dequantize(dtype)
-    dequantized.config.dtype = dtype
-    return dequantized
+    model.dequantize(dtype)
+    model.config.dtype = dtype
+    return model
