@@ -96,6 +96,16 @@ def test_a_run_goes_through_the_trainer_and_is_found_again(row, args, monkeypatc
     assert quality.cached(row, 1e-3, 0, TINY, args) == loss
 
 
+def test_the_runs_of_a_report_are_laid_out_again_and_not_repeated(records, args, monkeypatch):
+    quality.restore(RESULTS / "quality-cpu.json", args.runs)
+    assert len(quality.read_runs(args.runs)) == len(records)
+    monkeypatch.setattr(quality, "run", None)  # would be called for what is missing
+    for record in records:
+        study = Study(**{key: record[key] for key in STUDIES["small"].values()})
+        loss = quality.cached(*(record[key] for key in ("row", "learning_rate", "seed")), study, args)
+        assert loss == (math.inf if record["eval_loss"] is None else record["eval_loss"])
+
+
 def test_rows_beside_adamw_ask_for_its_run(args):
     with pytest.raises(SystemExit, match="--rows adamw"):
         quality.cached("swan", 1e-3, 0, TINY, args)

@@ -4,6 +4,7 @@
     python recipes/benchmarks/quality.py --study small --rows swan sinkgd muon --seeds 0 1 2
     python recipes/benchmarks/quality.py --study "largest, english" --train_files "corpus/*.jsonl" --rows adamw swan
     python recipes/benchmarks/quality.py --report recipes/benchmarks/results/quality-cpu.json
+    python recipes/benchmarks/quality.py --restore recipes/benchmarks/results/quality-cpu.json --study long --rows swan
 
 Every run goes through the Trainer: same data order and initialisation per seed, cosine schedule to a tenth after 10 %
 warm-up, fitted to the number of steps, float32 weights with bf16 autocast; the loss is that of the end of the run.
@@ -12,7 +13,8 @@ and at least `--rates` were tried; the walk is done on the first seed, and the `
 Rows whose matrices have a rate of their own update the rest by AdamW at the best rate of the row `adamw`.
 
 Each run is a JSON file in `--runs`, named by its configuration: what is there is not run again. Several processes may
-work on different rows. `--report` gathers the files and prints the tables; studies and rows are in quality_plan.py.
+work on different rows. `--report` gathers the files and prints the tables, `--restore` lays the files of a report out
+again, so that its runs need not be repeated; studies and rows are in quality_plan.py.
 """
 
 from __future__ import annotations
@@ -216,6 +218,14 @@ def sweep(row: str, study: Study, args: argparse.Namespace) -> None:
             loss(k, seed)
 
 
+def restore(source: Path, runs: Path) -> None:
+    """Write the runs that a report gathered as files again; a file that is there stays."""
+    for record in json.loads(source.read_text())["records"]:
+        file = file_of({key: record[key] for key in configuration("", 0.0, 0, Study())}, runs)
+        if not file.is_file():
+            write_whole(file, json.dumps(record) + "\n")
+
+
 def setup() -> dict[str, Any]:
     """Return versions and device, for the file of results."""
     return {
@@ -250,9 +260,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of torch on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs' JSON files")
+    parser.add_argument("--restore", type=Path, help="count the runs in this file of --report as done")
     parser.add_argument("--report", type=Path, help="gather the runs into this file and print the tables")
     parser.add_argument("--plot", type=Path, help="with --report: draw the losses against tokens, time and memory")
     args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    if args.restore:
+        restore(args.restore, args.runs)
     if args.report:
         report(args.report, args.runs, args.plot)
         return
@@ -260,7 +274,6 @@ def main() -> None:
         parser.error(f"--study {args.study!r} trains on English: give its text by --train_files 'corpus/*.jsonl'")
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.runs.mkdir(parents=True, exist_ok=True)
     for row in args.rows:
         sweep(row, STUDIES[args.study], args)
 
