@@ -82,6 +82,25 @@ def test_the_rows_with_a_factory_update_every_parameter_once(factory):
     assert optimizer.tensors()
 
 
+@pytest.mark.parametrize("row", ["adamw", "adamw, rates apart", "muon", "swan", "sinkgd"])
+def test_every_row_has_the_schedule_of_the_trainer(row, args, monkeypatch):
+    """The first step of a warm-up has the rate 0: nothing moves in it, and everything in the second."""
+    moved = []
+
+    class Moves(quality.Progress):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            self.before = [p.detach().clone() for p in model.parameters()]
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            moved.append([not torch.equal(*pair) for pair in zip(model.parameters(), self.before, strict=True)])
+
+    monkeypatch.setattr(quality, "Progress", Moves)
+    quality.cached("adamw", 1e-3, 0, TINY, args)
+    moved.clear()
+    quality.run(row, 2e-3, 0, TINY, args)
+    assert [any(moved[0]), all(moved[1])] == [False, True]
+
+
 @pytest.mark.parametrize("row", ["adamw", "muon", "swan", "sinkgd", "sign"])
 def test_a_run_goes_through_the_trainer_and_is_found_again(row, args, monkeypatch):
     quality.cached("adamw", 1e-3, 0, TINY, args)

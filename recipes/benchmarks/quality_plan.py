@@ -83,10 +83,12 @@ class Beside(torch.optim.Optimizer):
     def __init__(self, matrices: torch.optim.Optimizer, rest: torch.optim.Optimizer) -> None:
         self.parts = (matrices, rest)
         super().__init__([{"params": [p]} for part in self.parts for g in part.param_groups for p in g["params"]], {})
-        self.param_groups = [group for part in self.parts for group in part.param_groups]  # shared: rates stay live
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
+        groups = iter(self.param_groups)  # where the scheduler writes; accelerate has put new ones there
         for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
             part.step()
 
     def tensors(self) -> list[torch.Tensor]:
@@ -114,6 +116,15 @@ class MuonFactory(MatrixFactory):
     @staticmethod
     def make(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         return torch.optim.Muon(params, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+
+class MuonWithoutMomentumFactory(MatrixFactory):
+    """The whitening of torch's Muon, on the gradient alone."""
+
+    @staticmethod
+    def make(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw", "momentum": 0.0, "nesterov": False}
+        return torch.optim.Muon(params, lr=lr, **options)
 
 
 class AdamWFactory(MatrixFactory):
@@ -152,6 +163,12 @@ ROWS: dict[str, Row] = {
     "sign": ours("multinorm:norms=sign"),
     "swan, not centred": ours("swan:center=false", 4e-3),
     "swan, polar_express": ours("swan:whitening=polar_express", 4e-3),
+    "swan, beta 0.5": ours("swan:ns_beta=0.5", 4e-3),
+    "muon without momentum": Row(4e-3, factory=MuonWithoutMomentumFactory),
+    "spectral, momentum 0.95, float32": ours("multinorm:norms=spectral,momentum=0.95,momentum_dtype=float32", 4e-3),
+    "spectral, polar_express, momentum 0.95, float32": ours(
+        "multinorm:norms=spectral,whitening=polar_express,momentum=0.95,momentum_dtype=float32", 4e-3
+    ),
     "swan, then columns": ours("multinorm:norms=row_l2+spectral+col_l2", 4e-3),
     # What embeddings are updated by, warm-up and decay.
     "swan, sinkhorn_momentum embeddings": ours("swan:embeddings=sinkhorn_momentum", 4e-3),
