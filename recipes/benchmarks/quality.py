@@ -53,6 +53,11 @@ from pretraining_text import DataArguments
 
 
 EVAL_TOKENS = 32_768
+SCHEDULE = {
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "warmup_steps": 0.1,
+}
 _BLOCKS: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
 
@@ -108,8 +113,6 @@ def training_arguments(row: Row, lr: float, rest_rate: float | None, study: Stud
         max_steps=study.steps,
         per_device_train_batch_size=study.sequences,
         per_device_eval_batch_size=32,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
         seed=seed,
         save_strategy="no",
         logging_steps=max(1, study.steps // 20),
@@ -118,7 +121,7 @@ def training_arguments(row: Row, lr: float, rest_rate: float | None, study: Stud
         use_cpu=device == "cpu",
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        **{"warmup_steps": 0.1, "weight_decay": 0.0, **own},
+        **{**SCHEDULE, "weight_decay": 0.0, **own},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -184,4 +184,10 @@ ROWS: dict[str, Row] = {
     "sinkgd, width rule": ours("sinkgd:width_rule=fan_in"),
     "swan, 2 % warm-up": ours("swan", 4e-3, warmup_steps=0.02),
     "swan, weight decay 0.1": ours("swan", 4e-3, weight_decay=0.1),
+}
+# The schedule is a setting like any other: no warm-up and no decay, for those that the tables are about.
+CONSTANT = (("lr_scheduler_type", "constant"), ("lr_scheduler_kwargs", None), ("warmup_steps", 0))
+ROWS |= {
+    f"{name}, constant rate": replace(ROWS[name], training=CONSTANT)
+    for name in ("adamw", "adamw, rates apart", "muon", "swan", "sinkgd")
 }
