@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from quality_plan import ROWS, STUDIES, Beside, Row, Study
-from quality_report import curves, tables
+from quality_report import curves, document, tables
 from rate_walk import best_rate, nearest, walk
 from result_files import versions, write_whole
 from transformers import (
@@ -238,7 +238,7 @@ def setup() -> dict[str, Any]:
 
 
 def report(output: Path, runs: Path, picture: Path | None) -> None:
-    """Gather the files of the runs into one, if there are any, and print the tables."""
+    """Gather the files of the runs into one, if there are any, print the tables and write them beside it."""
     records = read_runs(runs)
     if records:
         lines = ",\n".join(json.dumps(record) for record in records)
@@ -246,6 +246,7 @@ def report(output: Path, runs: Path, picture: Path | None) -> None:
     records = json.loads(output.read_text())["records"]
     for name, table in tables(records).items():
         print(f"\n{name}:\n{table}")
+    write_whole(output.with_suffix(".md"), document(records))
     if picture:
         curves(records, picture)
 

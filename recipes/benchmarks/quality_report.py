@@ -12,8 +12,8 @@ from rate_walk import best_rate
 
 
 Records = Sequence[Mapping[str, Any]]
-# What the picture shows; the tables have every row.
-DRAWN = ("adamw", "adamw, rates apart", "muon", "swan", "sinkgd")
+# What the picture and the summary show; the tables have every row.
+MAIN = ("adamw", "adamw, rates apart", "muon", "swan", "sinkgd")
 HEADER = (
     "| Optimizer | Held-out loss | Seeds: spread | Best learning rate | Loss at half and double that | "
     "Bytes of state |\n|---|---:|---:|---:|---:|---:|"
@@ -36,10 +36,31 @@ def by_row(records: Records) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def tables(records: Records) -> dict[str, str]:
-    """Return a Markdown table for each study that has runs, best optimizer first, and one of learning rates."""
+    """Return a Markdown table for each study that has runs, best optimizer first, and two that go over all studies."""
     found = {name: runs for name in STUDIES if (runs := of_study(records, name))}
     result = {name: table(runs) for name, runs in found.items()}
-    return {**result, "learning rates": rates_table(found)} if found else result
+    return {"summary": summary(found), **result, "learning rates": rates_table(found)} if found else result
+
+
+def document(records: Records) -> str:
+    """Return all tables as a Markdown file."""
+    sections = [f"## {name[0].upper()}{name[1:]}\n\n{rendered}\n" for name, rendered in tables(records).items()]
+    return "\n".join(["# Runs of `quality.py`\n", *sections])
+
+
+def summary(found: Mapping[str, Records]) -> str:
+    """Render the best loss of the main rows in the studies that have them: with the schedule / at a constant rate."""
+    best = {
+        study: {row: statistics.mean(best_rate(same)[1].values()) for row, same in by_row(records).items()}
+        for study, records in found.items()
+    }
+    shown = [study for study, losses in best.items() if {"muon", "swan, constant rate"} <= losses.keys()]
+    lines = ["| Optimizer | " + " | ".join(shown) + " |", "|---|" + "---:|" * len(shown)]
+    for row in MAIN:
+        pairs = [[best[study].get(name) for name in (row, f"{row}, constant rate")] for study in shown]
+        cells = [" / ".join("not run" if loss is None else f"{loss:.3f}" for loss in pair) for pair in pairs]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table(records: Records) -> str:
@@ -74,7 +95,7 @@ def curves(records: Records, picture: Path) -> None:
     found = {name: runs for name in STUDIES if (runs := of_study(records, name))}
     figure, axes = plt.subplots(len(found), 3, figsize=(13, 3.4 * len(found)), squeeze=False, layout="constrained")
     for (name, runs), (tokens, hours, memory) in zip(found.items(), axes, strict=True):
-        for row, same in by_row([r for r in runs if r["row"] in DRAWN]).items():
+        for row, same in by_row([r for r in runs if r["row"] in MAIN]).items():
             best, losses, _ = best_rate(same)
             record = next(r for r in same if r["learning_rate"] == best and r["seed"] == min(losses))
             size = (record["weight_bytes"] + record["state_bytes"]) / 2**20
