@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -174,6 +175,20 @@ def test_the_tables_are_those_of_the_runs(records):
     readme = read("README.md")
     shown = {name for name, table in quality_report.tables(records).items() if table in readme}
     assert shown == {"summary", "learning rates"}
+
+
+def test_every_loss_that_the_readme_tells_is_one_of_a_run_or_a_mean(records):
+    section = read("README.md").split("## Does it train better?")[1].split("What the papers report")[0]
+    means = [
+        rate_walk.best_rate(same)[1].values()
+        for study in STUDIES
+        for same in quality_report.by_row(quality_report.of_study(records, study)).values()
+    ]
+    known = {f"{sum(losses) / len(losses):.3f}" for losses in means}
+    known |= {f"{record['eval_loss']:.3f}" for record in records if record["eval_loss"] is not None}
+    told = set(re.findall(r"\b[4-9]\.\d{3}\b", section))
+    assert len(told) > 40
+    assert told <= known
 
 
 def test_swan_with_its_default_ends_below_adamw_at_the_largest_size_as_the_readme_says(records):
