@@ -304,7 +304,6 @@ def main() -> None:
         )
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.runs.mkdir(parents=True, exist_ok=True)
     for row in args.rows:
         sweep(row, args)
 

@@ -7,10 +7,11 @@
     python recipes/benchmarks/quality.py --restore recipes/benchmarks/results/quality-cpu.json --study long --rows swan
 
 Every run goes through the Trainer: same data order and initialisation per seed, cosine schedule to a tenth after 10 %
-warm-up, fitted to the number of steps, float32 weights with bf16 autocast; the loss is that of the end of the run.
-The learning rate walks in factors of two from the row's start until the best one has a worse neighbour on both sides
-and at least `--rates` were tried; the walk is done on the first seed, and the `--repeat` best rates with the others.
-Rows whose matrices have a rate of their own update the rest by AdamW at the best rate of the row `adamw`.
+warm-up, fitted to the number of steps (neither in rows "constant rate"), float32 weights with bf16 autocast; the loss
+is that of the end of the run. The learning rate walks in factors of two from the row's start until the best one has a
+worse neighbour on both sides and at least `--rates` were tried; the walk is done on the first seed, and the `--repeat`
+best rates with the others. Rows whose matrices have a rate of their own update the rest by AdamW at the best rate of
+the row `adamw`.
 
 Each run is a JSON file in `--runs`, named by its configuration: what is there is not run again. Several processes may
 work on different rows. `--report` gathers the files and prints the tables, `--restore` lays the files of a report out
@@ -30,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_plan import ROWS, STUDIES, Beside, Row, Study
-from quality_report import curves, document, tables
+from quality_plan import ROWS, SCHEDULE, STUDIES, Beside, Row, Study
+from quality_report import curves, document
 from rate_walk import best_rate, nearest, walk
 from result_files import versions, write_whole
 from transformers import (
@@ -53,11 +54,6 @@ from pretraining_text import DataArguments
 
 
 EVAL_TOKENS = 32_768
-SCHEDULE = {
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-    "warmup_steps": 0.1,
-}
 _BLOCKS: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
 
@@ -121,7 +117,7 @@ def training_arguments(row: Row, lr: float, rest_rate: float | None, study: Stud
         use_cpu=device == "cpu",
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        **{**SCHEDULE, "weight_decay": 0.0, **own},
+        **{**dict(SCHEDULE), "weight_decay": 0.0, **own},
     )
 
 
@@ -244,9 +240,9 @@ def report(output: Path, runs: Path, picture: Path | None) -> None:
         lines = ",\n".join(json.dumps(record) for record in records)
         write_whole(output, f'{{"setup": {json.dumps(setup())},\n"records": [\n{lines}\n]}}\n')
     records = json.loads(output.read_text())["records"]
-    for name, table in tables(records).items():
-        print(f"\n{name}:\n{table}")
-    write_whole(output.with_suffix(".md"), document(records))
+    text = document(records)
+    print(text)
+    write_whole(output.with_suffix(".md"), text)
     if picture:
         curves(records, picture)
 
@@ -268,7 +264,6 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="gather the runs into this file and print the tables")
     parser.add_argument("--plot", type=Path, help="with --report: draw the losses against tokens, time and memory")
     args = parser.parse_args()
-    args.runs.mkdir(parents=True, exist_ok=True)
     if args.restore:
         restore(args.restore, args.runs)
     if args.report:

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quality_plan import ROWS, STUDIES
+from quality_plan import MAIN, ROWS, STUDIES
 from rate_walk import best_rate
 
 
 Records = Sequence[Mapping[str, Any]]
-# What the picture and the summary show; the tables have every row.
-MAIN = ("adamw", "adamw, rates apart", "muon", "swan", "sinkgd")
 HEADER = (
     "| Optimizer | Held-out loss | Seeds: spread | Best learning rate | Loss at half and double that | "
     "Bytes of state |\n|---|---:|---:|---:|---:|---:|"
@@ -78,7 +76,7 @@ def table(records: Records) -> str:
 
 def rates_table(found: Mapping[str, Records]) -> str:
     """Render the best learning rates of the main rows over the studies, as multiples of AdamW's."""
-    rows = ("adamw, rates apart", "sinkgd", "swan", "muon")
+    rows = MAIN[1:]
     lines = ["| Study | AdamW | " + " | ".join(rows) + " |", "|---|---:|" + "---:|" * len(rows)]
     for name, records in found.items():
         best = {row: best_rate(same)[0] for row, same in by_row(records).items()}

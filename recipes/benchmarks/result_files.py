@@ -14,7 +14,8 @@ import hf_stateless
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file beside its place and rename it; several processes may write the same one."""
+    """Write a file beside its place and rename it, its folder too; several processes may write the same one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}")
     part.write_text(text)
     part.replace(file)
