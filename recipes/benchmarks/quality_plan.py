@@ -135,6 +135,8 @@ class AdamWFactory(MatrixFactory):
         return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True)
 
 
+# Multiples of AdamW's best rate for what is no matrix.
+RESTS = (2, 4, 8, 16, 32)
 ROWS: dict[str, Row] = {
     # What AdamW can do: alone, with other settings, and with a rate of its own for the matrices.
     "adamw": Row(2e-3, "adamw_torch_fused", apart=False),
@@ -142,17 +144,17 @@ ROWS: dict[str, Row] = {
     "adamw, weight decay 0.1": Row(4e-3, "adamw_torch_fused", training=(("weight_decay", 0.1),), apart=False),
     "adamw, 2 % warm-up": Row(4e-3, "adamw_torch_fused", training=(("warmup_steps", 0.02),), apart=False),
     "adamw, rates apart": Row(5e-4, factory=AdamWFactory),
-    **{f"adamw, rates apart, rest {k}x": Row(5e-4, factory=AdamWFactory, rest=k) for k in (2, 4, 8, 16)},
+    **{f"adamw, rates apart, rest {k}x": Row(5e-4, factory=AdamWFactory, rest=k) for k in RESTS},
     "adafactor": Row(8e-3, "adafactor", apart=False),
     "lion": Row(5e-4, "lion_32bit", apart=False),
     "galore": Row(8e-3, "galore_adamw", "rank=32,update_proj_gap=50,scale=1.0", apart=False),
     "apollo": Row(8e-3, "apollo_adamw", "rank=32,update_proj_gap=50,scale=1.0", apart=False),
     "muon": Row(4e-3, factory=MuonFactory),
-    **{f"muon, rest {k}x": Row(4e-3, factory=MuonFactory, rest=k) for k in (2, 4, 8, 16)},
+    **{f"muon, rest {k}x": Row(4e-3, factory=MuonFactory, rest=k) for k in RESTS},
     "swan": ours("swan", 4e-3),
-    **{f"swan, rest {k}x": ours("swan", 4e-3, rest=k) for k in (2, 4, 8, 16)},
+    **{f"swan, rest {k}x": ours("swan", 4e-3, rest=k) for k in RESTS},
     "sinkgd": ours("sinkgd"),
-    **{f"sinkgd, rest {k}x": ours("sinkgd", rest=k) for k in (2, 4, 8, 16)},
+    **{f"sinkgd, rest {k}x": ours("sinkgd", rest=k) for k in RESTS},
     # What makes the difference: iterations, chains, order, centring.
     "sinkgd, L=1": ours("sinkgd:num_iterations=1"),
     "sinkgd, L=3": ours("sinkgd:num_iterations=3"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,18 @@ def document(records: Records) -> str:
     return "\n".join(["# Runs of `quality.py`\n", *sections])
 
 
+def in_summary(rows: Iterable[str]) -> bool:
+    """Tell whether a study with runs of these rows is one that all optimizers and both schedules are compared in."""
+    return {"muon", "swan, constant rate"} <= set(rows)
+
+
 def summary(found: Mapping[str, Records]) -> str:
     """Render the best loss of the main rows in the studies that have them: with the schedule / at a constant rate."""
     best = {
         study: {row: statistics.mean(best_rate(same)[1].values()) for row, same in by_row(records).items()}
         for study, records in found.items()
     }
-    shown = [study for study, losses in best.items() if {"muon", "swan, constant rate"} <= losses.keys()]
+    shown = [study for study, losses in best.items() if in_summary(losses)]
     lines = ["| Optimizer | " + " | ".join(shown) + " |", "|---|" + "---:|" * len(shown)]
     for row in MAIN:
         pairs = [[best[study].get(name) for name in (row, f"{row}, constant rate")] for study in shown]
@@ -87,25 +92,37 @@ def rates_table(found: Mapping[str, Records]) -> str:
 
 
 def curves(records: Records, picture: Path) -> None:
-    """Draw the training loss of the best runs against tokens and time, and the final loss against memory."""
+    """Draw the training loss of the best runs against tokens and time, and the final loss against memory.
+
+    The studies and rows are those of the summary; a constant rate is dashed, and hollow where it is a point. The time
+    is that of the row's fastest run, which the machine's other work held up least.
+    """
     import matplotlib.pyplot as plt
 
-    found = {name: runs for name in STUDIES if (runs := of_study(records, name))}
-    figure, axes = plt.subplots(len(found), 3, figsize=(13, 3.4 * len(found)), squeeze=False, layout="constrained")
-    for (name, runs), (tokens, hours, memory) in zip(found.items(), axes, strict=True):
-        for row, same in by_row([r for r in runs if r["row"] in MAIN]).items():
+    found = {name: by_row(runs) for name in STUDIES if (runs := of_study(records, name))}
+    shown = [name for name in found if in_summary(found[name])] or list(found)
+    figure, axes = plt.subplots(len(shown), 3, figsize=(13, 3.4 * len(shown)), squeeze=False, layout="constrained")
+    for name, (tokens, hours, memory) in zip(shown, axes, strict=True):
+        for row, same in found[name].items():
+            main, constant = row.removesuffix(", constant rate"), row.endswith(", constant rate")
+            if main not in MAIN:
+                continue
+            color = f"C{MAIN.index(main)}"
             best, losses, _ = best_rate(same)
             record = next(r for r in same if r["learning_rate"] == best and r["seed"] == min(losses))
-            size = (record["weight_bytes"] + record["state_bytes"]) / 2**20
-            memory.scatter(size, statistics.mean(losses.values()), label=row, s=18)
             steps = [step for step, _ in record["train_losses"]]
             values = [value for _, value in record["train_losses"]]
-            tokens.plot([s * record["sequences"] * record["block"] / 1e6 for s in steps], values, label=row)
-            hours.plot([s / record["steps"] * record["seconds"] for s in steps], values, label=row)
+            line = {"label": row, "color": color, "linestyle": "--" if constant else "-"}
+            tokens.plot([s * record["sequences"] * record["block"] / 1e6 for s in steps], values, **line)
+            seconds = min(r["seconds"] for r in same)
+            hours.plot([s / record["steps"] * seconds for s in steps], values, **line)
+            size = (record["weight_bytes"] + record["state_bytes"]) / 2**20
+            face = "none" if constant else color
+            memory.scatter(size, statistics.mean(losses.values()), label=row, edgecolors=color, facecolors=face, s=22)
         tokens.set(title=name, xlabel="million tokens", ylabel="training loss")
         hours.set(xlabel="seconds (shared machine)", ylabel="training loss")
         memory.set(xlabel="weights and optimizer state, MiB", ylabel="held-out loss")
-        tokens.legend(fontsize=7)
-        memory.legend(fontsize=7)
-    figure.savefig(picture, dpi=110)
+    handles = {handle.get_label(): handle for handle in figure.findobj(plt.Line2D)}
+    figure.legend(handles=[handles[row] for row in ROWS if row in handles], loc="outside upper center", ncols=5)
+    figure.savefig(picture, dpi=80)
     plt.close(figure)
