@@ -43,6 +43,7 @@ STUDIES = {
     "large batch": Study(sequences=64, steps=100),
     "large batch, 60 % of the tokens": Study(sequences=64, steps=60),
     "long": Study(steps=600),
+    "long, large batch": Study(sequences=64, steps=300),
     "width 128": Study(layers=2, sequences=8, steps=100),
     "width 256": Study(layers=2, sequences=8, steps=100, hidden=256),
     "width 512": Study(layers=2, sequences=8, steps=100, hidden=512),
