@@ -177,6 +177,7 @@ ROWS: dict[str, Row] = {
     "swan, stateless embeddings": ours("swan:embeddings=stateless", 4e-3),
     "sinkgd, stateless embeddings": ours("sinkgd:embeddings=stateless"),
     "swan, momentum 0.9, 8-bit": ours("swan:momentum=0.9,momentum_dtype=int8", 4e-3),
+    "swan, momentum 0.9, 8-bit, rest 8x": ours("swan:momentum=0.9,momentum_dtype=int8", 4e-3, rest=8),
     "sinkgd, momentum 0.9, 8-bit": ours("sinkgd:momentum=0.9,momentum_dtype=int8"),
     "swan, momentum 0.9, bf16": ours("swan:momentum=0.9,momentum_dtype=bfloat16", 4e-3),
     "swan, momentum 0.9, float32": ours("swan:momentum=0.9,momentum_dtype=float32", 4e-3),
