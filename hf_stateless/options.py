@@ -36,7 +36,7 @@ class Options:
     num_iterations: int
     """How often the chain runs (L)."""
     lr_scale: float
-    """Factor on the learning rate of the matrices."""
+    """Factor on the learning rate of the matrices; the preset's, and half of it with momentum."""
     lr_scale_beside: float = 0.2
     """The same for what is updated beside them without moments: LoRA pairs as products, embeddings, vectors; AdamW's
     step has about this size. No key of its own: it is `lr_scale` where that is given."""
@@ -214,7 +214,7 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Options:
         values["lr_scale_beside"] = values["lr_scale"]
     if name.endswith(LAYERWISE):
         values.setdefault("release", "matrices")
-    return _fill_whitening(name, _from_preset(preset, norms), values)
+    return _fill_whitening(name, _from_preset(preset, norms, values.get("momentum", 0.0)), values)
 
 
 def optimizer_names() -> tuple[str, ...]:
@@ -228,8 +228,10 @@ def optimizer_names() -> tuple[str, ...]:
     return (*PRESETS, *(name + LAYERWISE for name in PRESETS))
 
 
-def _from_preset(preset: MultiNormPreset, norms: tuple[str, ...]) -> Options:
+def _from_preset(preset: MultiNormPreset, norms: tuple[str, ...], momentum: float) -> Options:
     lr_scale = preset.lr_scale if "spectral" in norms else PRESETS["sinkgd"].lr_scale
+    if momentum:
+        lr_scale /= 2  # averaged steps point the same way for longer: the best rate was half of that without, or less
     return Options(norms=norms, num_iterations=preset.num_iterations, lr_scale=lr_scale)
 
 

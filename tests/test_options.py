@@ -220,10 +220,14 @@ def test_unknown_optimizer_is_answered_with_the_names(name):
         ("multinorm", {}, 2.0, 0.2),
         ("multinorm_layerwise", {"norms": "spectral"}, 2.0, 0.2),
         ("multinorm", {"norms": "sign"}, 0.4, 0.2),
+        ("swan", {"momentum": "0.9"}, 1.0, 0.2),
+        ("sinkgd", {"momentum": "0.9"}, 0.2, 0.2),
+        ("multinorm", {"norms": "sign", "momentum": "0"}, 0.4, 0.2),
+        ("swan", {"momentum": "0.9", "lr_scale": "2"}, 2.0, 2.0),
         ("sinkgd", {"lr_scale": "0.05"}, 0.05, 0.05),
         ("multinorm", {"norms": "sign", "lr_scale": "0.05"}, 0.05, 0.05),
     ],
 )
-def test_the_scale_of_the_step_follows_the_chain_unless_it_is_given(name, given, matrices, beside):
+def test_the_scale_of_the_step_follows_the_chain_and_momentum_unless_it_is_given(name, given, matrices, beside):
     options = parse_options(name, given)
     assert (options.lr_scale, options.lr_scale_beside) == (matrices, beside)
