@@ -47,8 +47,8 @@ def document(records: Records) -> str:
 
 
 def in_summary(rows: Iterable[str]) -> bool:
-    """Tell whether a study with runs of these rows is one that all optimizers and both schedules are compared in."""
-    return {"muon", "swan, constant rate"} <= set(rows)
+    """Tell whether a study with runs of these rows is one that ours are compared with Muon in."""
+    return {"muon", "swan"} <= set(rows)
 
 
 def summary(found: Mapping[str, Records]) -> str:
