@@ -293,6 +293,8 @@ def test_methods_that_train_no_linear_layer_are_refused_by_name(config, method, 
 
 
 SFT_SCRIPT = """
+    import sys
+
     from datasets import load_dataset
     from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
@@ -304,7 +306,8 @@ SFT_SCRIPT = """
         )
         trainer.train()
         trainer.save_model(args.output_dir)
-        print("world", args.world_size, args.optim)
+        # In one write: the processes share their standard output, and print writes each of its arguments on its own.
+        sys.stdout.write(f"world {args.world_size} {args.optim!s}\\n")
 
     if __name__ == "__main__":
         main()
