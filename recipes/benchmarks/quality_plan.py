@@ -136,6 +136,11 @@ class AdamWFactory(MatrixFactory):
         return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True)
 
 
+def at_constant_rate(row: str) -> str:
+    """Return the name of a row with the schedule `CONSTANT`."""
+    return f"{row}, constant rate"
+
+
 # Multiples of AdamW's best rate for what is no matrix.
 RESTS = (2, 4, 8, 16, 32)
 ROWS: dict[str, Row] = {
@@ -190,4 +195,4 @@ ROWS: dict[str, Row] = {
 }
 # What the summary and the picture show, with both schedules.
 MAIN = ("adamw", "adamw, rates apart", "muon", "swan", "sinkgd")
-ROWS |= {f"{name}, constant rate": replace(ROWS[name], training=CONSTANT) for name in MAIN}
+ROWS |= {at_constant_rate(name): replace(ROWS[name], training=CONSTANT) for name in MAIN}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quality_plan import MAIN, ROWS, STUDIES
+from quality_plan import MAIN, ROWS, STUDIES, at_constant_rate
 from rate_walk import best_rate
 
 
@@ -60,7 +60,7 @@ def summary(found: Mapping[str, Records]) -> str:
     shown = [study for study, losses in best.items() if in_summary(losses)]
     lines = ["| Optimizer | " + " | ".join(shown) + " |", "|---|" + "---:|" * len(shown)]
     for row in MAIN:
-        pairs = [[best[study].get(name) for name in (row, f"{row}, constant rate")] for study in shown]
+        pairs = [[best[study].get(name) for name in (row, at_constant_rate(row))] for study in shown]
         cells = [" / ".join("not run" if loss is None else f"{loss:.3f}" for loss in pair) for pair in pairs]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -103,11 +103,10 @@ def curves(records: Records, picture: Path) -> None:
     shown = [name for name in found if in_summary(found[name])] or list(found)
     figure, axes = plt.subplots(len(shown), 3, figsize=(13, 3.4 * len(shown)), squeeze=False, layout="constrained")
     for name, (tokens, hours, memory) in zip(shown, axes, strict=True):
-        for row, same in found[name].items():
-            main, constant = row.removesuffix(", constant rate"), row.endswith(", constant rate")
-            if main not in MAIN:
+        for i, row in enumerate((*MAIN, *map(at_constant_rate, MAIN))):
+            if not (same := found[name].get(row)):
                 continue
-            color = f"C{MAIN.index(main)}"
+            color, constant = f"C{i % len(MAIN)}", i >= len(MAIN)
             best, losses, _ = best_rate(same)
             record = next(r for r in same if r["learning_rate"] == best and r["seed"] == min(losses))
             steps = [step for step, _ in record["train_losses"]]
