@@ -1,15 +1,15 @@
 """SWAN, SinkGD and gradient multi-normalization as optimizer names of the Hugging Face stack."""
 
-from .callbacks import attach_memory_report
-from .export import export_model
-from .factory import MultiNormFactory, SinkGDFactory, SwanFactory, create_optimizer
-from .int8.hf_quantizer import Int8TrainingConfig, dequantize, quantize
-from .lora_factory import create_lora_optimizer
-from .multi_norm import multi_normalize
-from .norms import NORMS
-from .optimizer import StatelessOptimizer
-from .presets import PRESETS, MultiNormPreset
-from .registration import register
+from .norms.chain import multi_normalize
+from .norms.presets import PRESETS, MultiNormPreset
+from .norms.projections import NORMS
+from .optimizer.optimizer import StatelessOptimizer
+from .reports.callback import attach_memory_report
+from .run.export import export_model
+from .trainer.factory import MultiNormFactory, SinkGDFactory, SwanFactory, create_optimizer
+from .trainer.lora_factory import create_lora_optimizer
+from .trainer.names import register
+from .weights.int8.hf_quantizer import Int8TrainingConfig, dequantize, quantize
 
 
 __version__ = "0.1.0"

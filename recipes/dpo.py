@@ -30,8 +30,8 @@ from finetuning_model import (
 from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, get_peft_config
 
 import hf_stateless
-from hf_stateless.hub.card import attach_model_card
-from hf_stateless.hub.pushing import push
+from hf_stateless.reports.card.card import attach_model_card
+from hf_stateless.reports.card.pushing import push
 
 
 def main() -> None:

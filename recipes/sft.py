@@ -31,8 +31,8 @@ from finetuning_model import (
 from trl import DatasetMixtureConfig, SFTConfig, SFTTrainer, get_peft_config
 
 import hf_stateless
-from hf_stateless.hub.card import attach_model_card
-from hf_stateless.hub.pushing import push
+from hf_stateless.reports.card.card import attach_model_card
+from hf_stateless.reports.card.pushing import push
 
 
 def split_last_answer(row: dict) -> tuple[str | list[dict], str] | None:

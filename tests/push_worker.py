@@ -87,8 +87,8 @@ def tiny_tokenizer():
 def train_and_push(output_dir, kind="trainer", base=None, way="ours", times=1, waits=(0.1,), **options):
     """Train two steps and push; return the message of a `PushError`, or None."""
     from hf_stateless import attach_memory_report
-    from hf_stateless.hub.card import attach_model_card
-    from hf_stateless.hub.pushing import PushError, push, save
+    from hf_stateless.reports.card.card import attach_model_card
+    from hf_stateless.reports.card.pushing import PushError, push, save
 
     trainer = _trainer(output_dir, kind, base, options)
     attach_memory_report(trainer)

@@ -10,7 +10,7 @@ import torch
 from conftest import dense, relative_error, tiny_inputs
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import hf_stateless.adamw
+import hf_stateless.optimizer.adamw
 from hf_stateless import StatelessOptimizer, create_optimizer
 
 
@@ -140,7 +140,7 @@ def test_8bit_moments_take_two_bytes_per_parameter(dtype):
 def test_work_in_chunks_equals_work_at_once(algorithm, dtype, monkeypatch):
     results = []
     for chunk in (1 << 24, 1):
-        monkeypatch.setattr(hf_stateless.adamw, "_CHUNK", chunk)
+        monkeypatch.setattr(hf_stateless.optimizer.adamw, "_CHUNK", chunk)
         weight = torch.nn.Parameter(dense(600, 24, dtype=dtype))
         optimizer = optimizer_of([weight], algorithm)
         results.append(take_steps(optimizer, [weight], range(3))[0].float())
@@ -152,7 +152,7 @@ def test_work_in_chunks_equals_work_at_once(algorithm, dtype, monkeypatch):
 
 def test_8bit_moments_without_bitsandbytes_say_what_to_type(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    hf_stateless.adamw._codebook.cache_clear()
+    hf_stateless.optimizer.adamw._codebook.cache_clear()
     weight = torch.nn.Parameter(dense(4, 4))
     weight.grad = dense(4, 4)
     optimizer = StatelessOptimizer([{"params": [weight], "algorithm": "adamw_8bit"}])

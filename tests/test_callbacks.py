@@ -15,8 +15,8 @@ from documents import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_stateless
-from hf_stateless.memory import optimizer_state_bytes
-from hf_stateless.report.schema import GIB, MemoryReport
+from hf_stateless.reports.measured.schema import GIB, MemoryReport
+from hf_stateless.reports.predicted import optimizer_state_bytes
 
 
 KEYS = {"memory/peak_gib", "memory/optimizer_state_gib", "time/optimizer_share", "throughput/tokens_per_second"}
@@ -27,7 +27,7 @@ MIB = 1 << 20
 def without_picture(request, monkeypatch):
     """Pictures take longer than the runs here."""
     if "picture" not in request.node.name:
-        monkeypatch.setattr("hf_stateless.report.picture.draw", lambda report, path: None)
+        monkeypatch.setattr("hf_stateless.reports.measured.picture.draw", lambda report, path: None)
 
 
 def token_rows(count=32, shortest=5):

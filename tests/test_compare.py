@@ -6,9 +6,9 @@ import pytest
 from test_callbacks import new_trainer
 
 import hf_stateless
-from hf_stateless.cli import main as cli
-from hf_stateless.compare import main, read_run
-from hf_stateless.report.schema import GIB, MemoryReport
+from hf_stateless.reports.compare import main, read_run
+from hf_stateless.reports.measured.schema import GIB, MemoryReport
+from hf_stateless.run.command import main as cli
 
 
 @pytest.fixture(scope="module")

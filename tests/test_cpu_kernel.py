@@ -8,10 +8,10 @@ import torch
 from conftest import dense, relative_error
 
 from hf_stateless import StatelessOptimizer
-from hf_stateless.kernels import cpu_compiler, cpu_sinkgd
-from hf_stateless.rounding import rounding_key
-from hf_stateless.sinkhorn import sinkhorn_scalings
-from hf_stateless.update_rules import multinorm_update_
+from hf_stateless.norms.sinkhorn import sinkhorn_scalings
+from hf_stateless.update.kernels import cpu_compiler, cpu_sinkgd
+from hf_stateless.update.rules import multinorm_update_
+from hf_stateless.weights.rounding import rounding_key
 
 
 pytestmark = pytest.mark.skipif(not cpu_compiler.compiler(), reason="needs a C compiler")
@@ -37,7 +37,7 @@ def updated_by_c(monkeypatch):
         results.append(steps(*args, **options))
         return list(results[-1])
 
-    monkeypatch.setattr("hf_stateless.update_rules.sinkgd_steps_", recorded)
+    monkeypatch.setattr("hf_stateless.update.rules.sinkgd_steps_", recorded)
     return results
 
 

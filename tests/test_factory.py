@@ -13,9 +13,9 @@ from transformers.trainer_optimizer import OptimizerContext
 
 import hf_stateless
 from hf_stateless import PRESETS, MultiNormFactory, SinkGDFactory, StatelessOptimizer, SwanFactory, create_optimizer
-from hf_stateless.factory import handle
-from hf_stateless.options import EMBEDDINGS
-from hf_stateless.partition import partition_parameters
+from hf_stateless.trainer.factory import handle
+from hf_stateless.trainer.options import EMBEDDINGS
+from hf_stateless.trainer.partition import partition_parameters
 
 
 # TRL and PEFT read a name that transformers 5.23 warns about
@@ -214,7 +214,7 @@ def test_construction_keeps_no_state_and_changes_nothing(make_model):
 
 
 def test_table_of_groups_is_logged_once(make_model, caplog):
-    with caplog.at_level("INFO", logger="hf_stateless.factory"):
+    with caplog.at_level("INFO", logger="hf_stateless.trainer.factory"):
         from_trainer(make_model("llama"), "sinkgd")
     tables = [record.getMessage() for record in caplog.records if "optim=sinkgd" in record.getMessage()]
     assert len(tables) == 1

@@ -393,7 +393,7 @@ CLM_SCRIPT = """
         main()
     """
 RUN = ["-m", "hf_stateless.run"]
-COMMAND = ["-m", "hf_stateless.cli", "run", sys.executable]
+COMMAND = ["-m", "hf_stateless.run.command", "run", sys.executable]
 # Port 0 is any free one.
 TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 

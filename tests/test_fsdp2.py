@@ -193,7 +193,8 @@ def run_rounded():
 
 def run_bounded(monkeypatch):
     """Steps with limits so small that squares are formed again in each iteration, and exchanges are cut."""
-    from hf_stateless import distributed, sharded_sinkhorn
+    from hf_stateless.ranks import sinkhorn as sharded_sinkhorn
+    from hf_stateless.ranks import ways as distributed
 
     monkeypatch.setattr(sharded_sinkhorn, "_KEPT_BYTES", 300)
     monkeypatch.setattr(distributed, "_EXCHANGE_BYTES", 300)

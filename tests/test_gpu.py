@@ -5,7 +5,7 @@ import torch
 
 import hf_stateless
 from hf_stateless import PRESETS, StatelessOptimizer
-from hf_stateless.rounding import rounding_key, rounding_noise
+from hf_stateless.weights.rounding import rounding_key, rounding_noise
 
 
 pytestmark = [

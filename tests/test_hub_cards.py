@@ -8,9 +8,9 @@ import pytest
 from documents import ROOT, read, tracked_files
 from huggingface_hub import ModelCard
 
-from hf_stateless.hub.card import render_folder
-from hf_stateless.hub.facts import CARD_FILE, DATA_FILE, CardFacts
-from hf_stateless.report.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
+from hf_stateless.reports.card.card import render_folder
+from hf_stateless.reports.card.facts import CARD_FILE, DATA_FILE, CardFacts
+from hf_stateless.reports.measured.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
 
 
 CARDS = sorted({name.split("/")[1] for name in tracked_files() if re.match(r"hub_cards/[^/]+/", name)})

@@ -18,8 +18,8 @@ import gpu_table
 import memory
 
 from hf_stateless import create_optimizer, quantize
-from hf_stateless.int8.convert import int8_layers
-from hf_stateless.memory import Settings, build_model, estimate
+from hf_stateless.reports.predicted import Settings, build_model, estimate
+from hf_stateless.weights.int8.convert import int8_layers
 
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results"

@@ -9,8 +9,8 @@ from conftest import dense
 from torch import nn
 
 from hf_stateless import StatelessOptimizer
-from hf_stateless.int8.linear import Int8Linear
-from hf_stateless.int8.weight import Int8Weight
+from hf_stateless.weights.int8.linear import Int8Linear
+from hf_stateless.weights.int8.weight import Int8Weight
 
 
 def layer(bias=False, dtype=torch.float32, group_size=16):

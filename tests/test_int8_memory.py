@@ -6,9 +6,9 @@ from test_memory import measured_peak, small_llama
 from transformers import AutoModelForCausalLM
 
 from hf_stateless import Int8TrainingConfig, quantize
-from hf_stateless.int8.convert import int8_layers
-from hf_stateless.memory import Settings, build_model, estimate
-from hf_stateless.memory.model import weight_bytes
+from hf_stateless.reports.predicted import Settings, build_model, estimate
+from hf_stateless.reports.predicted.model import weight_bytes
+from hf_stateless.weights.int8.convert import int8_layers
 
 
 def int8_model(**sizes):

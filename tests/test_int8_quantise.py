@@ -6,10 +6,10 @@ from conftest import dense
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_stateless.int8.quantise import dequantize_matrix, group_length, quantize_matrix, requantize_
-from hf_stateless.int8.update import write_int8_
-from hf_stateless.int8.weight import Int8Weight
-from hf_stateless.rounding import rounding_key, stochastic_round_integers_
+from hf_stateless.weights.int8.codes import dequantize_matrix, group_length, quantize_matrix, requantize_
+from hf_stateless.weights.int8.weight import Int8Weight
+from hf_stateless.weights.int8.write import write_int8_
+from hf_stateless.weights.rounding import rounding_key, stochastic_round_integers_
 
 
 def key_of(step=1, seed=0):
@@ -164,7 +164,7 @@ def test_the_rows_worked_on_at_once_change_nothing(block, monkeypatch):
         return stored
 
     expected = written()
-    monkeypatch.setattr("hf_stateless.int8.update._BLOCK", block)
+    monkeypatch.setattr("hf_stateless.weights.int8.write._BLOCK", block)
     assert torch.equal(written().codes, expected.codes)
     assert torch.equal(written().scale, expected.scale)
     target = dequantize_matrix(*quantize_matrix(weight, 16)) * 0.99 - 1e-3 * update

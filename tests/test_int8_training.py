@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_stateless
 from hf_stateless import Int8TrainingConfig, create_optimizer, dequantize, quantize
-from hf_stateless.int8.convert import int8_layers
-from hf_stateless.int8.linear import Int8Linear
+from hf_stateless.weights.int8.convert import int8_layers
+from hf_stateless.weights.int8.linear import Int8Linear
 
 
 GROUP_SIZE = 16
@@ -288,4 +288,4 @@ def test_fsdp_is_refused_before_anything_is_sharded(saved, tmp_path, monkeypatch
     context.args, context.model, context.optim_args = arguments, model, {}
     context.adam_kwargs, context.optimizer_kwargs = {"betas": (0.9, 0.999), "eps": 1e-8}, {"lr": 1e-3}
     with pytest.raises(ValueError, match="8-bit weights cannot be sharded"):
-        hf_stateless.factory.handle("sinkgd", context)
+        hf_stateless.trainer.factory.handle("sinkgd", context)

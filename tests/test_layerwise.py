@@ -24,8 +24,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer, multi_normalize
-from hf_stateless.factory import handle
-from hf_stateless.layerwise import LayerwiseUpdates
+from hf_stateless.optimizer.release import LayerwiseUpdates
+from hf_stateless.trainer.factory import handle
 
 
 # transformers renames gradient checkpointing to activation checkpointing; both names work, and PEFT uses the old one.
@@ -505,7 +505,7 @@ def test_accumulation_of_accelerate_ends_in_one_update(release):
 
 def test_fp16_of_accelerate_is_refused_with_the_fix(monkeypatch):
     accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr("hf_stateless.layerwise.AcceleratorState", lambda: accelerator_with_fp16(accelerator))
+    monkeypatch.setattr("hf_stateless.optimizer.release.AcceleratorState", lambda: accelerator_with_fp16(accelerator))
     with pytest.raises(ValueError, match=r"fp16 scales the loss.*mixed_precision='bf16'"):
         create_optimizer(make("llama"), "sinkgd_layerwise", lr=1e-2)
 
@@ -775,7 +775,7 @@ def test_large_matrices_in_parts_have_the_same_norm(monkeypatch):
         return model, norm
 
     whole = trained("sinkgd_layerwise")[1]
-    monkeypatch.setattr("hf_stateless.layerwise._PART", 100)
+    monkeypatch.setattr("hf_stateless.optimizer.release._PART", 100)
     in_parts, norm = trained("sinkgd_layerwise")
     torch.testing.assert_close(norm, whole, rtol=1e-6, atol=0)
     assert_same(in_parts, trained("sinkgd")[0])

@@ -17,9 +17,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_stateless
-from hf_stateless import StatelessOptimizer, create_lora_optimizer, create_optimizer, lora, multi_normalize
-from hf_stateless.adapters import lora_pairs
-from hf_stateless.lora import Pair, product_chain, product_steps, update_pairs_
+from hf_stateless import StatelessOptimizer, create_lora_optimizer, create_optimizer, multi_normalize
+from hf_stateless.optimizer import lora_product as lora
+from hf_stateless.optimizer.lora_product import Pair, product_chain, product_steps, update_pairs_
+from hf_stateless.trainer.adapters import lora_pairs
 
 
 # PEFT 0.21 reads a name that transformers 5.23 warns about

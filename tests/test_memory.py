@@ -13,11 +13,18 @@ from conftest import TINY_MODELS, tiny_inputs
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Trainer, TrainingArguments
 
 import hf_stateless
-from hf_stateless.memory import Settings, build_model, estimate, known_optimizers, main, optimizer_state_bytes
-from hf_stateless.memory.model import tensor_bytes, weight_bytes
-from hf_stateless.memory.state import RULES
-from hf_stateless.memory.table import GIB, GPUS, SCHEMA_VERSION, Estimate, as_json, as_table, fits
-from hf_stateless.memory.trace import LiveBytes
+from hf_stateless.reports.predicted import (
+    Settings,
+    build_model,
+    estimate,
+    known_optimizers,
+    main,
+    optimizer_state_bytes,
+)
+from hf_stateless.reports.predicted.model import tensor_bytes, weight_bytes
+from hf_stateless.reports.predicted.state import RULES
+from hf_stateless.reports.predicted.table import GIB, GPUS, SCHEMA_VERSION, Estimate, as_json, as_table, fits
+from hf_stateless.reports.predicted.trace import LiveBytes
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import hf_stateless
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer
-from hf_stateless.momentum import momentum_bytes, momentum_direction_, momentum_state
-from hf_stateless.options import EMBEDDINGS, MOMENTUM_DTYPES
-from hf_stateless.rounding import rounding_key
+from hf_stateless.optimizer.momentum import momentum_bytes, momentum_direction_, momentum_state
+from hf_stateless.trainer.options import EMBEDDINGS, MOMENTUM_DTYPES
+from hf_stateless.weights.rounding import rounding_key
 
 
 MU, LR = 0.9, 0.1
@@ -95,7 +95,7 @@ def test_a_transposed_gradient_and_large_matrices_give_the_same_average(dtype, m
         momentum_direction_(g, g, s, None, MU) for g, s in zip((grad.T, grad.T.contiguous()), states, strict=True)
     ]
     assert torch.equal(*directions)
-    monkeypatch.setattr("hf_stateless.momentum._BLOCK", 7 * 40)
+    monkeypatch.setattr("hf_stateless.optimizer.momentum._BLOCK", 7 * 40)
     in_parts = momentum_state(torch.empty(24, 40), dtype)
     assert torch.equal(momentum_direction_(grad.T, grad.T, in_parts, None, MU), directions[0])
     for other in (states[1], in_parts):

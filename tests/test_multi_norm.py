@@ -7,10 +7,10 @@ from conftest import DTYPES, dense, gradients, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_stateless.multi_norm import multi_normalize
-from hf_stateless.norms import NORMS
-from hf_stateless.presets import PRESETS
-from hf_stateless.sinkhorn import sr_sinkhorn
+from hf_stateless.norms.chain import multi_normalize
+from hf_stateless.norms.presets import PRESETS
+from hf_stateless.norms.projections import NORMS
+from hf_stateless.norms.sinkhorn import sr_sinkhorn
 
 
 def whitened(x):

@@ -9,7 +9,7 @@ from conftest import DTYPES, dense, gradients, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_stateless.norms import NORMS, col_l2, frobenius, row_l2, row_standardize, sign, spectral
+from hf_stateless.norms.projections import NORMS, col_l2, frobenius, row_l2, row_standardize, sign, spectral
 
 
 # Projections in the strict sense: applying them twice changes nothing.

@@ -12,8 +12,8 @@ import torch
 from conftest import dense, relative_error
 
 from hf_stateless import PRESETS, StatelessOptimizer
-from hf_stateless.optimizer import ALGORITHMS
-from hf_stateless.update_rules import multinorm_update_
+from hf_stateless.optimizer.optimizer import ALGORITHMS
+from hf_stateless.update.rules import multinorm_update_
 
 
 REFERENCES = {

@@ -3,7 +3,9 @@
 import pytest
 
 from hf_stateless import NORMS, PRESETS
-from hf_stateless.options import (
+from hf_stateless.norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
+from hf_stateless.optimizer.width import WIDTH_RULES
+from hf_stateless.trainer.options import (
     EMBEDDINGS,
     LAYERWISE,
     LORA,
@@ -13,8 +15,6 @@ from hf_stateless.options import (
     parse_options,
     valid_keys,
 )
-from hf_stateless.whitening import NS_DTYPES, WHITENING_DEFAULTS
-from hf_stateless.width import WIDTH_RULES
 
 
 NAMES = optimizer_names()

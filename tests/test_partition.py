@@ -11,8 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from hf_stateless.partition import ROLES, describe, partition_parameters
-from hf_stateless.update_rules import as_matrix
+from hf_stateless.trainer.partition import ROLES, describe, partition_parameters
+from hf_stateless.update.rules import as_matrix
 
 
 # PEFT 0.21 reads `is_gradient_checkpointing`, which transformers 5.23 warns about
@@ -596,8 +596,8 @@ def test_models_without_a_trainable_matrix_are_refused(make_model):
 
 
 def test_description_counts_every_parameter_once(make_model):
-    from hf_stateless.factory import parameter_groups
-    from hf_stateless.options import parse_options
+    from hf_stateless.trainer.factory import parameter_groups
+    from hf_stateless.trainer.options import parse_options
 
     model = make_model("qwen3_moe")
     table = describe(parameter_groups(model, parse_options("sinkgd", {}), lr=1e-3)).splitlines()

@@ -10,7 +10,7 @@ import pytest
 from hub_server import TOKEN, HubServer
 from push_worker import Worker
 
-from hf_stateless.hub.pushing import is_transient
+from hf_stateless.reports.card.pushing import is_transient
 
 
 PUSHED = {"README.md", "card_data.json", "config.json", "generation_config.json", "memory_report.json"}

@@ -14,8 +14,8 @@ from documents import ROOT, blocks, commands, markdown_pages, read
 from push_worker import tiny_tokenizer
 
 from hf_stateless import NORMS, PRESETS
-from hf_stateless.options import Options, valid_keys
-from hf_stateless.whitening import WHITENINGS
+from hf_stateless.norms.whitening import WHITENINGS
+from hf_stateless.trainer.options import Options, valid_keys
 
 
 PYTHON_BLOCKS = blocks("README.md", "python")
@@ -116,7 +116,7 @@ def check_pytest(words):
 
 def check_own_command(words):
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
-    assert flags <= flags_of(sys.executable, "-m", "hf_stateless.cli", words[1])
+    assert flags <= flags_of(sys.executable, "-m", "hf_stateless.run.command", words[1])
 
 
 CHECKS = {

@@ -20,7 +20,7 @@ from transformers.trainer_optimizer import OptimizerContext
 from transformers.training_args import OptimizerNames
 
 import hf_stateless
-from hf_stateless import registration
+from hf_stateless.trainer import names as registration
 
 
 # TRL 1.16 sets `gradient_checkpointing`, which transformers 5.23 warns about
@@ -215,7 +215,9 @@ def test_training_args_bin_loads_where_the_package_is_not_installed(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_trainer_hands_the_name_and_its_context_to_the_factory(name, monkeypatch):
     seen = []
-    monkeypatch.setattr("hf_stateless.factory.handle", lambda *given: (seen.append(given), ("cls", {"lr": 1}))[1])
+    monkeypatch.setattr(
+        "hf_stateless.trainer.factory.handle", lambda *given: (seen.append(given), ("cls", {"lr": 1}))[1]
+    )
     arguments = make_arguments(name, optim_args="norms=row_l2+col_l2, num_iterations=3")
     assert Trainer.get_optimizer_cls_and_kwargs(arguments) == ("cls", {"lr": 1})
     [(given, context)] = seen
@@ -352,7 +354,7 @@ def test_canary_private_part_is_still_there(part):
     found = importlib.import_module(module)
     for attribute in path.split("."):
         if not hasattr(found, attribute):
-            pytest.fail(f"transformers {transformers.__version__} moved {part}; hf_stateless/registration.py uses it")
+            pytest.fail(f"transformers {transformers.__version__} moved {part}; hf_stateless/trainer/names.py uses it")
         found = getattr(found, attribute)
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hf_stateless.rounding import _mix, _mix_int, rounding_key, rounding_noise, stochastic_round_
+from hf_stateless.weights.rounding import _mix, _mix_int, rounding_key, rounding_noise, stochastic_round_
 
 
 LEVELS = 1 << 16  # noise values, and float32 steps between two bfloat16 neighbours

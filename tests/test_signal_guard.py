@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer
-from hf_stateless.signal_guard import measure_signal
+from hf_stateless.optimizer.min_signal import measure_signal
 
 
 WORLD, WARM_UP, FRACTION = 2, 16, 0.1

@@ -7,9 +7,9 @@ from conftest import dense, gradients, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_stateless import sinkhorn
-from hf_stateless.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings, sr_sinkhorn
-from hf_stateless.update_rules import multinorm_update_
+from hf_stateless.norms import sinkhorn
+from hf_stateless.norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings, sr_sinkhorn
+from hf_stateless.update.rules import multinorm_update_
 
 
 def log_normal(size, sigma, seed):

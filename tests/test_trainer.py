@@ -9,7 +9,7 @@ from conftest import VOCAB_SIZE
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_stateless import PRESETS, MultiNormFactory, SinkGDFactory, StatelessOptimizer, SwanFactory
-from hf_stateless.partition import ROLES
+from hf_stateless.trainer.partition import ROLES
 
 
 each_name = pytest.mark.parametrize("name", PRESETS)

@@ -7,9 +7,9 @@ from conftest import dense, gradients, relative_error, tiny_inputs
 from hypothesis import given
 from torch.utils.flop_counter import FlopCounterMode
 
-import hf_stateless.whitening as module
-from hf_stateless.norms import row_standardize, spectral
-from hf_stateless.whitening import WHITENINGS, eigh, newton_schulz, nsds, polar_express
+import hf_stateless.norms.whitening as module
+from hf_stateless.norms.projections import row_standardize, spectral
+from hf_stateless.norms.whitening import WHITENINGS, eigh, newton_schulz, nsds, polar_express
 
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (7, 33), (33, 7), (48, 48), (48, 129), (129, 48)]

@@ -6,8 +6,8 @@ import torch
 from conftest import dense, relative_error
 from test_whitening import with_spectrum
 
-from hf_stateless.norms import row_standardize
-from hf_stateless.whitening import WHITENINGS, newton_schulz
+from hf_stateless.norms.projections import row_standardize
+from hf_stateless.norms.whitening import WHITENINGS, newton_schulz
 
 
 pytestmark = [

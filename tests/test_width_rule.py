@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer, multi_normalize
-from hf_stateless.width import WIDTH_RULES, scaled_for_width, width_factor
+from hf_stateless.optimizer.width import WIDTH_RULES, scaled_for_width, width_factor
 
 
 sizes = st.integers(1, 1 << 15)

@@ -33,8 +33,8 @@ from result_files import write_results
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_stateless
-from hf_stateless.int8.convert import layers_to_quantize
-from hf_stateless.int8.linear import Int8Linear
+from hf_stateless.weights.int8.convert import layers_to_quantize
+from hf_stateless.weights.int8.linear import Int8Linear
 
 
 # hidden size, intermediate size, layers and heads; 1b and 7b are those of the GaLore benchmark.

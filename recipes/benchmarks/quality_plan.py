@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_stateless.partition import partition_parameters
+from hf_stateless.trainer.partition import partition_parameters
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_stateless
-from hf_stateless.norms import row_standardize
-from hf_stateless.whitening import eigh, newton_schulz, polar_express
+from hf_stateless.norms.projections import row_standardize
+from hf_stateless.norms.whitening import eigh, newton_schulz, polar_express
 
 
 # hidden and intermediate size of the GaLore benchmark's LLaMA configurations, and two small ones.

@@ -1,1 +1,0 @@
-"""Plugins for frameworks that load them by a dotted name."""

@@ -1,0 +1,81 @@
+"""Multi-normalization: the alternating scheme that asks for several norms at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .projections import NORMS
+from .sinkhorn import sr_sinkhorn
+
+
+SINKHORN_CHAIN = ("row_l2", "col_l2")
+
+
+def multi_normalize(
+    grad: Tensor,
+    norms: Sequence[str] = SINKHORN_CHAIN,
+    num_iterations: int = 5,
+    *,
+    whitening: str = "newton_schulz",
+    ns_steps: int | None = None,
+    ns_beta: float | None = None,
+    ns_dtype: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Project the gradient onto each norm of the chain in turn, `num_iterations` times (MultiNorm).
+
+    X <- G; for l = 1..L: for each norm g of the chain: X <- P_g(X), with G in R^{m x n}, m = out_features, and every
+    P_g scaled to entry RMS 1. The chain (row_l2, col_l2) is SR-Sinkhorn and takes its diagonal form.
+    State kept: none.
+
+    Args:
+        grad: (..., m, n) gradient; leading dimensions are independent matrices. Not modified.
+        norms: names from `hf_stateless.NORMS`, applied from left to right.
+        num_iterations: L, how often the chain is run.
+        whitening: how `spectral` is computed: `newton_schulz`, `nsds`, `eigh` or `polar_express`.
+        ns_steps: iterations of the whitening; default is that of the whitening.
+        ns_beta: step size of the whitening; default is that of the whitening.
+        ns_dtype: `float32` (default) or `float16`, of the products of `newton_schulz`.
+        dtype: dtype of the result; default that of `grad`. Half gradients are computed in float32 in any case.
+
+    Returns:
+        Tensor of the shape of `grad`; 0 for a zero gradient, non-finite for a non-finite one.
+
+    Raises:
+        ValueError: a gradient of fewer than two dimensions, an unknown norm, or `num_iterations` below 1.
+
+    Example:
+        >>> import torch, hf_stateless
+        >>> G = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+        >>> hf_stateless.multi_normalize(G, norms=("row_l2", "col_l2"), num_iterations=5).round(decimals=4)
+        tensor([[1., 1.],
+                [1., 1.]])
+
+    References:
+        https://huggingface.co/papers/2502.06742, Algorithm 1 (MultiNorm).
+    """
+    if grad.ndim < 2:
+        raise ValueError(f"multi_normalize takes matrices (..., m, n), got shape {tuple(grad.shape)}.")
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
+    check_norms(norms)
+    if tuple(norms) == SINKHORN_CHAIN:
+        return sr_sinkhorn(grad, num_iterations, dtype=dtype)
+    x = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+    for _ in range(num_iterations):
+        for name in norms:
+            if name == "spectral":
+                x = NORMS[name](x, whitening=whitening, ns_steps=ns_steps, ns_beta=ns_beta, ns_dtype=ns_dtype)
+            else:
+                x = NORMS[name](x)
+    return x.to(dtype or grad.dtype)
+
+
+def check_norms(norms: Sequence[str]) -> None:
+    """Raise a ValueError that lists the valid names unless every entry of the chain is one."""
+    unknown = [name for name in norms if name not in NORMS]
+    if unknown or not norms or isinstance(norms, str):
+        raise ValueError(f"Unknown norms {norms!r}: expected a non-empty list of {', '.join(NORMS)}.")

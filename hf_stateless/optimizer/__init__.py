@@ -1,0 +1,1 @@
+"""One step over all parameters: a rule for each group, release in backward, checkpoints."""

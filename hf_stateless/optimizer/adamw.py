@@ -1,0 +1,210 @@
+"""AdamW for what is no matrix (embeddings, heads, norms, biases): torch's kernel, in the dtypes that memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from ..update.batches import alike
+from ..weights.rounding import round_vectors, write_rounded_
+
+
+# Elements that AdamW works on at once, in whole rows, where it needs float32 copies: bounds each to 64 MiB.
+_CHUNK = 1 << 24
+_BLOCK = 256
+# Vectors up to this length are updated together.
+_SMALL = 1 << 16
+
+_FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def adamw_state(param: Tensor, *, bits: int = 32) -> dict[str, Tensor]:
+    """Return the moments of AdamW at zero: in the parameter's dtype, or as 8-bit codes, a maximum per 256 of a row.
+
+    Args:
+        param: the parameter, whose shape, dtype and device the state takes.
+        bits: 8 for blockwise 8-bit codes, anything else for the parameter's dtype.
+
+    Raises:
+        ImportError: 8 bits without bitsandbytes.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.adamw import adamw_state
+        >>> {name: tuple(t.shape) for name, t in adamw_state(torch.ones(2, 300)).items()}
+        {'step': (), 'exp_avg': (2, 300), 'exp_avg_sq': (2, 300)}
+    """
+    step = torch.zeros((), dtype=torch.float32, device=param.device)
+    if bits != 8:
+        names = ("exp_avg", "exp_avg_sq")
+        return {"step": step, **{k: torch.zeros_like(param, memory_format=torch.contiguous_format) for k in names}}
+    state = {"step": step}
+    # Blocks end with the row, so that the maxima are sharded over ranks as the rows are.
+    blocks = -(-param.shape[-1] // _BLOCK)
+    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        zero_code = int(_codebook(signed, torch.device("cpu")).abs().argmin())
+        state[name] = torch.full_like(param, zero_code, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        state[f"{name}_absmax"] = torch.zeros_like(
+            param.narrow(-1, 0, blocks), dtype=torch.float32, memory_format=torch.contiguous_format
+        )
+    return state
+
+
+def adamw_update_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    keys: Sequence[Tensor] | None,
+    **hyper: float,
+) -> None:
+    r"""AdamW by torch's own fused kernel; bf16 weights with rounding keys and 8-bit moments go through float32 chunks.
+
+    M <- beta1 M + (1 - beta1) G; V <- beta2 V + (1 - beta2) G^2; W <- (1 - lr wd) W - lr M^ / (sqrt(V^) + eps). With
+    keys, the weight and the second moment are rounded stochastically: to nearest, a bf16 second moment with beta2 =
+    0.999 would never change, since a step of 0.1 % is below half its spacing. State kept: see `adamw_state`.
+
+    Args:
+        params: any shapes, updated in place.
+        grads: their gradients.
+        states: of `adamw_state`, updated in place.
+        keys: one rounding key per parameter, or None.
+        hyper: `lr`, `beta1`, `beta2`, `eps`, `weight_decay`.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.adamw import adamw_state, adamw_update_
+        >>> p = torch.ones(2)
+        >>> adamw_update_([p], [torch.ones(2)], [adamw_state(p)], None, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8,
+        ...               weight_decay=0.0)
+        >>> p
+        tensor([0.9000, 0.9000])
+
+    References:
+        AdamW, https://huggingface.co/papers/1711.05101, Algorithm 2; 8-bit moments,
+        https://huggingface.co/papers/2110.02861, section 2.
+    """
+    grads = [grad.contiguous() for grad in grads]
+    # The fused kernel of CPUs reads memory in order whatever the strides say.
+    in_chunks = [
+        "exp_avg_absmax" in state or (keys is not None and p.dtype == torch.bfloat16) or not p.is_contiguous()
+        for p, state in zip(params, states, strict=True)
+    ]
+    whole = [i for i, chunked in enumerate(in_chunks) if not chunked]
+    if whole:
+        means, squares, steps = ([states[i][name] for i in whole] for name in ("exp_avg", "exp_avg_sq", "step"))
+        _torch_adamw([params[i] for i in whole], [grads[i] for i in whole], means, squares, steps, hyper)
+    vectors = [i for i in range(len(params)) if in_chunks[i] and _is_small_vector(params[i], states[i], keys)]
+    if keys is not None and len(vectors) > 1:
+        for same in alike(vectors, lambda i: params[i].device):
+            picked = [params[i] for i in same], [grads[i] for i in same], [states[i] for i in same]
+            _adamw_vectors_(*picked, [keys[i] for i in same], hyper)
+            in_chunks = [chunked and i not in same for i, chunked in enumerate(in_chunks)]
+    for i, chunked in enumerate(in_chunks):
+        if chunked:
+            _adamw_in_chunks_(params[i], grads[i], states[i], None if keys is None else keys[i], hyper)
+
+
+def _is_small_vector(param: Tensor, state: Mapping[str, Tensor], keys: Sequence[Tensor] | None) -> bool:
+    plain = keys is not None and param.dtype == torch.bfloat16 and "exp_avg_absmax" not in state
+    return plain and param.ndim == 1 and 0 < param.numel() <= _SMALL and param.is_contiguous()
+
+
+def _adamw_vectors_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    keys: list[Tensor],
+    hyper: Mapping[str, float],
+) -> None:
+    """Update bf16 vectors (norms and biases) side by side: a launch for each would cost more than its work."""
+    sizes = [p.numel() for p in params]
+    moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+    weight, grad, mean, square = (torch.cat(tensors).float() for tensors in (params, grads, *moments))
+    parts = [list(torch.split(flat, sizes)) for flat in (weight, grad, mean, square)]
+    _torch_adamw(parts[0], parts[1], parts[2], parts[3], [state["step"] for state in states], hyper)
+    torch._foreach_copy_(params, torch.split(round_vectors(weight, sizes, keys), sizes))
+    torch._foreach_copy_(moments[0], torch.split(mean.to(torch.bfloat16), sizes))
+    torch._foreach_copy_(moments[1], torch.split(round_vectors(square, sizes, torch._foreach_add(keys, 1)), sizes))
+
+
+def _torch_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    hyper: Mapping[str, float],
+) -> None:
+    fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params) or None
+    adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=fused, amsgrad=False, maximize=False, **hyper)  # type: ignore[arg-type]
+
+
+def _adamw_in_chunks_(
+    param: Tensor, grad: Tensor, state: dict[str, Tensor], key: Tensor | None, hyper: Mapping[str, float]
+) -> None:
+    if param.numel() == 0:  # a rank's shard may be empty
+        return
+    width = param.shape[-1] if param.ndim > 1 else param.numel()
+    count = param.numel() // width
+    tensors = {"param": param, "grad": grad, **{name: t for name, t in state.items() if name != "step"}}
+    rows = {name: t.contiguous().view(count, -1) for name, t in tensors.items()}
+    wide = torch.promote_types(param.dtype, torch.float32)
+    start_step = state["step"].clone()
+    chunk = max(1, _CHUNK // width)
+    for index, start in enumerate(range(0, count, chunk)):
+        part = {name: t[start : start + chunk] for name, t in rows.items()}
+        exact, exact_grad = part["param"].to(wide), part["grad"].to(wide)
+        moments = {name: _load_moment(part, name).to(wide).contiguous() for name in ("exp_avg", "exp_avg_sq")}
+        state["step"].copy_(start_step)
+        _torch_adamw([exact], [exact_grad], [moments["exp_avg"]], [moments["exp_avg_sq"]], [state["step"]], hyper)
+        write_rounded_(part["param"], exact, None if key is None else key + 2 * index)
+        # The first moment moves by a tenth each step, which rounding to nearest follows.
+        _store_moment_(part, "exp_avg", moments["exp_avg"], None)
+        _store_moment_(part, "exp_avg_sq", moments["exp_avg_sq"], None if key is None else key + (2 * index + 1))
+    if not param.is_contiguous():  # then its rows were a copy
+        param.copy_(rows["param"].view(param.shape))
+
+
+def _load_moment(part: Mapping[str, Tensor], name: str) -> Tensor:
+    if f"{name}_absmax" not in part:
+        return part[name]
+    from bitsandbytes.functional import dequantize_blockwise
+
+    codes, code = _whole_blocks(part[name]), _codebook(name == "exp_avg", part[name].device)
+    absmax = part[f"{name}_absmax"].reshape(-1)
+    value: Tensor = dequantize_blockwise(codes.view(-1), absmax=absmax, code=code, blocksize=_BLOCK)
+    return value.view(codes.shape)[:, : part[name].shape[1]]
+
+
+def _store_moment_(part: Mapping[str, Tensor], name: str, value: Tensor, key: Tensor | None) -> None:
+    if f"{name}_absmax" not in part:
+        write_rounded_(part[name], value, key)
+        return
+    from bitsandbytes.functional import quantize_blockwise
+
+    padded, code = _whole_blocks(value.float()), _codebook(name == "exp_avg", value.device)
+    codes, quant = quantize_blockwise(padded.view(-1), code=code, blocksize=_BLOCK)
+    part[name].copy_(codes.view(padded.shape)[:, : value.shape[1]])
+    part[f"{name}_absmax"].copy_(quant.absmax.view_as(part[f"{name}_absmax"]))
+
+
+def _whole_blocks(rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % _BLOCK))
+
+
+@cache
+def _codebook(signed: bool, device: torch.device) -> Tensor:
+    """Return the 256 values of bitsandbytes' dynamic 8-bit type."""
+    try:
+        from bitsandbytes.functional import create_dynamic_map
+    except ImportError as error:
+        raise ImportError(
+            "embeddings=adamw_8bit stores its moments with bitsandbytes, which is not installed: "
+            'type pip install "hf_stateless[bnb]"'
+        ) from error
+    values: Tensor = create_dynamic_map(signed=signed)
+    return values.to(device)

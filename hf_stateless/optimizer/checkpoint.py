@@ -1,0 +1,88 @@
+"""Loading a checkpoint into parameter groups: the options of the run win, another optimizer's state is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
+
+# What a checkpoint decides when it is resumed; everything else in a group is an option of the run.
+_FROM_CHECKPOINT = ("params", "param_names", "lr", "initial_lr")
+
+
+def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the options of each group, without what a checkpoint decides (parameters and learning rate).
+
+    Example:
+        >>> from hf_stateless.optimizer.checkpoint import options_of
+        >>> options_of([{"params": [], "lr": 0.1, "lr_scale": 0.2}])
+        [{'lr_scale': 0.2}]
+    """
+    return [{key: value for key, value in group.items() if key not in _FROM_CHECKPOINT} for group in groups]
+
+
+def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]]) -> None:
+    """Put the options of the run back into groups that were loaded, with a warning for each that differs.
+
+    Args:
+        groups: groups as they were loaded, changed in place.
+        options: from `options_of` before loading.
+
+    Example:
+        >>> from hf_stateless.optimizer.checkpoint import apply_options
+        >>> groups = [{"params": [], "lr": 0.1, "lr_scale": 0.2}]
+        >>> apply_options(groups, [{"lr_scale": 0.2}])
+        >>> groups[0]["lr_scale"]
+        0.2
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    for group, current in zip(groups, options, strict=True):
+        changed |= {key: (group.get(key), value) for key, value in current.items() if group.get(key) != value}
+        group.update(current)
+    for key, (saved, value) in changed.items():
+        logger.warning("The checkpoint was written with %s=%r; this run goes on with %r.", key, saved, value)
+
+
+def as_saved(saved: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """Return the state of a parameter in the dtypes that it was saved in, which torch does not keep.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.checkpoint import as_saved
+        >>> as_saved({"codes": torch.ones(2, dtype=torch.int8)}, torch.ones(2))["codes"].dtype
+        torch.int8
+    """
+    return {name: value.to(param.device, copy=value.numel() == 1) for name, value in saved.items()}
+
+
+def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a state that belongs to another optimizer or to other groups of parameters.
+
+    Raises:
+        ValueError: with what differs and how to go on.
+
+    Example:
+        >>> from hf_stateless.optimizer.checkpoint import check_same_groups
+        >>> check_same_groups([{"algorithm": "adamw", "params": [0]}], [{"algorithm": "adamw", "params": [0]}])
+    """
+    if any("algorithm" not in group for group in saved):
+        raise ValueError(
+            "This optimizer state was written by another optimizer than hf_stateless and cannot be converted: "
+            "delete optimizer.pt (and scheduler.pt) from the checkpoint to go on from its weights alone."
+        )
+    sizes = [[(_kept(group["algorithm"]), len(group["params"])) for group in groups] for groups in (saved, current)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The checkpoint has the groups (algorithm, parameters) {sizes[0]}, this run has {sizes[1]}: use the "
+            "same optim, embeddings and optim_target_modules, or delete optimizer.pt to go on from the weights."
+        )
+
+
+def _kept(algorithm: str) -> str:
+    """Return one name for algorithms that keep the same state of the same parameters."""
+    return "multinorm" if algorithm == "lora_product" else algorithm

@@ -1,0 +1,251 @@
+r"""Steepest descent for the product of a LoRA pair: what a step does to B A counts, not what it does to A and to B.
+
+A layer with an adapter computes with W + s B A, A in R^{r x n}, B in R^{m x r}, s = alpha / r (alpha / sqrt(r) for
+rsLoRA). The pair (R A, B R^-1) is the same layer for every invertible R, but gradients that are normalised one by one
+move it elsewhere, by an amount that depends on r, alpha and how large A and B are. Here both steps are measured by the
+change of s B A that they make.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..norms.chain import multi_normalize
+from ..norms.projections import power_of_two_inverse
+from ..norms.whitening import eigh
+from ..ranks.placement import local_shard, part_of, whole_matrix
+from ..update.batches import BATCH_BYTES, alike, bounded
+from ..update.rules import as_matrix, write_update_
+from .rounding_keys import keys_of
+
+
+# Eigenvalues of A A^T, and of B^T B in the frame of A, below this part of the largest are raised to it.
+_RELATIVE_FLOOR = 1e-4
+# One step turns the row space of A by at most 1 / _STIFFNESS: near B = 0 the inverse of B would blow it up.
+_STIFFNESS = 3.0
+
+
+@dataclass
+class Pair:
+    """The factors of one adapter of one layer, with what their updates need."""
+
+    factors: tuple[Tensor, Tensor]
+    """A and B as PEFT stores them."""
+    indices: tuple[int, int] = (0, 1)
+    """Their positions among all parameters of the optimizer."""
+    keys: Sequence[Tensor] | None = None
+    """Their rounding keys, where one is bf16."""
+
+    def shape_class(self) -> tuple[Any, ...]:
+        """What pairs have to share to be computed as one batch."""
+        return tuple((p.shape, p.dtype, p.device) for p in self.factors)
+
+    def nbytes(self) -> int:
+        """Return the size of both factors."""
+        return sum(p.nbytes for p in self.factors)
+
+
+def update_group_(
+    group: Mapping[str, Any],
+    active: Sequence[tuple[int, Tensor]],
+    step_of: Callable[[Tensor], Tensor],
+    count: Callable[[Mapping[str, Any], int, Tensor, bool], None],
+) -> None:
+    """Update the pairs of a parameter group, with the counters of the optimizer.
+
+    Args:
+        group: its `params` are A_0, B_0, A_1, B_1, ...
+        active: those that have a gradient, with their positions among all parameters of the optimizer.
+        step_of: returns the step counter of a parameter.
+        count: takes the outcome for a parameter: group, position, counter, and whether its gradient was finite.
+
+    Example:
+        >>> from hf_stateless.optimizer.lora_product import update_group_
+        >>> update_group_({"params": []}, [], lambda p: p, lambda *_: None)
+    """
+    position = {id(p): i for i, p in enumerate(group["params"])}
+    pairs, steps = [], []
+    for i, first in {position[id(p)] // 2: index - position[id(p)] % 2 for index, p in active}.items():
+        entries = [(first + k, group["params"][2 * i + k]) for k in (0, 1)]
+        steps.append([step_of(p) for _, p in entries])
+        indices, factors = zip(*entries, strict=True)
+        pairs.append(Pair(factors, indices, keys_of(group, entries, steps[-1])))
+    for pair, of_pair, finite in zip(pairs, steps, update_pairs_(pairs, group), strict=True):
+        for index, step in zip(pair.indices, of_pair, strict=True):
+            count(group, index, step, finite)
+
+
+def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]:
+    r"""Update pairs of LoRA factors by steepest descent in the change of s B A, see `product_steps`.
+
+    A <- (1 - lr weight_decay) A - D_A, B <- (1 - lr weight_decay) B - D_B with size = lr lr_scale sqrt(m n / r). Each
+    of D_A and D_B then changes s B A by a matrix whose entries have root mean square lr lr_scale (D_A: at most), like
+    the update of a whole matrix: whatever the shape, r and s are, and however large A and B. A factor whose gradient
+    is zero is left unchanged, decay included, and both are if one gradient is not finite. Sharded factors are
+    gathered: they are small. State kept: none.
+
+    Args:
+        pairs: factors with their gradients; under FSDP2 all ranks have to call this with the same ones.
+        group: `lr`, `weight_decay` and the options of `lora_product` in `hf_stateless.optimizer.groups`.
+
+    Returns:
+        For each pair, whether its gradients were finite.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.groups import ALGORITHMS
+        >>> from hf_stateless.optimizer.lora_product import Pair, update_pairs_
+        >>> A, B = torch.eye(1, 4), torch.zeros(4, 1)
+        >>> A.grad, B.grad = torch.zeros(1, 4), torch.tensor([[3.0], [0.0], [-4.0], [0.0]])
+        >>> group = {**ALGORITHMS["lora_product"], "lr": 0.5, "lr_scale": 1.0, "weight_decay": 0.0}
+        >>> update_pairs_([Pair((A, B))], group)
+        [True]
+        >>> (B @ A).square().mean().sqrt()
+        tensor(0.5000)
+    """
+    if not pairs or group["lr"] == 0:
+        return [True for _ in pairs]
+    finite: dict[int, bool] = {}
+    for same in alike(pairs, Pair.shape_class):
+        for batch in bounded(same, Pair.nbytes, BATCH_BYTES):
+            finite |= zip((id(pair) for pair in batch), _update_batch_(batch, group), strict=True)
+    return [finite[id(pair)] for pair in pairs]
+
+
+def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]:
+    layout = group["layout"]
+    a, b = _stacked([tuple(whole_matrix(p) for p in pair.factors) for pair in batch], layout)
+    grads = _stacked([tuple(_whole_gradient(p) for p in pair.factors) for pair in batch], layout)
+    (rank, columns), rows = a.shape[-2:], b.shape[-2]
+    size = group["lr"] * group["lr_scale"] * math.sqrt(rows * columns / rank)
+    options = {name: group[name] for name in ("scaling", "norms", "num_iterations")}
+    steps = product_steps(a, b, *grads, size=size, **options)
+    steps = (steps[1].mT, steps[0].mT) if layout == "in_out" else steps
+    norms = torch.stack([torch.linalg.vector_norm(step.flatten(1), dim=1) for step in steps], dim=1).tolist()
+    finite = [sum(of_pair) < float("inf") for of_pair in norms]
+    decay = 1 - group["lr"] * group["weight_decay"]
+    for i in (i for i, good in enumerate(finite) if good):
+        keys = batch[i].keys or (None, None)
+        for p, key, step, norm in zip(batch[i].factors, keys, steps, norms[i], strict=True):
+            if norm > 0:
+                write_update_(local_shard(p), part_of(step[i].reshape(p.shape), p), 1.0, decay, key)
+    return finite
+
+
+def _stacked(factors: Sequence[tuple[Tensor, ...]], layout: str) -> tuple[Tensor, Tensor]:
+    """Return the factors as two batches, A of (r, n) and B of (m, r) matrices.
+
+    For an embedding W^T = s B A is stored, and looked up by columns of A: what is A there stands for B here.
+    """
+    a, b = (torch.stack([as_matrix(t, "conv") for t in stack]) for stack in zip(*factors, strict=True))
+    return (b.mT, a.mT) if layout == "in_out" else (a, b)
+
+
+def _whole_gradient(p: Tensor) -> Tensor:
+    return torch.zeros_like(whole_matrix(p)) if p.grad is None else whole_matrix(p.grad)
+
+
+def product_chain(norms: Sequence[str], num_iterations: int) -> tuple[tuple[str, ...], int]:
+    """Return the chain that a pair is normalised by, from that of whole matrices.
+
+    A chain with `spectral` becomes the polar factor alone, which is exact and does not depend on the basis of the r
+    dimensions; row norms taken over these would.
+
+    Example:
+        >>> from hf_stateless.optimizer.lora_product import product_chain
+        >>> product_chain(("row_standardize", "spectral"), 1), product_chain(("row_l2", "col_l2"), 5)
+        ((('spectral',), 1), (('row_l2', 'col_l2'), 5))
+    """
+    return (("spectral",), 1) if "spectral" in norms else (tuple(norms), num_iterations)
+
+
+def product_steps(
+    a: Tensor,
+    b: Tensor,
+    grad_a: Tensor,
+    grad_b: Tensor,
+    *,
+    size: float,
+    scaling: float,
+    norms: Sequence[str] = ("spectral",),
+    num_iterations: int = 1,
+) -> tuple[Tensor, Tensor]:
+    r"""Return the steps D_A in R^{r x n}, D_B in R^{m x r} of steepest descent in the change of s B A.
+
+    With A = S Q, S = (A A^T)^{1/2} and Q of orthonormal rows, the layer is s C Q with C = B S. In this frame
+
+        D_B = (size / s) N(G_B S^-1) S^-1,   D_A = (size / s) S P N(P S G_A),   P = (C^T C + (k size / s)^2 I)^{-1/2}
+
+    where N normalises a matrix (features x r) so that its r singular values have root mean square 1; for the chain
+    `spectral` it is the polar factor, all are 1, and without the second term of P the formulas are
+    polar(G_B P_A) P_A and P_B polar(P_B G_A). Each step then changes s B A by a matrix of rank r whose singular
+    values have root mean square `size` (D_A: at most), whatever r, s and the norms of A and B are. The second term
+    bounds the turn of Q to 1/k a step, k = 3, where B is zero or small: D_B D_A adds at most size / k.
+    State kept: none.
+
+    Args:
+        a: (..., r, n) factor A; where it is zero, S = I.
+        b: (..., m, r) factor B; where it is zero, D_A is zero, since G_A is.
+        grad_a: gradient of the loss with respect to A.
+        grad_b: gradient with respect to B.
+        size: root mean square of the singular values of the change of s B A by each step.
+        scaling: s, which multiplies B A in the layer.
+        norms: chain of norm projections; for `spectral` the steps of B A are the same for all (R A, B R^-1).
+        num_iterations: how often the chain runs.
+
+    Returns:
+        D_A and D_B, in at least float32, to be subtracted.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.lora_product import product_steps
+        >>> A, B = torch.eye(2, 3), torch.zeros(2, 2)
+        >>> D_A, D_B = product_steps(A, B, torch.zeros(2, 3), torch.tensor([[5.0, 0.0], [0.0, -2.0]]), size=0.1,
+        ...                          scaling=2.0)
+        >>> 2.0 * D_B @ A
+        tensor([[ 0.1000,  0.0000,  0.0000],
+                [ 0.0000, -0.1000,  0.0000]])
+        >>> bool(D_A.any())
+        False
+
+    References:
+        Steepest descent in a norm: https://huggingface.co/papers/2409.20325; the metric of low-rank products:
+        https://huggingface.co/papers/2402.02347.
+    """
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    a, b, grad_a, grad_b = (t.to(dtype) for t in (a, b, grad_a, grad_b))
+    reach = size / scaling
+    values, vectors = _spectrum(a @ a.mT)
+    values = torch.where(values[..., -1:] > 0, values, 1)
+    root, inverse = _power(values, vectors, 0.5).to(dtype), _power(values, vectors, -0.5).to(dtype)
+    frame_b = b @ root
+    values, vectors = _spectrum(frame_b.mT @ frame_b)
+    damped = _power(values + (_STIFFNESS * reach) ** 2, vectors, -0.5).to(dtype)
+    step_b = _normalize(grad_b @ inverse, norms, num_iterations) @ inverse
+    step_a = root @ (damped @ _normalize((damped @ (root @ grad_a)).mT, norms, num_iterations).mT)
+    return reach * step_a, reach * step_b
+
+
+def _normalize(x: Tensor, norms: Sequence[str], num_iterations: int) -> Tensor:
+    """Give the singular values of a matrix (features x r) root mean square 1: all of them 1 for `spectral`."""
+    if "spectral" in norms:
+        return eigh(x * power_of_two_inverse(x.abs().amax((-2, -1), keepdim=True)))
+    return multi_normalize(x, norms, num_iterations) / math.sqrt(max(x.shape[-2:]))
+
+
+def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, none below the floor, and eigenvectors; of the identity where the matrix is not finite."""
+    gram = gram.double()
+    finite = gram.isfinite().all(dim=-1).all(dim=-1)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, gram, torch.eye(gram.shape[-1]).to(gram)))
+    return values.maximum(_RELATIVE_FLOOR * values[..., -1:]).clamp_min(0), vectors
+
+
+def _power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
+    return torch.matmul(vectors * values.pow(exponent).unsqueeze(-2), vectors.mT)

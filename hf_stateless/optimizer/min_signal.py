@@ -1,0 +1,114 @@
+"""Telling a gradient that carries a signal from a nearly empty one, for rules that ignore a gradient's size."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ranks.placement import total_norm
+
+
+logger = logging.getLogger(__name__)
+
+# Norms that are remembered, how many of them have to be known before a step is judged, and which of them it is
+# compared with. Not the median: where most batches are empty, that is the norm of an empty one.
+_WINDOW, _FEWEST, _QUANTILE = 64, 16, 0.9
+
+
+def new_history(param: Tensor) -> Tensor:
+    """Return a history of norms in which none is known yet, where the parameter is.
+
+    A tensor among the optimizer's state, since of a FULL checkpoint FSDP2 gives the plain values of a group to the
+    first rank only.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.min_signal import new_history
+        >>> new_history(torch.ones(2)).shape
+        torch.Size([64])
+    """
+    return torch.zeros(_WINDOW, device=param.device)
+
+
+def measure_signal(grads: Sequence[Tensor], history: Tensor) -> float:
+    r"""Return the norm of some gradients together over that of informative steps, and remember the norm.
+
+    s = ||g|| / q with q the 90th percentile of the norms of the last 64 steps, whether they were held back or not: a
+    lower level of all gradients is accepted after 58 steps. State kept: these norms.
+
+    Args:
+        grads: of all parameters that are guarded; on several processes a collective of all of them.
+        history: the norms, the latest last and 0 where none is known, changed in place.
+
+    Returns:
+        s, the same on all processes. Infinity where fewer than 16 norms are known and where a gradient is not finite,
+        which its own rule refuses; 0 for a zero gradient. Neither of the last two is remembered.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.min_signal import measure_signal
+        >>> history = torch.full((64,), 10.0)
+        >>> round(measure_signal([torch.tensor([0.3, 0.4])], history), 4)
+        0.05
+        >>> history[-1]
+        tensor(0.5000)
+    """
+    norm = _on_all_processes(total_norm(grads))
+    if norm in (0, math.inf):
+        return norm
+    known: list[float] = sorted(value for value in history.tolist() if value)
+    history.copy_(torch.cat([history[1:], history.new_tensor([norm])]))
+    if len(known) < _FEWEST:
+        return math.inf
+    return norm / known[math.ceil(_QUANTILE * len(known)) - 1]
+
+
+def tell_held(count: int, signal: float) -> None:
+    """Log that a step was held back, ever more rarely: the 1st, 2nd, 4th, 8th time.
+
+    Args:
+        count: how many were.
+        signal: from `measure_signal`.
+
+    Example:
+        >>> from hf_stateless.optimizer.min_signal import tell_held
+        >>> tell_held(3, 0.05)
+    """
+    if count.bit_count() == 1:
+        logger.warning(
+            "min_signal holds the matrices back, for the %d. time: the norm of their gradients is %.2g times that of "
+            "informative steps.",
+            count,
+            signal,
+        )
+
+
+def refuse_layerwise(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups that are guarded where gradients are freed before the norm of all of them is known.
+
+    Raises:
+        ValueError: a group has a `min_signal`.
+
+    Example:
+        >>> from hf_stateless.optimizer.min_signal import refuse_layerwise
+        >>> refuse_layerwise([{"min_signal": 0.0}])
+    """
+    if any(group.get("min_signal") for group in groups):
+        raise ValueError(
+            "min_signal compares the norm of all gradients, which layer-wise updates know only after they have "
+            "changed the weights: leave out min_signal, or layerwise."
+        )
+
+
+def _on_all_processes(norm: Tensor) -> float:
+    """Return the largest norm of all processes, so that replicas never decide differently by a rounding error."""
+    norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(norm, op=dist.ReduceOp.MAX)
+    return float(norm)

@@ -1,0 +1,180 @@
+"""Whole matrices for norm projections that no rank can compute on its part, such as the whitening.
+
+Each matrix is handed to one rank, its owner, which normalises it and hands the update back: one packed all-to-all each
+way. Replicas, which have all gradients already, only share the updates: one all-gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .placement import Split
+
+
+def assign_owners(costs: Sequence[int], load: list[int]) -> list[int]:
+    """Choose the owner of each of some matrices that are computed at the same time.
+
+    The next dearest goes to the rank that has the least of these, and among equals to the one that has had the least
+    to do so far.
+
+    Args:
+        costs: of each matrix, in any unit.
+        load: of each rank so far, added to.
+
+    Returns:
+        The owner's rank for each matrix.
+
+    Example:
+        >>> from hf_stateless.ranks.owners import assign_owners
+        >>> load = [5, 0, 0]
+        >>> assign_owners([4, 4, 1, 4], load), load
+        ([1, 2, 1, 0], [9, 5, 4])
+    """
+    now = [0] * len(load)
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owner = min(range(len(load)), key=lambda rank: (now[rank], load[rank]))
+        owners[i] = owner
+        now[owner] += costs[i]
+        load[owner] += costs[i]
+    return owners
+
+
+class Exchange:
+    """Takes parts of matrices to their owners and parts of updates back; both ways are collectives.
+
+    Args:
+        splits: how each matrix is cut, all over the same process group.
+        owners: the owner of each.
+    """
+
+    def __init__(self, splits: Sequence[Split], owners: Sequence[int]) -> None:
+        self.splits = splits
+        self._group, self._rank, self._device = splits[0].group, splits[0].rank, splits[0].device
+        self._ranks = range(splits[0].ranks)
+        self._owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in self._ranks]
+        self.mine = self._owned[self._rank]
+        """Positions of the matrices that this rank owns."""
+
+    def to_owners(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send this rank's part of every matrix, and return the whole matrices that it owns, on the group's device."""
+        send = [[parts[i] for i in owned] for owned in self._owned]
+        shapes = [[self.splits[i].part(rank) for i in self.mine] for rank in self._ranks]
+        received = self._send(send, shapes, parts[0].dtype)
+        return [torch.cat([pieces[k] for pieces in received], self.splits[i].dim) for k, i in enumerate(self.mine)]
+
+    def to_parts(self, updates: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+        """Send the updates of the matrices that this rank owns, each with its norm.
+
+        Args:
+            updates: one for each of `mine`.
+            like: this rank's part of every matrix, for dtype and device.
+
+        Returns:
+            For every matrix, this rank's part of the update, and the norm of the whole update.
+        """
+        dtype = torch.promote_types(like[0].dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(update).to(dtype).reshape(1) for update in updates]
+        cut = [self.splits[i].parts(update.to(dtype)) for i, update in zip(self.mine, updates, strict=True)]
+        send = [[t for k in range(len(cut)) for t in (norms[k], cut[k][rank])] for rank in self._ranks]
+        shapes = [[s for i in owned for s in ((1,), self.splits[i].part(self._rank))] for owned in self._owned]
+        received = self._send(send, shapes, dtype)
+        parts, sizes = list(like), [like[0].new_zeros(1)] * len(like)
+        for pieces, owned in zip(received, self._owned, strict=True):
+            for k, i in enumerate(owned):
+                sizes[i], parts[i] = pieces[2 * k], pieces[2 * k + 1].to(like[i].device)
+        return parts, torch.cat(sizes).tolist()
+
+    def _send(
+        self,
+        send: Sequence[Sequence[Tensor]],
+        shapes: Sequence[Sequence[tuple[int, ...]]],
+        dtype: torch.dtype,
+    ) -> list[list[Tensor]]:
+        """Send a list of tensors to each rank, and return those that came from each rank, in the given shapes."""
+        flat = [t.reshape(-1).to(self._device, dtype) for tensors in send for t in tensors]
+        packed = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=self._device)
+        counts = [[_numel(shape) for shape in of_rank] for of_rank in shapes]
+        received = packed.new_empty(sum(map(sum, counts)))
+        dist.all_to_all_single(
+            received,
+            packed,
+            output_split_sizes=[sum(of_rank) for of_rank in counts],
+            input_split_sizes=[sum(t.numel() for t in tensors) for tensors in send],
+            group=self._group,
+        )
+        return [
+            [piece.view(shape) for piece, shape in zip(pieces.split_with_sizes(of_rank), of_rank_shapes, strict=True)]
+            for pieces, of_rank, of_rank_shapes in zip(
+                received.split_with_sizes([sum(of_rank) for of_rank in counts]), counts, shapes, strict=True
+            )
+        ]
+
+
+def same_on_replicas(grads: Sequence[Tensor], group: dist.ProcessGroup) -> bool:
+    """Tell whether all ranks have these gradients, as DDP leaves them: by their norms (a collective).
+
+    Gradients that differ, say of local SGD between two synchronisations, must not be mixed.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
+    norms = norms.nan_to_num(-1.0, -1.0)  # what is not finite on one rank is so on all
+    extremes = torch.cat([norms, -norms])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    largest, smallest = extremes.chunk(2)
+    return torch.equal(largest, -smallest)
+
+
+def shared_updates(
+    shapes: Sequence[tuple[int, ...]],
+    compute: Callable[[list[int]], list[Tensor]],
+    group: dist.ProcessGroup,
+    *,
+    like: Tensor,
+    batch_bytes: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Compute some of the updates on each replica, and yield all of them with their positions (collectives).
+
+    Args:
+        shapes: of all updates.
+        compute: returns the updates at some positions.
+        group: the replicas.
+        like: for the device, and in at least float32 the dtype, of the updates.
+        batch_bytes: what a rank computes before the updates are shared, unless one alone is larger.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    order = sorted(range(len(shapes)), key=lambda i: (-whitening_cost(shapes[i]), shapes[i]))
+    while order:
+        turn = ranks * max(1, batch_bytes // max(1, _numel(shapes[order[0]]) * dtype.itemsize))
+        now, order = order[:turn], order[turn:]
+        owned = [now[owner::ranks] for owner in range(ranks)]
+        length = max(sum(_numel(shapes[i]) for i in positions) for positions in owned)
+        mine = like.new_zeros(length, dtype=dtype)
+        updates = [update.reshape(-1) for update in compute(owned[rank])] if owned[rank] else []
+        if updates:
+            mine[: sum(update.numel() for update in updates)] = torch.cat(updates)
+        gathered = list(mine.new_empty(ranks, length).unbind())
+        dist.all_gather(gathered, mine, group=group)
+        for positions, flat in zip(owned, gathered, strict=True):
+            sizes = [_numel(shapes[i]) for i in positions]
+            for i, update in zip(positions, flat[: sum(sizes)].split_with_sizes(sizes), strict=True):
+                yield i, update.view(shapes[i])
+
+
+def whitening_cost(shape: tuple[int, ...]) -> int:
+    """Return what whitening a matrix or a stack of them costs, in multiplications of the smaller side's Gram matrix.
+
+    Example:
+        >>> from hf_stateless.ranks.owners import whitening_cost
+        >>> whitening_cost((3, 2, 5))
+        60
+    """
+    return _numel(shape) * min(shape[-2:]) if len(shape) > 1 else _numel(shape)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,253 @@
+"""How a parameter is spread over ranks: what this rank holds, what the others hold, and who they are.
+
+Under FSDP2 a parameter is a `DTensor` of which each rank holds some rows, while row norms, column norms and whitening
+are defined on whole matrices. The rooms below `distributed` restore the whole from these descriptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..update.batches import alike
+
+
+@dataclass(frozen=True)
+class Split:
+    """One dimension of a tensor cut into a part for each rank of a process group; parts may be uneven or empty.
+
+    Example:
+        >>> from hf_stateless.ranks.placement import Split
+        >>> split = Split(group=None, rank=1, shape=(5, 3), dim=0, ranks=4, device="cpu")
+        >>> [split.part(rank) for rank in range(4)]
+        [(2, 3), (2, 3), (1, 3), (0, 3)]
+    """
+
+    group: dist.ProcessGroup
+    """The ranks that hold the parts; replicas of a part are in other groups."""
+    rank: int
+    """This rank's number in the group."""
+    ranks: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    dim: int
+    """Which dimension is cut."""
+    device: torch.device
+    """Where tensors have to be for the group to send them; a CPU-offloaded shard is elsewhere."""
+
+    def part(self, rank: int) -> tuple[int, ...]:
+        """Return the shape of the part of one rank: cut as `torch.chunk` does, missing chunks are empty."""
+        size = self.shape[self.dim]
+        chunk = -(-size // self.ranks)
+        return (*self.shape[: self.dim], max(0, min(chunk, size - rank * chunk)), *self.shape[self.dim + 1 :])
+
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """Return the part of each rank, as views of the whole tensor."""
+        return list(whole.split_with_sizes([self.part(rank)[self.dim] for rank in range(self.ranks)], self.dim))
+
+
+def split_of(param: Tensor) -> Split | None:
+    """Describe how a parameter is cut, or return None where it is not cut along exactly one dimension.
+
+    Its gradient has to be cut in the same way. Further mesh dimensions may replicate it (HSDP).
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import split_of
+        >>> split_of(torch.ones(2)) is None
+        True
+    """
+    grad = param.grad
+    if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
+        return None
+    mesh, placements = param.device_mesh, param.placements
+    if grad.device_mesh != mesh or grad.placements != placements:
+        return None
+    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    placement = placements[cut[0]] if cut else None
+    if len(cut) != 1 or type(placement) is not Shard:
+        return None
+    return Split(
+        group=mesh.get_group(cut[0]),
+        rank=mesh.get_local_rank(cut[0]),
+        ranks=mesh.size(cut[0]),
+        shape=tuple(param.shape),
+        dim=placement.dim % param.ndim,
+        device=torch.device(mesh.device_type),
+    )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether this is a DTensor, of which a rank may hold only a part.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import is_sharded
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    return isinstance(tensor, DTensor)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return the rows that this rank holds; a plain tensor is returned as it is.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import local_shard
+        >>> local_shard(torch.ones(2)).shape
+        torch.Size([2])
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_matrix(tensor: Tensor) -> Tensor:
+    """Return the gathered tensor (a collective on all ranks of its mesh); a plain tensor is returned as it is.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import whole_matrix
+        >>> whole_matrix(torch.ones(2)).shape
+        torch.Size([2])
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    sendable = tensor.to(tensor.device_mesh.device_type)  # what is offloaded to the CPU cannot be sent from there
+    assert isinstance(sendable, DTensor)
+    return sendable.full_tensor()
+
+
+def part_of(update: Tensor, param: Tensor) -> Tensor:
+    """Return the part of a whole update that belongs to this rank's shard of the parameter, without communication.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import part_of
+        >>> part_of(torch.ones(2), torch.zeros(2)).shape
+        torch.Size([2])
+    """
+    if not isinstance(param, DTensor):
+        return update
+    replicated = DTensor.from_local(update, param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=param.placements).to_local().to(param.device)
+
+
+@contextlib.contextmanager
+def whole_if_tiny(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Give a parameter, its gradient and its state, gathered where a rank holds nothing of them (a collective).
+
+    DTensor has no rule for some operations on an empty shard; so small a parameter can be updated whole by every
+    rank, which keeps its own part of the parameter and of the state in the end.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import whole_if_tiny
+        >>> W = torch.ones(2)
+        >>> with whole_if_tiny(W, W, W) as (weight, _, _):
+        ...     weight is W
+        True
+    """
+    split = split_of(param)
+    if split is None or 0 not in split.part(split.ranks - 1):
+        yield param, grad, state
+        return
+    whole, whole_state = whole_matrix(param), whole_matrix(state)
+    yield whole, whole_matrix(grad), whole_state
+    local_shard(param).copy_(part_of(whole, param))
+    local_shard(state).copy_(part_of(whole_state, state))
+
+
+def shard_number(param: Tensor) -> int:
+    """Number the distinct shards of a parameter, so that rounding noise is equal on replicas and differs on shards.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import shard_number
+        >>> shard_number(torch.zeros(2))
+        0
+    """
+    number = 0
+    if isinstance(param, DTensor):
+        for dim, placement in enumerate(param.placements):
+            if not placement.is_replicate():
+                number = number * param.device_mesh.size(dim) + param.device_mesh.get_local_rank(dim)
+    return number
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Return the norm of some gradients together, in float32; a collective for each way in which DTensors are cut.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import total_norm
+        >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+        tensor(5.)
+    """
+    squares = []
+    for of_cut in alike(grads, lambda g: (g.device_mesh, g.placements) if isinstance(g, DTensor) else g.device):
+        norms = [torch.linalg.vector_norm(_summable(g).detach(), dtype=torch.float32) for g in of_cut]
+        squares.append(_sum_over_ranks(torch.stack(norms).double().square().sum(), of_cut[0]))
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt().float()
+
+
+def _summable(grad: Tensor) -> Tensor:
+    """Return this rank's part of a gradient, so that the squares of all parts add up to that of the whole."""
+    if isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements):
+        grad = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    return local_shard(grad)
+
+
+def _sum_over_ranks(square: Tensor, grad: Tensor) -> Tensor:
+    if not isinstance(grad, DTensor):
+        return square
+    shared = square.to(grad.device_mesh.device_type)
+    for dim, placement in enumerate(grad.placements):
+        if not (placement.is_replicate() or placement.is_partial()):
+            dist.all_reduce(shared, group=grad.device_mesh.get_group(dim))
+    return shared
+
+
+def check_gradients(params: Sequence[Tensor]) -> list[tuple[bool, bool]]:
+    """Tell for each parameter whether its gradient is finite, and whether it is anything but zero, over all ranks.
+
+    One synchronisation for all parameters, and a collective if there are DTensors.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import check_gradients
+        >>> W = torch.ones(2)
+        >>> W.grad = torch.tensor([1.0, float("inf")])
+        >>> check_gradients([W])
+        [(False, True)]
+    """
+    if not params:
+        return []
+    # A group may mix plain tensors with DTensors, and devices.
+    spokesman = next((p for p in params if isinstance(p, DTensor)), params[0])
+    flags = torch.stack([_finite_and_zero(local_shard(p.grad)).to(spokesman.device) for p in params])  # type: ignore[arg-type]
+    finite, zero = _on_all_ranks(flags, spokesman).bool().unbind(1)
+    return list(zip(finite.tolist(), zero.logical_not().tolist(), strict=True))
+
+
+def _finite_and_zero(grad: Tensor) -> Tensor:
+    if grad.numel() == 0:
+        return torch.ones(2, dtype=torch.bool, device=grad.device)
+    extremes = torch.stack(torch.aminmax(grad))
+    return torch.stack([torch.isfinite(extremes).all(), (extremes == 0).all()])
+
+
+def _on_all_ranks(flags: Tensor, param: Tensor) -> Tensor:
+    """Return the flags that are set on every rank that holds a part of the parameter."""
+    if not isinstance(param, DTensor):
+        return flags
+    shared = flags.to(param.device_mesh.device_type, torch.int32)
+    for dim, placement in enumerate(param.placements):
+        if not placement.is_replicate():  # replicas have the same gradient
+            dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=param.device_mesh.get_group(dim))
+    return shared

@@ -1,0 +1,99 @@
+"""What a model card says about a run, as plain values that are kept beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...trainer.options import LAYERWISE, optimizer_names
+
+
+SCHEMA_VERSION = 1
+CARD_FILE, DATA_FILE = "README.md", "card_data.json"
+
+TITLES = {"swan": "SWAN", "sinkgd": "SinkGD", "multinorm": "gradient multi-normalization"}
+
+
+@dataclass
+class CardFacts:
+    """All that a card says except the memory report; `card_data.json` beside the card.
+
+    Example:
+        >>> from hf_stateless.reports.card.facts import CardFacts
+        >>> facts = CardFacts(name="my-model", model="LlamaForCausalLM", parameters=100, optimizer="sinkgd")
+        >>> facts.title, facts.stateless
+        ('SinkGD', True)
+    """
+
+    name: str
+    model: str
+    """Name of the class."""
+    parameters: int
+    optimizer: str
+    """The value of `optim`."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """The YAML block."""
+    base_model: str | None = None
+    """Id on the Hub, or the last name of a local folder."""
+    base_is_local: bool = False
+    adapter: str | None = None
+    """Kind of adapter, like LoRA; None where the model itself was trained."""
+    task: str | None = None
+    """Words for the kind of training."""
+    repository: str | None = None
+    """Id on the Hub, once there is one."""
+    chat: bool = False
+    """The tokenizer has a chat template."""
+    needs_import: bool = False
+    """Loading it needs `import hf_stateless`: its weights are stored in 8 bits."""
+    data: str | None = None
+    remarks: list[str] = field(default_factory=list)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of the log, thinned out."""
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: str = ""
+    """What the trainer's own card says about the procedure: method, paper, links to trackers."""
+    citations: str = ""
+    """What the trainer's own card asks to cite."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Other sections of the trainer's own card."""
+
+    @property
+    def title(self) -> str:
+        """The optimizer's name as a reader knows it."""
+        return TITLES.get(self.optimizer.removesuffix(LAYERWISE), self.optimizer)
+
+    @property
+    def stateless(self) -> bool:
+        """Whether it is an optimizer of this package."""
+        return self.optimizer in optimizer_names()
+
+    def save(self, folder: str | Path) -> None:
+        """Write `card_data.json`, beside first and then renamed."""
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        write_text(Path(folder) / DATA_FILE, text)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CardFacts:
+        """Read `card_data.json`.
+
+        Raises:
+            ValueError: another version of the schema.
+        """
+        values = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
+        version = values.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"{DATA_FILE}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
+        return cls(**values)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it: nobody reads half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

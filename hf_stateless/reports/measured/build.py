@@ -1,0 +1,199 @@
+"""From a measured run to its `memory_report.json`: what was run, what it took, and what AdamW would have taken."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer
+
+from .footprint import count_parameters, local_shape
+from .meter import Reading, RunMeter, highest
+from .provenance import command_line, versions, without_folders
+from .schema import (
+    Cost,
+    Counted,
+    Measured,
+    MemoryReport,
+    Moments,
+    Prediction,
+    Provenance,
+    Range,
+    Residual,
+    Setup,
+)
+
+
+COMPARED = ("adamw_torch", "adamw_bnb_8bit")
+"""Optimizers whose memory is predicted for the same run."""
+
+
+def build_report(trainer: Trainer, meter: RunMeter, rows: Sequence[Reading], *, complete: bool) -> MemoryReport:
+    """Put together what is known of a run so far.
+
+    Args:
+        trainer: that trains.
+        meter: of the main process.
+        rows: the readings of all ranks.
+        complete: whether training has ended.
+    """
+    top = highest(rows)
+    counted = Counted(top.weights, top.gradients, top.optimizer_state)
+    cuda = meter.device.type == "cuda"
+    tokens = sum(row.tokens for row in rows)
+    seconds_per_step, share, tokens_per_second = meter.rates(tokens)
+    return MemoryReport(
+        setup=describe_setup(trainer, meter, max(row.longest_row for row in rows)),
+        measured=Measured(
+            kind=meter.probe.kind,
+            peak_since=meter.probe.since,
+            steps=meter.steps,
+            from_step=trainer.state.global_step - meter.steps,
+            start=top.start,
+            peak=Range(top.peak, min(row.peak for row in rows)),
+            moments=Moments(top.forward_backward, top.optimizer_step),
+            reserved=Range(max(r.reserved for r in rows), min(r.reserved for r in rows)) if cuda else None,
+            retries=sum(row.retries for row in rows) if cuda else None,
+            ooms=sum(row.ooms for row in rows) if cuda else None,
+        ),
+        counted=counted,
+        residual=residual(top.peak, counted, top.before_training),
+        groups=meter.groups,
+        predicted={name: predict(meter, top, name) for name in COMPARED},
+        cost=Cost(tokens or None, tokens_per_second, seconds_per_step, share, meter.seconds),
+        provenance=Provenance(
+            versions(), command_line(), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        ),
+        complete=complete,
+    )
+
+
+def residual(peak: int, counted: Counted, before_training: int) -> Residual:
+    """Divide what is not counted: on CPU, memory that was free before training and is used in it counts as used.
+
+    Example:
+        >>> from hf_stateless.reports.measured.schema import Counted
+        >>> from hf_stateless.reports.measured.build import residual
+        >>> residual(100, Counted(20, 10, 10), before_training=50)
+        Residual(activations_and_temporaries=10, before_training=50)
+    """
+    rest = max(0, peak - counted.weights - counted.gradients - counted.optimizer_state)
+    before = min(before_training, rest)
+    return Residual(rest - before, before)
+
+
+def continued(report: MemoryReport, earlier: MemoryReport) -> MemoryReport:
+    """Return the report of a resumed run together with that of the part before: peaks and sums, rates of the new part.
+
+    Args:
+        report: of the part since the resume.
+        earlier: saved with the checkpoint.
+    """
+    now, then = report.measured, earlier.measured
+    if now.kind != then.kind:
+        return report
+    now.peak = Range(max(now.peak.max, then.peak.max), max(now.peak.min, then.peak.min))
+    now.moments = Moments(
+        max(now.moments.forward_backward, then.moments.forward_backward),
+        max(now.moments.optimizer_step, then.moments.optimizer_step),
+    )
+    now.steps += then.steps
+    now.from_step = then.from_step
+    cost = report.cost
+    cost.seconds += earlier.cost.seconds
+    cost.tokens = (cost.tokens or 0) + (earlier.cost.tokens or 0) or None
+    report.setup.sequence_length = max(report.setup.sequence_length, earlier.setup.sequence_length)
+    report.residual = residual(now.peak.max, report.counted, report.residual.before_training)
+    return report
+
+
+def predict(meter: RunMeter, reading: Reading, name: str) -> Prediction:
+    """Predict what another optimizer would have taken in the same run.
+
+    The assumptions are `hf_stateless.reports.measured.schema.ASSUMPTIONS`. The peak is the higher of two moments:
+    forward and backward as measured, with the states exchanged, and the optimizer's step with all gradients and the
+    temporaries of that optimizer.
+    """
+    from ..predicted.state import RULES, Parameter, rule_bytes
+
+    embeddings = {id(p) for m in meter.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(False)}
+    params = [
+        Parameter(tuple(local_shape(p)), p.dtype, "embedding" if id(p) in embeddings else "rest")
+        for p in meter.trained
+    ]
+    gradients = sum(p.nbytes for p in params)
+    state = rule_bytes(name, params)
+    # Without a second step, forward and backward were measured before there was any state.
+    backward = (reading.settled - reading.optimizer_state) if reading.settled else reading.forward_backward
+    step = reading.before_training + reading.weights + gradients + RULES[name].temporary(params, meter.device.type)
+    return Prediction(gradients=gradients, optimizer_state=state, peak=max(backward, step) + state)
+
+
+def describe_setup(trainer: Trainer, meter: RunMeter, longest_row: int) -> Setup:
+    """Say what is run: nothing that is private, and of local folders nothing at all."""
+    args = trainer.args
+    model: Any = meter.model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = next(c for c in type(base).__mro__ if not issubclass(c, FSDPModule))
+    counts = count_parameters(model.parameters())
+    cuda, threads = meter.device.type == "cuda", torch.get_num_threads()
+    given = (pair.partition("=")[::2] for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
+    return Setup(
+        device=torch.cuda.get_device_name(meter.device) if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}",
+        device_capacity=torch.cuda.get_device_properties(meter.device).total_memory if cuda else None,
+        world_size=args.world_size,
+        strategy=strategy(trainer),
+        model=kind.__name__,
+        base_model=base_model(base),
+        parameters=sum(counts.values()),
+        trainable_parameters=sum(p.numel() for p in meter.trained),
+        dtypes=counts,
+        optimizer=meter.name,
+        optimizer_options={key: without_folders(value) for key, value in given},
+        learning_rate=float(args.learning_rate),
+        per_device_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        sequence_length=longest_row,
+        gradient_checkpointing=any(vars(args).get(f"{word}_checkpointing") for word in ("activation", "gradient")),
+        peft=_peft(model),
+        quantization=_quantization(base),
+    )
+
+
+def strategy(trainer: Trainer) -> str:
+    """Return how the ranks share the work, in one word."""
+    kind = trainer.accelerator.distributed_type.value
+    if kind == "FSDP":
+        return "FSDP2" if trainer.accelerator.is_fsdp2 else "FSDP1"
+    return "DDP" if kind.startswith("MULTI_") else "single" if kind == "NO" else kind
+
+
+def base_model(model: Any) -> str | None:
+    """Return the id on the Hub of the model that is trained further, None for a new or a local one."""
+    name = str(getattr(model, "name_or_path", None) or "")
+    return None if not name or os.path.exists(name) or Path(name).is_absolute() or name.count("/") > 1 else name
+
+
+def _peft(model: Any) -> dict[str, Any] | None:
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping) or not configs:
+        return None
+    config = next(iter(configs.values()))
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    return {"type": str(kind), **({"r": config.r} if getattr(config, "r", None) else {})}
+
+
+def _quantization(model: Any) -> str | None:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    method = values.get("quant_method", "unknown")
+    bits = next((f"{bits}-bit " for bits in (8, 4) if values.get(f"load_in_{bits}bit")), "")
+    return f"{bits}{getattr(method, 'value', method)}"

@@ -1,0 +1,187 @@
+"""Measures one training run from the events of its loop: memory by halves of a step, tokens, and where time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .footprint import LiveGradients, count_groups, gradient_bytes, weight_bytes
+from .probes import Stopwatch, probe_of
+from .schema import Group
+
+
+# What batches call their tokens and the mask of those that are no padding: of the Trainer, and of GRPO and its kin.
+_TOKENS = {"input_ids": "attention_mask", "prompt_ids": "prompt_mask", "completion_ids": "completion_mask"}
+
+
+@dataclass
+class Reading:
+    """Numbers of one rank, all integers, so that ranks can exchange them as one tensor."""
+
+    peak: int = 0
+    forward_backward: int = 0
+    optimizer_step: int = 0
+    settled: int = 0
+    """Peak of forward and backward where the optimizer had its state already; 0 before the second step."""
+    before_training: int = 0
+    start: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer_state: int = 0
+    reserved: int = 0
+    retries: int = 0
+    ooms: int = 0
+    tokens: int = 0
+    longest_row: int = 0
+
+
+class RunMeter:
+    """Follows a training loop through calls at its events.
+
+    Memory is read at the two ends of the optimizer's step and forgotten in between, so that evaluation and saving are
+    in no number. Weights are counted at the start, gradients and state in the first steps and when a report is made.
+
+    Args:
+        device: where the model is trained.
+        name: the optimizer, for groups that name no algorithm.
+    """
+
+    def __init__(self, device: torch.device, name: str) -> None:
+        self.device = device
+        self.name = name
+        self.probe = probe_of(device)
+        self.steps = 0
+        self.seconds = 0.0
+        self.recent_peak = 0  # since it was last set to 0
+        self.groups: list[Group] = []
+        self._updates = Stopwatch(device)
+        self._reading = Reading()
+        self._mark: float | None = None
+        self._first = (0.0, 0, 0.0)
+        self._tokens: int | Tensor = 0
+        self._live: LiveGradients | None = None
+        self._has_state = False
+
+    def begin(self, model: nn.Module, optimizer: Any) -> None:
+        """Take stock before the first step."""
+        self.model, self.optimizer = model, optimizer
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        reading = self._reading
+        reading.start = self.probe.now()
+        reading.weights = weight_bytes(model)
+        self._count_state()
+        self._has_state = reading.optimizer_state > 0
+        reading.before_training = max(0, reading.start - reading.weights - reading.optimizer_state)
+        self._faults = self.probe.faults()
+        if getattr(getattr(optimizer, "optimizer", optimizer), "layerwise", None):
+            self._live = LiveGradients(self.trained)  # before the optimizer's own hooks, which free what they see
+
+    def close(self) -> None:
+        """Take off what is hooked to the model."""
+        if self._live:
+            self._live.remove()
+
+    def begin_step(self) -> None:
+        """Begin to watch forward and backward."""
+        self.probe.restart()
+        if self._mark is None:
+            self._mark = time.perf_counter()
+
+    def before_update(self) -> None:
+        """End forward and backward, begin the optimizer's step."""
+        reading, peak = self._reading, self._read_peak()
+        reading.forward_backward = max(reading.forward_backward, peak)
+        if self._has_state:
+            reading.settled = max(reading.settled, peak)
+        if self.steps < 2:
+            alive = self._live.peak if self._live else 0
+            reading.gradients = max(reading.gradients, alive, gradient_bytes(self.trained))
+        self.probe.restart()
+        self._updates.start()
+
+    def after_update(self) -> None:
+        """End the optimizer's step."""
+        self._updates.stop()
+        self._reading.optimizer_step = max(self._reading.optimizer_step, self._read_peak())
+
+    def end_step(self) -> None:
+        """End a step; what follows up to the next one counts as time of training, unless `pause` is called."""
+        now = time.perf_counter()
+        self.seconds += now - (now if self._mark is None else self._mark)
+        self._mark = now
+        self.steps += 1
+        if self.steps == 1:
+            self._first = (self.seconds, int(self._tokens), self._updates.seconds(wait=True))
+            self._count_state()
+            self._has_state = True
+        if self.steps == 2:
+            self.close()
+
+    def pause(self) -> None:
+        """Leave out the time since the last step."""
+        self._mark = None
+
+    def see(self, batch: Any) -> None:
+        """Count the tokens of a training batch, on its device: nothing waits for the number."""
+        if not isinstance(batch, Mapping):
+            return
+        row = 0
+        for name, mask_name in _TOKENS.items():
+            ids, mask = batch.get(name), batch.get(mask_name)
+            if isinstance(ids, Tensor):
+                is_mask = isinstance(mask, Tensor) and mask.shape == ids.shape
+                self._tokens = self._tokens + (mask.sum() if is_mask else ids.numel())  # type: ignore[union-attr]
+                row += ids.shape[-1]
+        self._reading.longest_row = max(self._reading.longest_row, row)
+
+    def read(self) -> Reading:
+        """Return this rank's numbers so far; counts the state again."""
+        self._count_state()
+        reading = self._reading
+        reading.peak = max(reading.forward_backward, reading.optimizer_step)
+        reading.retries, reading.ooms = (
+            now - then for now, then in zip(self.probe.faults(), self._faults, strict=True)
+        )
+        reading.tokens = int(self._tokens)
+        return Reading(**asdict(reading))
+
+    def rates(self, tokens: int) -> tuple[float, float, float | None]:
+        """Return seconds of a step, the part of it that the optimizer takes, and tokens per second.
+
+        The first step is left out where there are others.
+
+        Args:
+            tokens: of all ranks.
+        """
+        seconds, first_tokens, updating = self._first if self.steps > 1 else (0.0, 0, 0.0)
+        seconds = self.seconds - seconds
+        share = (self._updates.seconds(wait=True) - updating) / seconds if seconds else 0.0
+        own = int(self._tokens)
+        per_second = tokens * (1 - first_tokens / own) / seconds if own and seconds else None
+        return seconds / max(1, self.steps - 1), min(1.0, share), per_second
+
+    def _count_state(self) -> None:
+        self.groups = count_groups(self.optimizer, self.name)
+        self._reading.optimizer_state = sum(group.state_bytes for group in self.groups)
+
+    def _read_peak(self) -> int:
+        peak, reserved = self.probe.peaks()
+        self.recent_peak = max(self.recent_peak, peak)
+        self._reading.reserved = max(self._reading.reserved, reserved)
+        return peak
+
+
+def highest(rows: Sequence[Reading]) -> Reading:
+    """Return the numbers of the rank with the highest peak.
+
+    Example:
+        >>> from hf_stateless.reports.measured.meter import Reading, highest
+        >>> highest([Reading(peak=1), Reading(peak=2, weights=5)]).weights
+        5
+    """
+    return max(rows, key=lambda reading: reading.peak)

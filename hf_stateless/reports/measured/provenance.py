@@ -1,0 +1,105 @@
+"""Where a report comes from: command and versions, with nothing in them that is private."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+PACKAGES = ("hf_stateless", "torch", "transformers", "accelerate", "trl", "peft", "bitsandbytes", "datasets")
+_SECRET = re.compile(r"(token|(secret|password|api_?key|credential)s?)$", re.IGNORECASE)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+# A URL, or a path on any system that is absolute or begins at the home or the parent folder.
+_PLACE = re.compile(r"""\w+://[^\s"']*|(?<![\w./\\-])(?:~\w*|\.\.|[A-Za-z]:)?[\\/][^\s"',;=]*""")
+_SEPARATORS = re.compile(r"[\\/]+")
+# These name an account beside what they are for.
+_ACCOUNTS = {"hub_model_id", "push_to_hub_model_id", "hub_bucket_id", "trackio_space_id"}
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """Return the command of this process as it may be published.
+
+    Folders outside of the working folder are cut off, tokens and account names are left out, and code that was given
+    with `-c` is not told.
+
+    Args:
+        arguments: of the command; those of this process when None.
+
+    Example:
+        >>> from hf_stateless.reports.measured.provenance import command_line
+        >>> command_line(["/usr/bin/python3", "/mnt/ada/train.py", "--hub_model_id", "ada/m", "--hub_token=hf_x"])
+        'python train.py --hub_model_id m --hub_token=...'
+    """
+    program, *rest = sys.orig_argv if arguments is None else arguments
+    name = _SEPARATORS.split(program)[-1]
+    words, key = ["python" if name.startswith(("python", "pypy")) else name], ""
+    for argument in rest:
+        if argument == "-c":
+            return shlex.join([*words, "-c"]) + " ..."
+        if argument.startswith("-"):
+            key, equals, value = argument.partition("=")
+            words.append(key + equals + _value(key, value))
+            key = "" if equals else key
+        else:
+            words.append(_value(key, argument))
+            key = ""
+    return shlex.join(words)
+
+
+def _value(key: str, text: str) -> str:
+    """Return the value of an argument as it may be told."""
+    name = key.lstrip("-").replace("-", "_")
+    if text and (_SECRET.search(name) or "organization" in name):
+        return "..."
+    if name in _ACCOUNTS:
+        return text.rsplit("/", 1)[-1]
+    is_path = Path(text).is_absolute()
+    return _last_name(text) if is_path else without_folders(text)
+
+
+def without_folders(text: str) -> str:
+    """Shorten every absolute path in a text: to what lies below the working folder, or to its last name.
+
+    Example:
+        >>> from hf_stateless.reports.measured.provenance import without_folders
+        >>> without_folders('{"train": "/mnt/ada/text/a.txt"} runs/1 meta-llama/Llama-2-7b')
+        '{"train": "a.txt"} runs/1 meta-llama/Llama-2-7b'
+    """
+    shortened = _PLACE.sub(lambda match: _last_name(match[0]), _HUB_TOKEN.sub("...", text))
+    home = str(Path.home())
+    return shortened.replace(home, "~") if len(home) > 1 else shortened
+
+
+def _last_name(place: str) -> str:
+    """Return a path without the folders above the working folder; a URL stays, unless it is local or has a user."""
+    if "://" in place and not place.startswith("file:") and "@" not in place:
+        return place
+    if place in ("~", str(Path.home())):
+        return "~"
+    here = Path.cwd()
+    if here != Path(here.anchor) and Path(place).is_relative_to(here) and Path(place) != here:
+        return str(Path(place).relative_to(here))
+    return _SEPARATORS.split(place.rstrip("\\/"))[-1]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that this process has loaded.
+
+    Example:
+        >>> from hf_stateless.reports.measured.provenance import versions
+        >>> {"python", "torch", "transformers"} <= versions().keys()
+        True
+    """
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        if name in sys.modules:
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    return found

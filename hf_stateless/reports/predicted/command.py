@@ -1,0 +1,162 @@
+"""`hf-stateless memory MODEL`: a table of what training a model takes, and the GPUs that have it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...trainer.options import LAYERWISE
+from ...weights.int8.weight import Int8Weight
+from ..command_line import Parser
+from .estimate import estimate
+from .model import DTYPES, base_of, build_model, load_config, max_positions
+from .state import is_ours, known_optimizers
+from .table import GPUS, Settings, as_json, as_table, plot
+
+
+_DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="hf-stateless memory", description="Predict the memory of a training run.")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="id on the Hub, folder with a config.json, or such a file")
+    add("--optim", default=_DEFAULT_OPTIMIZERS, help=f"names joined by commas: {', '.join(known_optimizers())}")
+    add("--optim-args", default="", help="key=value,key=value: options of ours, and rank of galore_adamw")
+    add("--layerwise", action="store_true", help="let our optimizers update in backward")
+    add("--dtype", default="bf16", help="bf16 (default), fp32, or int8 for 8-bit linear layers")
+    add("--batch", type=_count, default=1, help="sequences per GPU (default 1)")
+    add("--seq", type=_count, help=f"tokens per sequence (default {Settings.seq}, or all that the model takes)")
+    add("--checkpointing", action="store_true", help="activation checkpointing")
+    add("--lora", type=_count, metavar="R", help="train LoRA adapters of rank R on all linear layers")
+    add("--fsdp", type=_count, default=1, metavar="N", help="shard with FSDP2 over N GPUs")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="where it would run (default cuda)")
+    add("--gpus", help=f"their sizes in GiB joined by commas (default {','.join(f'{gib:g}' for gib in GPUS)})")
+    add("--trust-remote-code", action="store_true", help="let a model of the Hub run its own code")
+    add("--json", action="store_true", help="print JSON, all sizes in bytes")
+    add("--plot", type=Path, metavar="FILE", help="also draw a picture, such as memory.png")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what training a model takes with each optimizer, and which GPUs it fits.
+
+    Args:
+        argv: arguments after `hf-stateless memory`; those of the process when None.
+
+    Returns:
+        0, or 2 after one line on stderr that says what was wrong.
+
+    Example:
+        >>> from hf_stateless.reports.predicted import main
+        >>> main(["no/such/model", "--optim", "nonsense"])
+        2
+    """
+    try:
+        print(_answer(_parser().parse_args(argv)))
+    except ValueError as error:
+        print(f"hf-stateless memory: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _answer(args: argparse.Namespace) -> str:
+    names = list(dict.fromkeys(_name(name.strip(), args.layerwise) for name in args.optim.split(",")))
+    optim_args = _pairs(args.optim_args)
+    gpus = _gpus(args.gpus)
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype}: expected {' or '.join(DTYPES)}.")
+    if args.dtype == "int8":
+        names = _of_int8(names, args)
+    settings = Settings(
+        dtype=args.dtype,
+        batch=args.batch,
+        seq=args.seq or Settings.seq,
+        checkpointing=args.checkpointing,
+        lora=args.lora,
+        fsdp=args.fsdp,
+        device=args.device,
+    )
+    config = load_config(args.model, trust_remote_code=args.trust_remote_code)
+    model = build_model(config, settings)
+    if args.seq is None:
+        settings = replace(settings, seq=min(settings.seq, max_positions(model) or settings.seq))
+    report = as_json(
+        _facts(args.model, model, optim_args, settings, config),
+        settings,
+        estimate(model, names, settings, optim_args),
+        gpus,
+    )
+    if args.plot:
+        plot(report, args.plot)
+    return json.dumps(report, indent=2) if args.json else as_table(report)
+
+
+def _name(name: str, layerwise: bool) -> str:
+    return name + LAYERWISE if is_ours(name) and layerwise and not name.endswith(LAYERWISE) else name
+
+
+def _of_int8(names: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Return the optimizers that train 8-bit weights, or refuse what cannot."""
+    foreign = [name for name in names if not is_ours(name)]
+    if foreign and args.optim != _DEFAULT_OPTIMIZERS:
+        raise ValueError(f"--dtype int8: {foreign[0]} cannot train 8-bit weights; type --optim sinkgd,swan.")
+    if args.fsdp > 1:
+        raise ValueError("--dtype int8: 8-bit weights cannot be sharded by FSDP; leave out --fsdp.")
+    return [name for name in names if is_ours(name)]
+
+
+def _pairs(text: str) -> dict[str, str]:
+    parts = [part.split("=") for part in text.replace(" ", "").split(",") if text]
+    if any(len(part) != 2 or not all(part) for part in parts):
+        raise ValueError(f"--optim-args {text!r}: expected key=value,key=value, such as num_iterations=3.")
+    return {part[0]: part[1] for part in parts}
+
+
+def _gpus(text: str | None) -> Sequence[float]:
+    if text is None:
+        return sorted(GPUS)
+    try:
+        sizes = sorted({float(size) for size in text.split(",")})
+    except ValueError:
+        sizes = [0.0]
+    if not all(0 < size < 1e6 for size in sizes):
+        raise ValueError(f"--gpus {text!r}: expected sizes in GiB joined by commas, such as 24,80.")
+    return sizes
+
+
+def _facts(
+    source: str, model: nn.Module, optim_args: Mapping[str, str], settings: Settings, config: Any
+) -> dict[str, Any]:
+    """Return what the report says about the model; of a local path only the last name, since reports are published."""
+    notes = []
+    if settings.fsdp > 1:
+        notes.append("gathered: the layers that FSDP2 puts together, from a formula; step temporaries are of one GPU.")
+    if getattr(config, "quantization_config", None) and settings.dtype != "int8":
+        notes.append(f"The quantization that the config names is left out: weights are taken in {settings.dtype}.")
+    base = base_of(model)
+    scales = {id(p.scale) for p in model.parameters() if isinstance(p, Int8Weight)}
+    params = [p for p in model.parameters() if id(p) not in scales]
+    path = Path(source).resolve()
+    return {
+        "model": path.parent.name if path.is_file() else path.name if path.is_dir() else source,
+        "model_class": type(base).__name__,
+        "has_tokens": base.main_input_name == "input_ids",
+        "parameters": sum(p.numel() for p in params),
+        "trained_parameters": sum(p.numel() for p in params if p.requires_grad),
+        "optim_args": optim_args,
+        "notes": notes,
+    }

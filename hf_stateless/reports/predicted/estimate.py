@@ -1,0 +1,136 @@
+"""Weights, gradients, state, activations and temporaries put together into the fullest moment of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...trainer.options import LAYERWISE
+from .model import example_inputs, tensor_bytes, weight_bytes
+from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
+from .step import step_temporary, update_temporaries
+from .table import Estimate, Settings
+from .trace import Peak, trace_training
+
+
+_Trace = Callable[[Mapping[int, int]], Peak]
+
+
+def estimate(
+    model: nn.Module, optimizers: Sequence[str], settings: Settings, optim_args: Mapping[str, Any] | None = None
+) -> list[Estimate]:
+    """Predict the memory of training a model with each of several optimizers.
+
+    Args:
+        model: on the meta device, from `hf_stateless.reports.predicted.model.build_model`.
+        optimizers: names from `hf_stateless.reports.predicted.state.known_optimizers`.
+        settings: the run.
+        optim_args: options of the optimizers: `rank` goes to `galore_adamw`, everything else to ours.
+
+    Raises:
+        ValueError: an unknown optimizer or option, or a model that cannot be traced.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from hf_stateless.reports.predicted import Settings, build_model, estimate
+        >>> settings = Settings(batch=1, seq=16)
+        >>> model = build_model(LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"]), settings)
+        >>> sinkgd, adamw = estimate(model, ["sinkgd", "adamw_torch"], settings)
+        >>> sinkgd.weights == adamw.weights, sinkgd.optimizer_state < adamw.optimizer_state
+        (True, True)
+    """
+    per_name = _share_out(optimizers, optim_args or {})
+    inputs = example_inputs(model, settings)
+    traces: dict[frozenset[tuple[int, int]], Peak] = {}
+
+    def trace(released: Mapping[int, int]) -> Peak:
+        key = frozenset(released.items())
+        if key not in traces:
+            traces[key] = _trace(model, inputs, settings, released)
+        return traces[key]
+
+    return [_estimate(model, name, settings, per_name[name], trace) for name in optimizers]
+
+
+def _share_out(optimizers: Sequence[str], optim_args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the options of each optimizer; what belongs to none of them goes to all, to be refused."""
+    ours = [name for name in optimizers if is_ours(name)]
+    rank = {key: value for key, value in optim_args.items() if key == "rank" and "galore_adamw" in optimizers}
+    rest = {key: value for key, value in optim_args.items() if key not in rank}
+    shared: dict[str, dict[str, Any]] = {name: dict(rest) for name in ours or optimizers}
+    return {name: {**shared.get(name, {}), **(rank if name == "galore_adamw" else {})} for name in optimizers}
+
+
+def _trace(model: nn.Module, inputs: Mapping[str, Tensor], settings: Settings, released: Mapping[int, int]) -> Peak:
+    def settle(p: Tensor) -> tuple[int, int] | None:
+        if id(p) in released:
+            return 0, released[id(p)]
+        return (tensor_bytes([p], settings.fsdp), 0) if settings.fsdp > 1 else None
+
+    try:
+        return trace_training(model, inputs, settle, settings.device)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"Forward and backward of {type(model).__name__} cannot be traced: {reason}") from error
+
+
+def _estimate(
+    model: nn.Module, name: str, settings: Settings, optim_args: Mapping[str, Any], trace: _Trace
+) -> Estimate:
+    ranks, device = settings.fsdp, settings.device
+    groups = optimizer_groups(model, name, optim_args) if is_ours(name) else []
+    released = _released(groups, name, optim_args, device)
+    kept = [group for group in groups if not any(id(p) in released for p in group["params"])]
+    if groups:
+        temporary = step_temporary(kept, device)
+    else:
+        temporary = RULES[name].temporary(trained_parameters(model, ranks), device)
+    backward = trace(released)
+    gradients = tensor_bytes([p for p in model.parameters() if p.requires_grad and id(p) not in released], ranks)
+    always = {
+        "weights": weight_bytes(model, ranks),
+        "optimizer_state": optimizer_state_bytes(model, name, optim_args, ranks),
+    }
+    in_backward = {
+        "gradients": backward.gradients_then,
+        "activations": backward.total - backward.gradients_then,
+        "gathered": _gathered(model) if ranks > 1 else 0,
+    }
+    in_step = {"gradients": gradients, "temporary": temporary}
+    moments = {"backward": {**always, **in_backward}, "step": {**always, **in_step}}
+    moment = max(moments, key=lambda key: sum(moments[key].values()))
+    return Estimate(
+        optimizer=name,
+        **always,
+        gradients=max(gradients, backward.gradients) if released else gradients,
+        activations=trace({}).activations,
+        temporary=max(temporary, *released.values(), 0),
+        gathered=in_backward["gathered"],
+        peak=sum(moments[moment].values()),
+        moment=moment,
+        at_peak=moments[moment],
+    )
+
+
+def _released(
+    groups: Sequence[Mapping[str, Any]], name: str, optim_args: Mapping[str, Any], device: str
+) -> Mapping[int, int]:
+    """Return, for each parameter that is updated in backward, the bytes that its update needs, by identity."""
+    if not (groups and name.endswith(LAYERWISE)):
+        return {}
+    everything = optim_args.get("release") == "all"
+    return update_temporaries([g for g in groups if everything or g["algorithm"] == "multinorm"], device)
+
+
+def _gathered(model: nn.Module) -> int:
+    """Return what FSDP2 holds whole: two layers, all outside of the layers, and the gradients of one and of those."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
+    layers = [list(layer.parameters()) for outer in lists if id(outer) not in inner for layer in outer]
+    inside = {id(p) for layer in layers for p in layer}
+    outside = [p for p in model.parameters() if id(p) not in inside]
+    largest = max(layers, key=tensor_bytes, default=[])
+    gradients = tensor_bytes(p for p in [*largest, *outside] if p.requires_grad)
+    return 2 * tensor_bytes(largest) + tensor_bytes(outside) + gradients

@@ -1,0 +1,272 @@
+"""Estimates of training memory as a table, as JSON and as a picture, and the GPUs they fit on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+GIB = 1 << 30
+SCHEMA_VERSION = 1
+"""Version of what `as_json` returns; it grows when a key changes its meaning or goes away."""
+
+GPUS: dict[float, str] = {
+    8: "RTX 4060, RTX 3070",
+    12: "RTX 4070, RTX 3060",
+    16: "RTX 4080, T4, V100 16 GB",
+    24: "RTX 4090, RTX 3090, L4, A10",
+    40: "A100 40 GB",
+    48: "L40S, A6000, RTX 6000 Ada",
+    80: "H100, A100 80 GB",
+    141: "H200",
+}
+"""Common cards by their nominal memory."""
+# Of a card's nominal memory, what a run may fill: some is not usable, some lost between allocations; and the CUDA
+# context with its libraries takes its own.
+USABLE_SHARE, CONTEXT_BYTES = 0.9, GIB
+
+ORIGINS = {
+    "weights": "counted",
+    "gradients": "counted",
+    "optimizer_state": "predicted",
+    "activations": "predicted",
+    "temporary": "predicted",
+    "gathered": "predicted",
+    "peak": "predicted",
+}
+"""How each number came about: counted from the model's own tensors, or predicted."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run that is estimated."""
+
+    dtype: str = "bf16"
+    """Of weights, gradients and arithmetic: `bf16` or `fp32`; `int8` is bf16 with 8-bit linear layers."""
+    batch: int = 1
+    """Sequences per device."""
+    seq: int = 2048
+    """Tokens per sequence."""
+    checkpointing: bool = False
+    lora: int | None = None
+    """Rank of LoRA adapters on all linear layers; None trains every weight."""
+    fsdp: int = 1
+    """Number of GPUs over which FSDP2 shards weights, gradients and state."""
+    device: str = "cuda"
+    """`cuda` or `cpu`: what attention and optimizers need on top differs."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device for one optimizer, each at its own maximum over a step; the peak is no sum of those."""
+
+    optimizer: str
+    weights: int
+    """Parameters and buffers, tied ones once."""
+    gradients: int
+    optimizer_state: int
+    activations: int
+    """All that forward and backward hold besides finished gradients."""
+    temporary: int
+    """What the update needs on top."""
+    gathered: int
+    """Whole layers that FSDP2 puts together; 0 on one GPU."""
+    peak: int
+    moment: str
+    """When the peak is reached: in `backward` or in the optimizer's `step`."""
+    at_peak: Mapping[str, int] = field(default_factory=dict)
+    """What is held at that moment; adds up to the peak."""
+
+
+def fits(peak: int, gib: float) -> bool:
+    """Tell whether a peak in bytes fits a card, with 10 % of its memory and 1 GiB for the CUDA context kept free.
+
+    Example:
+        >>> from hf_stateless.reports.predicted.table import fits
+        >>> fits(20 << 30, 24), fits(21 << 30, 24)
+        (True, False)
+    """
+    return peak + CONTEXT_BYTES <= USABLE_SHARE * gib * GIB
+
+
+def as_json(
+    facts: Mapping[str, Any], settings: Settings, estimates: Sequence[Estimate], gpus: Sequence[float]
+) -> dict[str, Any]:
+    """Return estimates as plain values, all sizes in bytes.
+
+    Args:
+        facts: what is estimated: `model`, `model_class`, `parameters`, `trained_parameters`, `optim_args`, `notes`.
+        settings: the run.
+        estimates: one for each optimizer.
+        gpus: nominal memory of the cards to look at, in GiB.
+    """
+    rows = []
+    for estimate in estimates:
+        row = asdict(estimate)
+        origins = dict(ORIGINS)
+        if estimate.optimizer.endswith("_layerwise"):
+            origins["gradients"] = "predicted"
+        rows.append({**row, "origin": origins, "fits_gib": [gib for gib in gpus if fits(estimate.peak, gib)]})
+    packages = ("hf_stateless", "torch", "transformers")
+    return {
+        "schema": "hf_stateless.memory_estimate",
+        "version": SCHEMA_VERSION,
+        "unit": "bytes",
+        **facts,
+        "settings": asdict(settings),
+        "estimates": rows,
+        "gpus": [{"gib": gib, "cards": GPUS.get(gib, "")} for gib in gpus],
+        "margin": {"usable_share": USABLE_SHARE, "context_bytes": CONTEXT_BYTES},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+_COLUMNS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer_state": "state",
+    "activations": "activations",
+    "temporary": "temporary",
+    "gathered": "gathered",
+    "peak": "peak",
+}
+
+
+def as_table(report: Mapping[str, Any]) -> str:
+    """Render what `as_json` returned for a terminal, in GiB, with the origin of every column."""
+    columns = [key for key in _COLUMNS if key != "gathered" or report["settings"]["fsdp"] > 1]
+    rows = [["GiB", *(_COLUMNS[key] for key in columns), "fits", "GPUs"]]
+    rows.append(["", *(ORIGINS[key] for key in columns), "", ""])
+    for row in report["estimates"]:
+        numbers = [f"{row[key] / GIB:.2f}" for key in columns]
+        smallest = min(row["fits_gib"], default=None)
+        known = [gpu["gib"] for gpu in report["gpus"]]
+        fit = f"{smallest:g} GiB and up" if smallest is not None else f"more than {max(known):g} GiB"
+        cards = next((gpu["cards"] for gpu in report["gpus"] if gpu["gib"] == smallest), "")
+        rows.append([row["optimizer"], *numbers, fit, cards])
+    return "\n".join(["; ".join(_headline(report)), "", *aligned(rows, text=(0, -2, -1)), "", *_legend(report)])
+
+
+def _headline(report: Mapping[str, Any]) -> list[str]:
+    """Return what the model is and how it is trained, as short phrases."""
+    run = report["settings"]
+    tokens = f" x {run['seq']} tokens" if report["has_tokens"] else ""
+    parts = [
+        f"{report['model_class']} of {report['model']}",
+        f"{report['parameters']:,} parameters, {report['trained_parameters']:,} trained",
+        run["dtype"],
+        f"batch {run['batch']}{tokens}",
+        "activation checkpointing" if run["checkpointing"] else "no activation checkpointing",
+    ]
+    parts += [f"LoRA of rank {run['lora']}"] if run["lora"] else []
+    parts += [f"FSDP2 over {run['fsdp']} GPUs, figures for one of them"] if run["fsdp"] > 1 else []
+    return [*parts, f"on {run['device']}"]
+
+
+def _legend(report: Mapping[str, Any]) -> list[str]:
+    layerwise = any(row["optimizer"].endswith("_layerwise") for row in report["estimates"])
+    return [
+        "counted: from the model's own tensors. predicted: nothing was run on a device.",
+        "Each column is the most that is held at any time; peak is what is held together at the fullest moment.",
+        *(["Gradients of layer-wise optimizers: predicted, the most that is alive at once."] if layerwise else []),
+        f"A GPU fits if the peak takes at most {USABLE_SHARE:.0%} of its memory less {CONTEXT_BYTES // GIB} GiB for "
+        "the CUDA context.",
+        *report["notes"],
+    ]
+
+
+def aligned(rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
+    """Return rows of cells as lines of text with equal columns.
+
+    Args:
+        rows: with the heading first.
+        text: numbers of the columns that are aligned to the left.
+
+    Example:
+        >>> from hf_stateless.reports.predicted.table import aligned
+        >>> aligned([["name", "size"], ["a", "1"]], text=[0])
+        ['name  size', 'a        1']
+    """
+    left = {index % len(rows[0]) for index in text}
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(c.ljust(width) if i in left else c.rjust(width) for i, (c, width) in cells).rstrip())
+    return lines
+
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = {
+    "weights": "#0072B2",
+    "gradients": "#56B4E9",
+    "optimizer_state": "#D55E00",
+    "activations": "#009E73",
+    "temporary": "#F0E442",
+    "gathered": "#CC79A7",
+}
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Draw what is held at the peak as stacked bars, one for each optimizer, with the GPUs as lines.
+
+    Args:
+        report: from `as_json`.
+        path: picture to write; the ending says the format.
+
+    Raises:
+        ValueError: matplotlib is not installed, or cannot write this format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('A picture needs matplotlib: type pip install "hf_stateless[plot]"') from None
+    rows = report["estimates"]
+    figure = Figure(figsize=(9, 1.9 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(rows)
+    for key, colour in COLOURS.items():
+        sizes = [row["at_peak"].get(key, 0) / GIB for row in rows]
+        if any(sizes):
+            label = _COLUMNS[key].replace("state", "optimizer state")
+            axes.barh(range(len(rows)), sizes, left=left, color=colour, label=label, edgecolor="white", linewidth=0.5)
+            left = [start + size for start, size in zip(left, sizes, strict=True)]
+    for y, total in enumerate(left):
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(total + max(left) / 200, y, f"{total:.2f}", va="center", bbox=box, zorder=3)
+    _capacity_lines(axes, report, min(left), max(left))
+    axes.set_yticks(range(len(rows)), [row["optimizer"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB held at the fullest moment of a step, predicted (dashed: what fits a GPU of that size)")
+    model, size, *run = _headline(report)
+    axes.set_title(f"{model}, {size}\n{', '.join(run)}", fontsize=8, loc="left", pad=20)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plot {path} cannot be written: {error}") from None
+
+
+def _capacity_lines(axes: Any, report: Mapping[str, Any], smallest: float, largest: float) -> None:
+    """Mark where those GPUs are full that have about as much as the bars take."""
+    width = largest * 1.15
+    axes.set_xlim(0, width)
+    drawn = 2 * width
+    for gpu in sorted(report["gpus"], key=lambda gpu: -gpu["gib"]):
+        limit = USABLE_SHARE * gpu["gib"] - CONTEXT_BYTES / GIB
+        if smallest * 0.6 < limit < width and drawn - limit > 0.09 * width:  # or the labels would overlap
+            drawn = limit
+            axes.axvline(limit, color="0.4", linestyle="--", linewidth=1)
+            axes.text(limit, -0.62, f"{gpu['gib']:g} GiB GPU", ha="right", va="bottom", fontsize=7, color="0.3")

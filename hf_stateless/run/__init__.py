@@ -1,0 +1,1 @@
+"""Scripts and commands that do not import hf_stateless."""

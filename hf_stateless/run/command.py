@@ -1,0 +1,137 @@
+"""`hf-stateless`: the command line of the package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+
+AUTOLOAD = Path(__file__).resolve().parent / "autoload"
+
+_RUN_USAGE = """\
+usage: hf-stateless run COMMAND [ARGUMENT ...]
+
+Runs any command; in every Python process that it starts, optim= and --optim know the names of hf_stateless:
+    hf-stateless run trl sft --optim sinkgd --model_name_or_path MODEL --dataset_name DATASET
+    hf-stateless run accelerate launch train.py --optim swan
+It works through PYTHONPATH, which python -I, -E and -S do not read.
+If a name stays unknown, HF_STATELESS_DEBUG=1 says why.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: subcommand and its arguments; `sys.argv[1:]` when None.
+
+    Returns:
+        The exit status; `run` does not return, since the command takes the place of this process.
+
+    Example:
+        >>> from hf_stateless.run.command import main
+        >>> main(["--version"])  # doctest: +ELLIPSIS
+        hf-stateless ...
+        0
+    """
+    first, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
+    if first in ("-h", "--help"):
+        print(_usage(), end="")
+        return 0
+    if first == "--version":
+        print(f"hf-stateless {version('hf_stateless')}")
+        return 0
+    if first == "run":
+        return _run(rest)
+    if first in SUBCOMMANDS:
+        return SUBCOMMANDS[first](rest)
+    got = repr(first) if first else "nothing"
+    return _error(f"got {got}, expected {' or '.join(['run', *SUBCOMMANDS])}; type: hf-stateless --help")
+
+
+def _run(command: list[str]) -> int:
+    """Start a command with the folder `autoload` in front of PYTHONPATH, in place of this process where that works."""
+    first = command[0] if command else ""
+    if first in ("-h", "--help"):
+        print(_RUN_USAGE, end="")
+        return 0
+    if not first or first.startswith("-"):
+        got = f"the option {first}" if first else "nothing"
+        return _error(f"run got {got}, expected a command, like: hf-stateless run trl sft --optim sinkgd")
+    program = shutil.which(first)
+    if program is None:
+        hint = f"hf-stateless run python {first}" if first.endswith(".py") else "a program that is on PATH"
+        return _error(f"run found no command {first!r}; type: {hint}", status=127)
+    os.environ["PYTHONPATH"] = python_path(os.environ.get("PYTHONPATH", ""))
+    if os.name == "nt":
+        # There exec detaches from the terminal and loses the exit status.
+        return subprocess.call([program, *command[1:]])
+    # Python ignores these two, and a program started by exec would go on ignoring them.
+    for name in ("SIGPIPE", "SIGXFSZ"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    sys.stdout.flush()
+    try:
+        os.execvp(first, command)
+    except OSError as error:
+        return _error(f"run cannot start {first!r}: {error.strerror}", status=126)
+
+
+def python_path(existing: str) -> str:
+    """Return a PYTHONPATH with the folder `autoload` in front and everything that was there behind it.
+
+    Args:
+        existing: the value so far, empty when there is none.
+
+    Example:
+        >>> import os
+        >>> from hf_stateless.run.command import python_path
+        >>> python_path("mine").endswith(f"autoload{os.pathsep}mine")
+        True
+    """
+    folders = existing.split(os.pathsep) if existing else []
+    return os.pathsep.join([str(AUTOLOAD), *(folder for folder in folders if folder != str(AUTOLOAD))])
+
+
+def _memory(argv: list[str]) -> int:
+    from ..reports.predicted.command import main
+
+    return main(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from ..reports.compare import main
+
+    return main(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from .export import main
+
+    return main(argv)
+
+
+# Each is loaded when it is called: torch takes seconds.
+SUBCOMMANDS = {"memory": _memory, "compare": _compare, "export": _export}
+
+
+def _usage() -> str:
+    lines = ["usage: hf-stateless run COMMAND [ARGUMENT ...]"]
+    lines += [f"       hf-stateless {room} [ARGUMENT ...]" for room in SUBCOMMANDS]
+    lines += ["       hf-stateless --version", "", "More about one of them: hf-stateless run --help"]
+    return "\n".join(lines) + "\n"
+
+
+def _error(message: str, *, status: int = 2) -> int:
+    """Say on one line of stderr what went wrong, and return the exit status."""
+    print(f"hf-stateless: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The update of one matrix: its normalised gradient written into its weight, by a kernel or by torch."""

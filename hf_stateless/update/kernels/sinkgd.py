@@ -1,0 +1,202 @@
+"""SinkGD by kernels: which matrices go through the iterations together, in which blocks, and with which scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...norms.sinkhorn import smallest_sum
+from ...weights.int8.weight import Int8Weight
+from ..batches import alike
+from .int8 import launch_int8
+from .launch import DTYPES, aligned, element, on_device, pointer_table, start, up_to
+
+
+# Bytes of gradient that go through all iterations before the next ones start: they stay in a GPU's level-2 cache
+# (50 MB on H100) beside partial sums and weights.
+CHUNK_BYTES = 20 << 20
+# Elements of gradient that a program takes (160 programs for a chunk in bfloat16), that a tile of it has, and that the
+# longest row has which is one tile.
+_PROGRAM, _TILE, _LONGEST_ROW = 1 << 16, 8192, 16384
+# Tiles where rows are longer, and where they lie across memory: then the first dimension is the contiguous one.
+_LONG_ROWS, _TURNED = (8, 1024), (64, 64)
+
+
+def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: str, num_iterations: float) -> bool:
+    """Tell whether the kernels can update these weights of one shape; the torch twin takes the others.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.update.kernels.sinkgd import fits
+        >>> W = torch.ones(2, 2, dtype=torch.float64)
+        >>> fits([W], [W], "out_in", 5), fits([W.float()], [W.float()], "out_in", 5)
+        (False, True)
+    """
+    return (
+        layout in ("out_in", "in_out", "vector")
+        and num_iterations == round(num_iterations) >= 1
+        and grads[0].numel() > 0
+        and all(g.dtype in DTYPES and _stacked(g, layout) for g in grads)
+        and all(_writable(w, layout) for w in weights)
+    )
+
+
+def sinkgd_update_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    keys: Sequence[Tensor] | None,
+    *,
+    step_size: float | Tensor,
+    decay: float | Tensor,
+    layout: str,
+    num_iterations: int,
+) -> Tensor:
+    r"""W <- decay W - step_size diag(r) G diag(c) for weights of one shape, in 2 L + 1 launches per chunk.
+
+    Args:
+        weights: float tensors or `Int8Weight`s for which `fits` is true, updated in place.
+        grads: their gradients.
+        keys: rounding keys, or None for rounding to nearest.
+        step_size: factor of X; a one-element float32 tensor is read on the device, so that a graph can be captured.
+        decay: factor of W, of the same kind as `step_size`.
+        layout: how the weights are stored: `out_in`, `in_out` or `vector`.
+        num_iterations: L.
+
+    Returns:
+        Whether each gradient was finite: bool, on their device, not read back.
+
+    References:
+        https://huggingface.co/papers/2502.06742, Algorithms 3 (SR-Sinkhorn) and 4 (SinkGD).
+    """
+    finite: list[Tensor] = [torch.empty(0)] * len(weights)
+    with on_device(grads[0]):
+        for same in alike(range(len(weights)), lambda i: (_form(weights[i]), _form(grads[i]))):
+            batch = _Batch([weights[i] for i in same], [grads[i] for i in same], layout, num_iterations)
+            flags = batch.update_(None if keys is None else torch.cat([keys[i] for i in same]), step_size, decay)
+            if len(same) == len(weights):
+                return flags
+            for i, flag in zip(same, flags.unbind(), strict=True):
+                finite[i] = flag
+        return torch.stack(finite)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what one launch assumes to be equal for all tensors."""
+    if isinstance(tensor, Int8Weight):
+        return "int8", tensor.scale.shape
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _writable(weight: Tensor, layout: str) -> bool:
+    if isinstance(weight, Int8Weight):
+        return layout == "out_in" and weight.codes.is_contiguous() and weight.scale.is_contiguous()
+    return weight.dtype in DTYPES and _stacked(weight, layout)
+
+
+def _stacked(tensor: Tensor, layout: str) -> bool:
+    """Tell whether a tensor is a stack of matrices at equal distances."""
+    if layout == "vector":
+        return tensor.is_contiguous()
+    return tensor.ndim in (2, 3) or (tensor.ndim > 3 and tensor.is_contiguous())
+
+
+def _as_stack(tensor: Tensor, layout: str) -> Tensor:
+    """View a tensor as (matrices, m, n), m = out_features."""
+    if layout == "vector":
+        return tensor.view(1, 1, -1)
+    stack = tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(0, -3)
+    return stack.mT if layout == "in_out" else stack
+
+
+class _Batch:
+    """Weights and gradients of one shape, dtype and strides, with the vectors of their updates."""
+
+    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor], layout: str, num_iterations: int) -> None:
+        self.weights, self.layout, self.num_iterations = weights, layout, num_iterations
+        self.grads, self.grad_table = [_as_stack(grad, layout) for grad in grads], pointer_table(grads)
+        self.stack, self.m, self.n = self.grads[0].shape
+        new, count = grads[0].new_empty, len(weights) * self.stack
+        self.row = new(count, self.m, dtype=torch.float32)
+        self.column = new(count, self.n, dtype=torch.float32)
+        self.column_tile = up_to(self.n, 64)
+        self.states = new(count, -(-self.n // self.column_tile), dtype=torch.int32)
+
+    def update_(self, keys: Tensor | None, step_size: float | Tensor, decay: float | Tensor) -> Tensor:
+        """Update all weights, a chunk at a time; the matrices of a tensor that exceeds one are taken in parts."""
+        at_once = max(1, CHUNK_BYTES // self.grads[0][0].nbytes)
+        chunk, total = self.stack * max(1, at_once // self.stack), len(self.row)
+        for first in range(0, total, chunk):
+            end = min(first + chunk, total)
+            for part in range(first, end, at_once):
+                self._iterate(part, min(at_once, end - part))
+            self._apply(first, end - first, keys, step_size, decay)
+        return self.states.view(len(self.weights), -1).amax(1) < 2
+
+    def _iterate(self, first: int, count: int) -> None:
+        """Compute r and c of some matrices, and the state of their gradients."""
+        from .triton_sinkgd import finish_columns, pass_tiled, pass_whole_rows
+
+        grad, m, n = self.grads[0], self.m, self.n
+        turned = grad.stride(-1) != 1 and grad.stride(-2) == 1
+        whole = not turned and n <= _LONGEST_ROW
+        if whole:
+            block_n = up_to(n, _LONGEST_ROW)
+            block_m = up_to(m, max(1, _TILE // block_n))
+            tiles = max(1, min(_PROGRAM // (n * block_m), -(-m // block_m)))
+        else:
+            most_m, most_n = _TURNED if turned else _LONG_ROWS
+            block_m, block_n, tiles = up_to(m, most_m), up_to(n, most_n), 1
+        blocks = -(-m // (block_m * tiles))
+        partials = self.row.new_empty(count * blocks, n)
+        strides = (grad.stride(0), grad.stride(1), grad.stride(2))
+        options = {
+            "DTYPE": element(grad.dtype),
+            "ALIGNED": aligned(self.grads),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "num_warps": 16 if block_m * block_n > _TILE else 8,
+        }
+        for iteration in range(1, self.num_iterations + 1):
+            ends = {"LAST": iteration == self.num_iterations}
+            start(
+                pass_whole_rows if whole else pass_tiled, count * blocks,
+                self.grad_table, self.row, self.column, partials, first, self.stack, *strides,
+                m, n, float(n), smallest_sum(n), blocks, tiles, FIRST=iteration == 1, **ends, **options,
+            )  # fmt: skip
+            start(
+                finish_columns, count * self.states.shape[1],
+                partials, self.row, self.column, self.states, first, m, n, float(m), smallest_sum(m), blocks,
+                self.states.shape[1], **ends, BLOCK_M=up_to(blocks, 32), BLOCK_N=self.column_tile, num_warps=4,
+            )  # fmt: skip
+
+    def _apply(
+        self, first: int, count: int, keys: Tensor | None, step_size: float | Tensor, decay: float | Tensor
+    ) -> None:
+        """Write the weights of some matrices."""
+        from .triton_sinkgd import apply_scaled
+
+        if isinstance(self.weights[0], Int8Weight):
+            vectors, part = (self.row, self.column, self.states), slice(first, first + count)
+            launch_int8(self.weights, self.grad_table, self.grads[0][0], vectors, keys, step_size, decay, part)
+            return
+        weights = [_as_stack(weight, self.layout) for weight in self.weights]
+        grad, weight, m, n = self.grads[0], weights[0], self.m, self.n
+        if weight.stride(-1) != 1 and weight.stride(-2) == 1:
+            block_m, block_n = up_to(m, _TURNED[0]), up_to(n, _TURNED[1])
+        else:
+            block_n = up_to(n, 1024)
+            block_m = up_to(m, _TILE // 2 // block_n)
+        tiles_m, tiles_n = -(-m // block_m), -(-n // block_n)
+        start(
+            apply_scaled, count * tiles_m * tiles_n,
+            self.grad_table, pointer_table(self.weights), self.row, self.column, self.states, keys, step_size, decay,
+            first, self.stack, grad.stride(0), weight.stride(0), *grad.stride()[1:], *weight.stride()[1:], m, n,
+            self.stack * self.states.shape[1], tiles_m, tiles_n,
+            GRAD=element(grad.dtype), WEIGHT=element(weight.dtype), ALIGNED=aligned(self.grads) and aligned(weights),
+            HYPER_ON_DEVICE=isinstance(step_size, Tensor),
+            STOCHASTIC=keys is not None and weight.dtype == torch.bfloat16, TURNED=self.layout == "in_out",
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+        )  # fmt: skip

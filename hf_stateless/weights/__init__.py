@@ -1,0 +1,1 @@
+"""How a weight is stored and rounded: stochastic rounding of bf16, weights in int8."""

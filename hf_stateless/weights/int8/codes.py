@@ -1,0 +1,133 @@
+r"""Symmetric int8 storage of a matrix: W[i, j] = codes[i, j] scale[i, j // length], codes in [-127, 127].
+
+There is no zero point, so a group keeps its accuracy whatever its mean is. Scales are bfloat16 and rounded up: they
+have the range of float32 at half its bytes, nothing is clipped, and a code (8 bits) times a scale (8 bits) is exact in
+float32. For groups of 128 a weight takes 1 + 2/128 = 1.016 bytes, for groups of 64 it takes 1.031.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..rounding import stochastic_round_integers_
+
+
+LARGEST_CODE = 127
+# Bounds of the scales. The smallest bfloat16 that is no subnormal serves groups of zeros too: no division by zero.
+# The largest keeps 127 times itself within bfloat16.
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**121
+
+
+@lru_cache
+def group_length(in_features: int, group_size: int | None) -> int:
+    """Return how many weights of a row share a scale: the divisor of `in_features` that is nearest below the wish.
+
+    Where there is none of at least half the wish, it is the nearest divisor above, at most the whole row.
+
+    Args:
+        in_features: length of a row.
+        group_size: the wish; None for one scale per row.
+
+    Example:
+        >>> from hf_stateless.weights.int8.codes import group_length
+        >>> group_length(4096, 128), group_length(5461, 128), group_length(131, 128), group_length(4096, None)
+        (128, 127, 131, 4096)
+    """
+    if group_size is None or in_features <= group_size:
+        return in_features
+    divisors = [length for length in range(1, in_features + 1) if in_features % length == 0]
+    below = max(length for length in divisors if length <= group_size)
+    return below if 2 * below >= group_size else min(length for length in divisors if length > group_size)
+
+
+def quantize_matrix(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Return int8 codes in the shape of a matrix and bfloat16 scales of (rows, groups), rounded to nearest.
+
+    Args:
+        weight: (out_features, in_features), any float dtype.
+        group_size: see `group_length`.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.int8.codes import quantize_matrix
+        >>> quantize_matrix(torch.tensor([[1.0, -0.5, 0.0]]), None)[0]
+        tensor([[126, -63,   0]], dtype=torch.int8)
+    """
+    rows, columns = weight.shape
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    groups = columns // group_length(columns, group_size)
+    scale = torch.full((rows, groups), _SMALLEST_SCALE, dtype=torch.bfloat16, device=weight.device)
+    exact = weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if not bool(torch.isfinite(exact).all()):
+        raise ValueError("a weight is NaN or infinite: it has no 8-bit code.")
+    requantize_(codes, scale, exact, None)
+    return codes, scale
+
+
+def dequantize_matrix(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weights in float: exact in float32, rounded once in a narrower dtype.
+
+    Args:
+        codes: (rows, columns) int8.
+        scale: (rows, groups) bfloat16.
+        dtype: of the result.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.int8.codes import dequantize_matrix
+        >>> dequantize_matrix(torch.tensor([[3, -1]], dtype=torch.int8), torch.tensor([[0.5]], dtype=torch.bfloat16))
+        tensor([[ 1.5000, -0.5000]])
+    """
+    grouped = codes.to(dtype).view(*scale.shape, -1)
+    return grouped.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)
+
+
+def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: Tensor | None, *, first_row: int = 0) -> None:
+    """Write changed weights into codes and scales; groups that did not change keep every byte.
+
+    A scale stays where the largest weight of its group still has the code 126 or 127 (or lies between), else it is
+    made anew. Every group that this function has written is such a group, so scales cannot drift. With a key the
+    expectation of what is written is the exact value.
+
+    Args:
+        codes: (rows, columns) int8, overwritten.
+        scale: (rows, groups) bfloat16, overwritten.
+        exact: (rows, columns) float32, finite, contiguous; used as working space and lost.
+        key: from `hf_stateless.weights.rounding.rounding_key`, or None for rounding to nearest.
+        first_row: number of the first row in the whole matrix, on which the noise depends.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.int8.codes import dequantize_matrix, quantize_matrix, requantize_
+        >>> codes, scale = quantize_matrix(torch.tensor([[0.5, 0.25]]), None)
+        >>> requantize_(codes, scale, torch.tensor([[2.0, 0.25]]), None)
+        >>> dequantize_matrix(codes, scale).round(decimals=2)
+        tensor([[2.0000, 0.2500]])
+    """
+    grouped = exact.view(*scale.shape, -1)
+    smallest, largest = torch.aminmax(grouped, dim=-1)
+    largest = torch.maximum(largest, -smallest)
+    old = scale.float()
+    stays = (largest >= (LARGEST_CODE - 1) * old) & (largest <= LARGEST_CODE * old)
+    new = torch.where(stays, old, _scale_for(largest))
+    scale.copy_(new)
+    grouped.div_(new.unsqueeze(-1))
+    if key is None:
+        exact.round_()
+    else:
+        stochastic_round_integers_(exact, key, first_row=first_row)
+    codes.copy_(exact.clamp_(-LARGEST_CODE, LARGEST_CODE))
+
+
+def _scale_for(largest: Tensor) -> Tensor:
+    """Return the smallest bfloat16 values (as float32) with which these magnitudes have codes of at most 127."""
+    quantum = largest / LARGEST_CODE
+    # A float32 whose lower half is zero is a bfloat16; adding the half's largest value first rounds up.
+    rounded_up = quantum.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
+    return rounded_up.clamp_(_SMALLEST_SCALE, _LARGEST_SCALE)

@@ -1,0 +1,99 @@
+"""Models to 8 bits and back, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .linear import Int8Linear
+
+
+def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list[str]:
+    """Return the names of the linear layers that are stored in 8 bits: those of the backbone.
+
+    Args:
+        model: a transformers model, whose heads stay in float; or any other module.
+        left_out: names, prefixes, suffixes or regular expressions of modules that stay in float, as tied layers do.
+
+    Raises:
+        ValueError: there is none. GPT-2's `Conv1D` is no linear layer.
+    """
+    stays, backbone = list(left_out or ()), model
+    if isinstance(model, PreTrainedModel):
+        backbone = model.base_model
+        stays = HfQuantizer.get_modules_to_not_convert(model, stays, add_default_skips=True)
+    inside = {
+        id(module) for module in backbone.modules() if type(module) is nn.Linear or isinstance(module, Int8Linear)
+    }
+    names = [name for name, m in model.named_modules() if id(m) in inside and should_convert_module(name, stays)]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer that could be stored in 8 bits beside those of "
+            f"modules_to_not_convert={sorted(stays)}. GPT-2's Conv1D layers and stacks of experts are not supported: "
+            "load the model without quantization_config."
+        )
+    return names
+
+
+def quantize_layer(model: nn.Module, name: str, group_size: int | None) -> Int8Linear:
+    """Put an 8-bit layer in the place of a linear layer; nothing is done where it is there already.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, with the name of the layer.
+    """
+    linear = model.get_submodule(name)
+    if not isinstance(linear, Int8Linear):
+        try:
+            linear = Int8Linear.from_float(linear, group_size)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        model.set_submodule(name, linear)
+    return linear
+
+
+def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear]]:
+    """Yield the names and layers that are stored in 8 bits.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.int8.convert import int8_layers
+        >>> list(int8_layers(torch.nn.Linear(2, 2)))
+        []
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            yield name, module
+
+
+def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Put plain linear layers in the place of 8-bit ones, and cast the rest to the same dtype."""
+    for name, layer in list(int8_layers(model)):
+        model.set_submodule(name, layer.to_float(dtype))
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def checked_group_size(group_size: Any) -> int | None:
+    """Return a group size that is None or a positive integer.
+
+    Raises:
+        ValueError: it is something else.
+
+    Example:
+        >>> from hf_stateless.weights.int8.convert import checked_group_size
+        >>> checked_group_size(64)
+        64
+    """
+    if group_size is not None and (type(group_size) is not int or group_size < 1):
+        raise ValueError(
+            f"group_size={group_size!r}: type a positive integer such as 64 or 128, or None for one scale per row."
+        )
+    return group_size

@@ -1,0 +1,96 @@
+"""`Int8Weight`: the trainable parameter of an 8-bit layer, with a gradient but without float values of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .codes import dequantize_matrix
+
+
+class Int8Weight(nn.Parameter):
+    """A parameter of a float dtype whose values are int8 codes times scales; autograd gives it an ordinary gradient.
+
+    Optimizers, hooks and DDP see a trainable leaf of shape (out, in). Its own memory is one NaN, seen from every
+    position: code that takes it for an ordinary weight gets NaN or an error, never a wrong number. `detach()` returns
+    the codes, since what is stored is what `state_dict` saves and DDP sends. State kept: codes, 1 byte per weight.
+
+    Args:
+        codes: (out, in) int8.
+        scale: (out, groups) bfloat16; a frozen parameter where a module holds it, so that DDP sends it too.
+        dtype: what the weight counts as: of its gradient, and of a model that is made from it.
+        requires_grad: False for a weight that is not trained.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.int8.weight import Int8Weight
+        >>> weight = Int8Weight(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([[0.5]], dtype=torch.bfloat16))
+        >>> weight.dequantize(), weight.dtype, weight.untyped_storage().nbytes()
+        (tensor([[ 1., -2.]], dtype=torch.bfloat16), torch.bfloat16, 2)
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __new__(
+        cls, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16, requires_grad: bool = True
+    ) -> Int8Weight:
+        """Make the leaf beside its codes and scales."""
+        weight: Int8Weight = super().__new__(cls, _nothing(codes.shape, dtype, codes.device), requires_grad)
+        weight.codes, weight.scale = codes, scale
+        return weight
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the float weight, in the dtype of the parameter or another one."""
+        return dequantize_matrix(self.codes, self.scale, dtype or self.dtype)
+
+    def detach(self) -> Tensor:
+        """Return the codes."""
+        return self.codes.detach()
+
+    def move_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move the weight as `nn.Module._apply` moves a parameter; a cast changes the dtype it counts as."""
+        codes = fn(self.codes)
+        like = fn(torch.empty((), dtype=self.dtype, device=self.device))
+        self.codes = codes if codes.dtype == torch.int8 else self.codes.to(codes.device)
+        self.data = _nothing(self.shape, like.dtype, like.device)
+        if self.grad is not None:
+            self.grad = fn(self.grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Weight:
+        if id(self) not in memo:
+            scale = copy.deepcopy(self.scale, memo)  # the same object as the module's copy
+            memo[id(self)] = type(self)(self.codes.clone(), scale, self.dtype, self.requires_grad)
+        copied: Int8Weight = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return type(self), (self.codes, self.scale, self.dtype, self.requires_grad)
+
+
+class Scale(nn.Parameter):
+    """The scales beside the codes: saved, moved and sent as a parameter is, but never trained.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.int8.weight import Scale
+        >>> Scale(torch.ones(2, 1)).requires_grad_().requires_grad
+        False
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Scale:
+        """Make a frozen parameter."""
+        scale: Scale = super().__new__(cls, data, False)
+        return scale
+
+    def requires_grad_(self, requires_grad: bool = True) -> Scale:
+        """Stay frozen where a module's `requires_grad_` unfreezes all it has: DDP would wait for a gradient."""
+        return self
+
+
+def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
