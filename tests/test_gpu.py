@@ -5,7 +5,7 @@ import torch
 
 import hf_stateless
 from hf_stateless import PRESETS, StatelessOptimizer
-from hf_stateless.weights.rounding import rounding_key, rounding_noise
+from hf_stateless.weights.noise import rounding_key, rounding_noise
 
 
 pytestmark = [
@@ -72,7 +72,7 @@ def test_layerwise_updates_lower_the_peak_memory():
     for layerwise in (None, "matrices"):
         torch.cuda.empty_cache()
         params = [torch.nn.Parameter(torch.randn(1024, 1024, device="cuda") * 0.02) for _ in range(32)]
-        optimizer = StatelessOptimizer([{"params": params, "algorithm": "multinorm"}], lr=1e-3, layerwise=layerwise)
+        optimizer = StatelessOptimizer([{"params": params, "algorithm": "multinorm"}], lr=1e-3, release=layerwise)
         optimizer.train()
         torch.cuda.reset_peak_memory_stats()
         x = torch.randn(16, 1024, device="cuda")

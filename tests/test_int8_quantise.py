@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from hf_stateless.weights.int8.codes import dequantize_matrix, group_length, quantize_matrix, requantize_
 from hf_stateless.weights.int8.weight import Int8Weight
-from hf_stateless.weights.int8.write import write_int8_
-from hf_stateless.weights.rounding import rounding_key, stochastic_round_integers_
+from hf_stateless.weights.noise import rounding_key
+from hf_stateless.weights.rounding import stochastic_round_integers_
 
 
 def key_of(step=1, seed=0):
@@ -160,11 +160,11 @@ def test_the_rows_worked_on_at_once_change_nothing(block, monkeypatch):
 
     def written():
         stored = Int8Weight(*quantize_matrix(weight, 16))
-        write_int8_(stored, lambda rows: update[rows].clone(), 1e-3, 0.99, key_of())
+        stored.write_rows_(lambda rows: update[rows].clone(), 1e-3, 0.99, key_of())
         return stored
 
     expected = written()
-    monkeypatch.setattr("hf_stateless.weights.int8.write._BLOCK", block)
+    monkeypatch.setattr("hf_stateless.weights.int8.weight._BLOCK", block)
     assert torch.equal(written().codes, expected.codes)
     assert torch.equal(written().scale, expected.scale)
     target = dequantize_matrix(*quantize_matrix(weight, 16)) * 0.99 - 1e-3 * update

@@ -6,7 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from hf_stateless import StatelessOptimizer
 from hf_stateless.optimizer.adamw import adamw_state, adamw_update_
-from hf_stateless.weights.rounding import round_vectors, rounding_key, stochastic_round_
+from hf_stateless.weights.noise import rounding_key
+from hf_stateless.weights.rounding import round_vectors, stochastic_round_
 
 
 def optimizer_of(layers, matrices, vectors, dtype, device="cpu"):

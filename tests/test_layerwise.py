@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer, multi_normalize
-from hf_stateless.optimizer.release import LayerwiseUpdates
+from hf_stateless.optimizer.release import Release
 from hf_stateless.trainer.factory import handle
 
 
@@ -383,7 +383,7 @@ def test_the_latest_optimizer_has_the_model_to_itself(successor):
     take_steps(model, create_optimizer(model, successor, lr=1e-2))
     take_steps(plain, create_optimizer(plain, "sinkgd", lr=1e-2))
     assert_same(model, plain)
-    assert not first.layerwise.hooks_any({id(p) for p in model.parameters()})
+    assert not first.release.hooks_any({id(p) for p in model.parameters()})
 
 
 def test_an_optimizer_that_was_thrown_away_is_freed_and_updates_nothing():
@@ -394,7 +394,7 @@ def test_an_optimizer_that_was_thrown_away_is_freed_and_updates_nothing():
     loss_of(model).backward()
     torch.testing.assert_close(weights_of(model), before, rtol=0, atol=0)
     assert all(p.grad is not None for p in model.parameters())
-    assert not [each for each in gc.get_objects() if type(each) is LayerwiseUpdates and each.hooks_any(ids_of(model))]
+    assert not [each for each in gc.get_objects() if type(each) is Release and each.hooks_any(ids_of(model))]
 
 
 def ids_of(model):
@@ -408,9 +408,9 @@ def test_a_foreign_optimizer_beside_a_live_one_is_refused_with_the_fix():
     loss_of(model).backward()
     foreign.step()
     foreign.zero_grad()
-    with pytest.raises(RuntimeError, match=r"old_optimizer\.layerwise\.remove\(\)"):
+    with pytest.raises(RuntimeError, match=r"old_optimizer\.release\.remove\(\)"):
         loss_of(model).backward()
-    ours.layerwise.remove()
+    ours.release.remove()
     foreign.zero_grad()
     loss_of(model).backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -425,7 +425,7 @@ def test_a_hooked_model_can_be_copied_and_saved():
     assert_same(torch.load(buffer, weights_only=False), model)
     loss_of(twin).backward()
     assert all(p.grad is not None for p in twin.parameters())
-    assert optimizer.layerwise.released_norm() is None
+    assert optimizer.release.released_norm() is None
 
 
 # ---- Clipping

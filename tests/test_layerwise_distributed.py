@@ -317,7 +317,7 @@ def run_by_hand(rank):
     """Groups made by hand around a model that DDP has in its buckets."""
     model = DistributedDataParallel(built(Tower), **UNUSED)
     matrices = [p for p in model.parameters() if p.shape == (16, 16)]
-    optimizer = StatelessOptimizer([{"params": matrices, "algorithm": "multinorm"}], lr=0.01, layerwise="matrices")
+    optimizer = StatelessOptimizer([{"params": matrices, "algorithm": "multinorm"}], lr=0.01, release="matrices")
     optimizer.train()
     step_once(model, optimizer, tokens(rank))
     return weights_of(model)
@@ -434,7 +434,7 @@ def run_broken_backward(rank):
     for layerwise in (None, "matrices"):
         later, first = (nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])) for value in start)
         group = {"params": [later, first], "param_names": ["layers.0.a", "layers.0.b"], "algorithm": "multinorm"}
-        optimizer = StatelessOptimizer([group], lr=0.1, layerwise=layerwise)
+        optimizer = StatelessOptimizer([group], lr=0.1, release=layerwise)
         optimizer.train()
         if layerwise:
             broken = later * 1

@@ -10,10 +10,10 @@ import pytest
 import reference
 import torch
 from conftest import dense, relative_error
+from updates import multinorm_update_
 
 from hf_stateless import PRESETS, StatelessOptimizer
-from hf_stateless.optimizer.optimizer import ALGORITHMS
-from hf_stateless.update.rules import multinorm_update_
+from hf_stateless.optimizer.rules import RULES
 
 
 REFERENCES = {
@@ -33,7 +33,7 @@ STATES = {
 
 each_preset = pytest.mark.parametrize("name", PRESETS)
 # Pairs of LoRA factors have tests of their own, in test_lora.py.
-each_algorithm = pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a != "lora_product"])
+each_algorithm = pytest.mark.parametrize("algorithm", [a for a in RULES if a != "lora_product"])
 each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 

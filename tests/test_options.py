@@ -1,10 +1,10 @@
 """Claims about `optim_args`: every key takes text and Python values, and everything else is refused in one line."""
 
 import pytest
+from hf_stateless.optimizer.width import WIDTH_RULES
 
 from hf_stateless import NORMS, PRESETS
 from hf_stateless.norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
-from hf_stateless.optimizer.width import WIDTH_RULES
 from hf_stateless.trainer.options import (
     EMBEDDINGS,
     LAYERWISE,

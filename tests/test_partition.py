@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from hf_stateless.trainer.partition import ROLES, describe, partition_parameters
-from hf_stateless.update.rules import as_matrix
+from hf_stateless.update.layout import LAYOUTS
 
 
 # PEFT 0.21 reads `is_gradient_checkpointing`, which transformers 5.23 warns about
@@ -286,7 +286,7 @@ def test_every_causal_language_model_of_transformers_is_covered():
         for entry in entries:
             if entry.role == "matrix" and entry.name.endswith("experts.down_proj"):
                 hidden = model.get_input_embeddings().embedding_dim
-                assert as_matrix(entry.parameter, entry.layout).shape[-2] == hidden, entry.name
+                assert LAYOUTS[entry.layout].as_matrix(entry.parameter).shape[-2] == hidden, entry.name
                 experts.append(model_type)
     assert len(covered) >= max(40, 0.75 * len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     assert len(set(experts)) >= 10
@@ -310,7 +310,7 @@ def test_layout_says_what_the_forward_pass_does(make_model, name):
     seen = []
 
     def check(module, args, output):
-        out_features, in_features = as_matrix(module.weight, layouts[id(module.weight)]).shape
+        out_features, in_features = LAYOUTS[layouts[id(module.weight)]].as_matrix(module.weight).shape
         assert (args[0].shape[-1], output.shape[-1]) == (in_features, out_features)
         seen.append(in_features != out_features)
 
@@ -340,7 +340,7 @@ def test_expert_layout_says_what_the_forward_pass_does(name):
 
         # The rows of the last matrix are the output features: without row 1, output 1 is gone and no other changes.
         without_row = experts.down_proj.clone()
-        as_matrix(without_row, layouts["down_proj"])[:, 1] = 0
+        LAYOUTS[layouts["down_proj"]].as_matrix(without_row)[:, 1] = 0
         experts.down_proj, kept = nn.Parameter(without_row), experts.down_proj
         expected = original.clone()
         expected[..., 1] = 0
@@ -352,7 +352,7 @@ def test_expert_layout_says_what_the_forward_pass_does(name):
         without_feature = x.clone()
         without_feature[..., 1] = 0
         expected = experts(without_feature, *others, **kwargs)
-        as_matrix(experts.gate_up_proj, layouts["gate_up_proj"])[..., 1] = 0
+        LAYOUTS[layouts["gate_up_proj"]].as_matrix(experts.gate_up_proj)[..., 1] = 0
         torch.testing.assert_close(experts(x, *others, **kwargs), expected, rtol=1e-4, atol=1e-4)
         assert (expected - original).abs().max() > 1e-2
 

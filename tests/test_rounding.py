@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from hf_stateless.weights.rounding import _mix, _mix_int, rounding_key, rounding_noise, stochastic_round_
+from hf_stateless.weights.noise import _mix_int, mix, rounding_key, rounding_noise
+from hf_stateless.weights.rounding import stochastic_round_
 
 
 LEVELS = 1 << 16  # noise values, and float32 steps between two bfloat16 neighbours
@@ -152,12 +153,12 @@ def test_seeds_parameters_and_steps_draw_unrelated_noise(other):
 @pytest.mark.parametrize("seed", [0, 1, 42])
 def test_every_parameter_has_a_key_of_its_own_in_every_step(seed):
     pairs = list(itertools.product(range(30), range(1, 31)))
-    assert len({key_of(seed, index, step).item() for index, step in pairs}) == len(pairs)
+    assert len({key_of(seed, index, step).value.item() for index, step in pairs}) == len(pairs)
 
 
 def test_keys_made_on_the_cpu_and_keys_made_in_a_tensor_agree():
     values = torch.cat([torch.arange(-500, 500), torch.tensor([2**31 - 1, -(2**31)])]).to(torch.int32)
-    assert _mix(values.clone()).tolist() == [_mix_int(value) for value in values.tolist()]
+    assert mix(values.clone()).tolist() == [_mix_int(value) for value in values.tolist()]
 
 
 def test_the_same_key_gives_the_same_bits_and_torchs_generator_is_not_used():

@@ -171,8 +171,8 @@ def test_layerwise_updates_refuse_it_with_the_fix(name):
     with pytest.raises(ValueError, match=rf"min_signal needs all gradients at once.*take optim='{name}'"):
         create_optimizer(TINY_MODELS["llama"](), f"{name}_layerwise", lr=1e-3, min_signal=0.1)
     group = {"params": [torch.nn.Parameter(dense(2, 2))], "algorithm": "multinorm", "min_signal": 0.1}
-    with pytest.raises(ValueError, match="leave out min_signal, or layerwise"):
-        StatelessOptimizer([group], layerwise="matrices")
+    with pytest.raises(ValueError, match="leave out min_signal, or release"):
+        StatelessOptimizer([group], release="matrices")
 
 
 # ---- Checkpoints

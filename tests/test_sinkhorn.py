@@ -6,10 +6,11 @@ import torch
 from conftest import dense, gradients, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from updates import multinorm_update_
 
 from hf_stateless.norms import sinkhorn
 from hf_stateless.norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings, sr_sinkhorn
-from hf_stateless.update.rules import multinorm_update_
+from hf_stateless.weights.noise import NoiseCache, RoundingKey
 
 
 def log_normal(size, sigma, seed):
@@ -318,7 +319,7 @@ def test_large_matrices_are_updated_by_blocks_as_small_ones_are_whole(weight_dty
 
     def updated(of):
         weight = dense(37, 16).to(weight_dtype)
-        key = [torch.tensor([7], dtype=torch.int32)]
+        key = [RoundingKey(torch.tensor([7], dtype=torch.int32), NoiseCache())]
         step = {"lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.1, "layout": "out_in"}
         finite = multinorm_update_([weight], [of], key, **step, norms=("row_l2", "col_l2"), num_iterations=5)
         return weight, finite

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +13,66 @@ from .projections import NORMS
 from .sinkhorn import sr_sinkhorn
 
 
-SINKHORN_CHAIN = ("row_l2", "col_l2")
+@dataclass(frozen=True)
+class Chain:
+    """Norm projections that are applied in turn, `num_iterations` times, with the options of those that have some.
+
+    Example:
+        >>> from hf_stateless.norms.chain import Chain
+        >>> Chain().is_sinkhorn, Chain(norms=("row_standardize", "spectral"), num_iterations=1).whitens
+        (True, True)
+    """
+
+    norms: tuple[str, ...] = ("row_l2", "col_l2")
+    num_iterations: float = 5
+    whitening: str = "newton_schulz"
+    ns_steps: int | None = None
+    ns_beta: float | None = None
+    ns_dtype: str | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Chain:
+        """Take the fields of a chain out of other options, such as those of a parameter group."""
+        return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norms", tuple(self.norms))
+
+    @property
+    def is_sinkhorn(self) -> bool:
+        """Whether this is SR-Sinkhorn, which has a diagonal form: diag(r) G diag(c)."""
+        return self.norms == ("row_l2", "col_l2")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be whole where it is computed: `rows`, `columns`, both or nothing."""
+        return frozenset().union(*(NORMS[name].needs for name in self.norms))
+
+    @property
+    def whitens(self) -> bool:
+        """Whether a norm of the chain is a whitening."""
+        return any(NORMS[name].whitens for name in self.norms)
+
+    def normalize(self, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the normalised gradient, see `multi_normalize`.
+
+        Args:
+            grad: (..., m, n); not modified.
+            dtype: of the result; at least float32 where it is None.
+        """
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        if self.is_sinkhorn:
+            return sr_sinkhorn(grad, self.num_iterations, dtype=dtype or wide)
+        x = grad.to(wide, copy=True)
+        for _ in range(int(self.num_iterations)):
+            for norm in (NORMS[name] for name in self.norms):
+                x = norm(x, **{option: getattr(self, option) for option in norm.options})
+        return x.to(dtype or wide)
 
 
 def multi_normalize(
     grad: Tensor,
-    norms: Sequence[str] = SINKHORN_CHAIN,
+    norms: Sequence[str] = ("row_l2", "col_l2"),
     num_iterations: int = 5,
     *,
     whitening: str = "newton_schulz",
@@ -62,16 +118,8 @@ def multi_normalize(
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
     check_norms(norms)
-    if tuple(norms) == SINKHORN_CHAIN:
-        return sr_sinkhorn(grad, num_iterations, dtype=dtype)
-    x = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-    for _ in range(num_iterations):
-        for name in norms:
-            if name == "spectral":
-                x = NORMS[name](x, whitening=whitening, ns_steps=ns_steps, ns_beta=ns_beta, ns_dtype=ns_dtype)
-            else:
-                x = NORMS[name](x)
-    return x.to(dtype or grad.dtype)
+    chain = Chain(tuple(norms), num_iterations, whitening, ns_steps, ns_beta, ns_dtype)
+    return chain.normalize(grad, dtype or grad.dtype)
 
 
 def check_norms(norms: Sequence[str]) -> None:

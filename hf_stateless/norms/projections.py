@@ -9,11 +9,16 @@ squares neither underflow at |G| = 1e-30 nor overflow at 1e30. A non-finite inpu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .whitening import WHITENINGS
+
+
+ROWS, COLUMNS = frozenset({"rows"}), frozenset({"columns"})
 
 
 def _unit_range(grad: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -193,11 +198,39 @@ def frobenius(grad: Tensor) -> Tensor:
     return _scale_to(x, norm, (grad.shape[-2] * grad.shape[-1]) ** 0.5).to(grad.dtype)
 
 
-NORMS: dict[str, Callable[..., Tensor]] = {
-    "row_l2": row_l2,
-    "col_l2": col_l2,
-    "row_standardize": row_standardize,
-    "spectral": spectral,
-    "sign": sign,
-    "frobenius": frobenius,
+@dataclass(frozen=True)
+class Norm:
+    """A norm projection, and what a chain has to know of it.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless import NORMS
+        >>> NORMS["sign"](torch.tensor([[0.5, -2.0]])), sorted(NORMS["row_l2"].needs)
+        (tensor([[ 1., -1.]]), ['rows'])
+    """
+
+    project: Callable[..., Tensor]
+    """Takes G in R^{... x m x n} and returns P(G) with entry RMS 1."""
+    needs: frozenset[str] = ROWS | COLUMNS
+    """What must be whole where it is computed: on whole rows a rank can compute what needs `rows` alone."""
+    options: tuple[str, ...] = ()
+    """Keyword arguments of `project` that a chain has values for."""
+
+    def __call__(self, grad: Tensor, **options: Any) -> Tensor:
+        """Project a gradient."""
+        return self.project(grad, **options)
+
+    @property
+    def whitens(self) -> bool:
+        """Whether it makes singular values equal, which costs matrix products."""
+        return "whitening" in self.options
+
+
+NORMS: dict[str, Norm] = {
+    "row_l2": Norm(row_l2, ROWS),
+    "col_l2": Norm(col_l2, COLUMNS),
+    "row_standardize": Norm(row_standardize, ROWS),
+    "spectral": Norm(spectral, options=("whitening", "ns_steps", "ns_beta", "ns_dtype")),
+    "sign": Norm(sign, frozenset()),
+    "frobenius": Norm(frobenius),
 }

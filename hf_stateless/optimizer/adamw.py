@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..ranks.placement import local_shard
 from ..update.batches import alike
+from ..weights.noise import RoundingKey
 from ..weights.rounding import round_vectors, write_rounded_
+from .groups import ALGORITHMS
+from .rule import Entry, Host, Rule, keys_of
 
 
 # Elements that AdamW works on at once, in whole rows, where it needs float32 copies: bounds each to 64 MiB.
@@ -58,7 +64,7 @@ def adamw_update_(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[dict[str, Tensor]],
-    keys: Sequence[Tensor] | None,
+    keys: Sequence[RoundingKey | None],
     **hyper: float,
 ) -> None:
     r"""AdamW by torch's own fused kernel; bf16 weights with rounding keys and 8-bit moments go through float32 chunks.
@@ -71,14 +77,14 @@ def adamw_update_(
         params: any shapes, updated in place.
         grads: their gradients.
         states: of `adamw_state`, updated in place.
-        keys: one rounding key per parameter, or None.
+        keys: a rounding key for each parameter, or None for those that are rounded to nearest.
         hyper: `lr`, `beta1`, `beta2`, `eps`, `weight_decay`.
 
     Example:
         >>> import torch
         >>> from hf_stateless.optimizer.adamw import adamw_state, adamw_update_
         >>> p = torch.ones(2)
-        >>> adamw_update_([p], [torch.ones(2)], [adamw_state(p)], None, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8,
+        >>> adamw_update_([p], [torch.ones(2)], [adamw_state(p)], [None], lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8,
         ...               weight_decay=0.0)
         >>> p
         tensor([0.9000, 0.9000])
@@ -90,26 +96,26 @@ def adamw_update_(
     grads = [grad.contiguous() for grad in grads]
     # The fused kernel of CPUs reads memory in order whatever the strides say.
     in_chunks = [
-        "exp_avg_absmax" in state or (keys is not None and p.dtype == torch.bfloat16) or not p.is_contiguous()
-        for p, state in zip(params, states, strict=True)
+        "exp_avg_absmax" in state or (key is not None and p.dtype == torch.bfloat16) or not p.is_contiguous()
+        for p, state, key in zip(params, states, keys, strict=True)
     ]
     whole = [i for i, chunked in enumerate(in_chunks) if not chunked]
     if whole:
         means, squares, steps = ([states[i][name] for i in whole] for name in ("exp_avg", "exp_avg_sq", "step"))
         _torch_adamw([params[i] for i in whole], [grads[i] for i in whole], means, squares, steps, hyper)
-    vectors = [i for i in range(len(params)) if in_chunks[i] and _is_small_vector(params[i], states[i], keys)]
-    if keys is not None and len(vectors) > 1:
+    vectors = [i for i in range(len(params)) if in_chunks[i] and _is_small_vector(params[i], states[i], keys[i])]
+    if len(vectors) > 1:
         for same in alike(vectors, lambda i: params[i].device):
             picked = [params[i] for i in same], [grads[i] for i in same], [states[i] for i in same]
-            _adamw_vectors_(*picked, [keys[i] for i in same], hyper)
+            _adamw_vectors_(*picked, [key for i in same if (key := keys[i])], hyper)
             in_chunks = [chunked and i not in same for i, chunked in enumerate(in_chunks)]
     for i, chunked in enumerate(in_chunks):
         if chunked:
-            _adamw_in_chunks_(params[i], grads[i], states[i], None if keys is None else keys[i], hyper)
+            _adamw_in_chunks_(params[i], grads[i], states[i], keys[i], hyper)
 
 
-def _is_small_vector(param: Tensor, state: Mapping[str, Tensor], keys: Sequence[Tensor] | None) -> bool:
-    plain = keys is not None and param.dtype == torch.bfloat16 and "exp_avg_absmax" not in state
+def _is_small_vector(param: Tensor, state: Mapping[str, Tensor], key: RoundingKey | None) -> bool:
+    plain = key is not None and param.dtype == torch.bfloat16 and "exp_avg_absmax" not in state
     return plain and param.ndim == 1 and 0 < param.numel() <= _SMALL and param.is_contiguous()
 
 
@@ -117,7 +123,7 @@ def _adamw_vectors_(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[dict[str, Tensor]],
-    keys: list[Tensor],
+    keys: list[RoundingKey],
     hyper: Mapping[str, float],
 ) -> None:
     """Update bf16 vectors (norms and biases) side by side: a launch for each would cost more than its work."""
@@ -128,7 +134,7 @@ def _adamw_vectors_(
     _torch_adamw(parts[0], parts[1], parts[2], parts[3], [state["step"] for state in states], hyper)
     torch._foreach_copy_(params, torch.split(round_vectors(weight, sizes, keys), sizes))
     torch._foreach_copy_(moments[0], torch.split(mean.to(torch.bfloat16), sizes))
-    torch._foreach_copy_(moments[1], torch.split(round_vectors(square, sizes, torch._foreach_add(keys, 1)), sizes))
+    torch._foreach_copy_(moments[1], torch.split(round_vectors(square, sizes, keys, offset=1), sizes))
 
 
 def _torch_adamw(
@@ -144,7 +150,7 @@ def _torch_adamw(
 
 
 def _adamw_in_chunks_(
-    param: Tensor, grad: Tensor, state: dict[str, Tensor], key: Tensor | None, hyper: Mapping[str, float]
+    param: Tensor, grad: Tensor, state: dict[str, Tensor], key: RoundingKey | None, hyper: Mapping[str, float]
 ) -> None:
     if param.numel() == 0:  # a rank's shard may be empty
         return
@@ -180,7 +186,7 @@ def _load_moment(part: Mapping[str, Tensor], name: str) -> Tensor:
     return value.view(codes.shape)[:, : part[name].shape[1]]
 
 
-def _store_moment_(part: Mapping[str, Tensor], name: str, value: Tensor, key: Tensor | None) -> None:
+def _store_moment_(part: Mapping[str, Tensor], name: str, value: Tensor, key: RoundingKey | None) -> None:
     if f"{name}_absmax" not in part:
         write_rounded_(part[name], value, key)
         return
@@ -208,3 +214,38 @@ def _codebook(signed: bool, device: torch.device) -> Tensor:
         ) from error
     values: Tensor = create_dynamic_map(signed=signed)
     return values.to(device)
+
+
+def _update(entries: list[Entry], host: Host) -> None:
+    for same in alike(entries, lambda entry: id(entry.group)):
+        group = same[0].group
+        beta1, beta2 = group["betas"]
+        adamw_update_(
+            [local_shard(entry.param) for entry in same],
+            [local_shard(entry.grad) for entry in same],
+            [{name: local_shard(t) for name, t in entry.state.items()} for entry in same],
+            keys_of(same, host.noise),
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+
+def _bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, Any]) -> int:
+    return 4 + 2 * math.prod(shape) * dtype.itemsize
+
+
+def _bytes_8bit(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, Any]) -> int:
+    return 4 + 2 * (math.prod(shape) + 4 * math.prod(shape[:-1]) * -(-shape[-1] // _BLOCK))
+
+
+ADAMW = Rule(_update, lambda param, group: adamw_state(param), _bytes, ALGORITHMS["adamw"], for_tables=True)
+ADAMW_8BIT = Rule(
+    _update,
+    lambda param, group: adamw_state(param, bits=8),
+    _bytes_8bit,
+    ALGORITHMS["adamw_8bit"],
+    for_tables=True,
+)

@@ -9,20 +9,23 @@ change of s B A that they make.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..norms.chain import multi_normalize
+from ..norms.chain import Chain, multi_normalize
 from ..norms.projections import power_of_two_inverse
 from ..norms.whitening import eigh
 from ..ranks.placement import local_shard, part_of, whole_matrix
 from ..update.batches import BATCH_BYTES, alike, bounded
-from ..update.rules import as_matrix, write_update_
-from .rounding_keys import keys_of
+from ..update.layout import LAYOUTS
+from ..update.write import is_usable, write_update_
+from ..weights.noise import RoundingKey
+from .groups import ALGORITHMS
+from .rule import Entry, Host, Rule, counter, keys_of
 
 
 # Eigenvalues of A A^T, and of B^T B in the frame of A, below this part of the largest are raised to it.
@@ -37,10 +40,8 @@ class Pair:
 
     factors: tuple[Tensor, Tensor]
     """A and B as PEFT stores them."""
-    indices: tuple[int, int] = (0, 1)
-    """Their positions among all parameters of the optimizer."""
-    keys: Sequence[Tensor] | None = None
-    """Their rounding keys, where one is bf16."""
+    keys: Sequence[RoundingKey | None] = (None, None)
+    """Their rounding keys, of those that are bf16."""
 
     def shape_class(self) -> tuple[Any, ...]:
         """What pairs have to share to be computed as one batch."""
@@ -51,34 +52,17 @@ class Pair:
         return sum(p.nbytes for p in self.factors)
 
 
-def update_group_(
-    group: Mapping[str, Any],
-    active: Sequence[tuple[int, Tensor]],
-    step_of: Callable[[Tensor], Tensor],
-    count: Callable[[Mapping[str, Any], int, Tensor, bool], None],
-) -> None:
-    """Update the pairs of a parameter group, with the counters of the optimizer.
-
-    Args:
-        group: its `params` are A_0, B_0, A_1, B_1, ...
-        active: those that have a gradient, with their positions among all parameters of the optimizer.
-        step_of: returns the step counter of a parameter.
-        count: takes the outcome for a parameter: group, position, counter, and whether its gradient was finite.
-
-    Example:
-        >>> from hf_stateless.optimizer.lora_product import update_group_
-        >>> update_group_({"params": []}, [], lambda p: p, lambda *_: None)
-    """
-    position = {id(p): i for i, p in enumerate(group["params"])}
-    pairs, steps = [], []
-    for i, first in {position[id(p)] // 2: index - position[id(p)] % 2 for index, p in active}.items():
-        entries = [(first + k, group["params"][2 * i + k]) for k in (0, 1)]
-        steps.append([step_of(p) for _, p in entries])
-        indices, factors = zip(*entries, strict=True)
-        pairs.append(Pair(factors, indices, keys_of(group, entries, steps[-1])))
-    for pair, of_pair, finite in zip(pairs, steps, update_pairs_(pairs, group), strict=True):
-        for index, step in zip(pair.indices, of_pair, strict=True):
-            count(group, index, step, finite)
+def _update(entries: list[Entry], host: Host) -> None:
+    """Update pairs of which at least one factor has a gradient; the params of a group are A_0, B_0, A_1, B_1, ..."""
+    for same in alike(entries, lambda entry: id(entry.group)):
+        position = {id(p): i for i, p in enumerate(same[0].group["params"])}
+        firsts = dict.fromkeys(entry.index - position[id(entry.param)] % 2 for entry in same)
+        pairs = [(host.entry(first), host.entry(first + 1)) for first in firsts]
+        verdicts = update_pairs_(
+            [Pair((a.param, b.param), keys_of((a, b), host.noise)) for a, b in pairs], same[0].group
+        )
+        for pair, finite in zip(pairs, verdicts, strict=True):
+            host.count(pair, (finite, finite))
 
 
 def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]:
@@ -126,14 +110,13 @@ def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any]) -> list[bool
     size = group["lr"] * group["lr_scale"] * math.sqrt(rows * columns / rank)
     options = {name: group[name] for name in ("scaling", "norms", "num_iterations")}
     steps = product_steps(a, b, *grads, size=size, **options)
-    steps = (steps[1].mT, steps[0].mT) if layout == "in_out" else steps
+    steps = (steps[1].mT, steps[0].mT) if LAYOUTS[layout].turned else steps
     norms = torch.stack([torch.linalg.vector_norm(step.flatten(1), dim=1) for step in steps], dim=1).tolist()
-    finite = [sum(of_pair) < float("inf") for of_pair in norms]
+    finite = [sum(of_pair) < math.inf for of_pair in norms]
     decay = 1 - group["lr"] * group["weight_decay"]
     for i in (i for i, good in enumerate(finite) if good):
-        keys = batch[i].keys or (None, None)
-        for p, key, step, norm in zip(batch[i].factors, keys, steps, norms[i], strict=True):
-            if norm > 0:
+        for p, key, step, norm in zip(batch[i].factors, batch[i].keys, steps, norms[i], strict=True):
+            if is_usable(norm):
                 write_update_(local_shard(p), part_of(step[i].reshape(p.shape), p), 1.0, decay, key)
     return finite
 
@@ -143,8 +126,8 @@ def _stacked(factors: Sequence[tuple[Tensor, ...]], layout: str) -> tuple[Tensor
 
     For an embedding W^T = s B A is stored, and looked up by columns of A: what is A there stands for B here.
     """
-    a, b = (torch.stack([as_matrix(t, "conv") for t in stack]) for stack in zip(*factors, strict=True))
-    return (b.mT, a.mT) if layout == "in_out" else (a, b)
+    a, b = (torch.stack([t.flatten(1) for t in stack]) for stack in zip(*factors, strict=True))
+    return (b.mT, a.mT) if LAYOUTS[layout].turned else (a, b)
 
 
 def _whole_gradient(p: Tensor) -> Tensor:
@@ -162,7 +145,7 @@ def product_chain(norms: Sequence[str], num_iterations: int) -> tuple[tuple[str,
         >>> product_chain(("row_standardize", "spectral"), 1), product_chain(("row_l2", "col_l2"), 5)
         ((('spectral',), 1), (('row_l2', 'col_l2'), 5))
     """
-    return (("spectral",), 1) if "spectral" in norms else (tuple(norms), num_iterations)
+    return (("spectral",), 1) if Chain(tuple(norms)).whitens else (tuple(norms), num_iterations)
 
 
 def product_steps(
@@ -234,7 +217,7 @@ def product_steps(
 
 def _normalize(x: Tensor, norms: Sequence[str], num_iterations: int) -> Tensor:
     """Give the singular values of a matrix (features x r) root mean square 1: all of them 1 for `spectral`."""
-    if "spectral" in norms:
+    if Chain(tuple(norms)).whitens:
         return eigh(x * power_of_two_inverse(x.abs().amax((-2, -1), keepdim=True)))
     return multi_normalize(x, norms, num_iterations) / math.sqrt(max(x.shape[-2:]))
 
@@ -249,3 +232,14 @@ def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 def _power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
     return torch.matmul(vectors * values.pow(exponent).unsqueeze(-2), vectors.mT)
+
+
+LORA_PRODUCT = Rule(
+    _update,
+    state=lambda param, group: {"step": counter(param)},
+    state_bytes=lambda shape, dtype, group: 4,
+    options=ALGORITHMS["lora_product"],
+    # The factors of a pair are complete at different times, and small: they are updated in `step()`.
+    released="never",
+    has_moments=lambda group: False,
+)

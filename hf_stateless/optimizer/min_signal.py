@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ranks.placement import total_norm
+from .rule import Entry
 
 
 logger = logging.getLogger(__name__)
@@ -69,40 +70,42 @@ def measure_signal(grads: Sequence[Tensor], history: Tensor) -> float:
     return norm / known[math.ceil(_QUANTILE * len(known)) - 1]
 
 
-def tell_held(count: int, signal: float) -> None:
+def guarded(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Mapping[str, Any]]]:
+    """Return the parameters of the groups that have a `min_signal`, with their groups."""
+    return [(p, group) for group in groups if group.get("min_signal") for p in group["params"]]
+
+
+def strong(entries: list[Entry], signal: float) -> list[Entry]:
+    """Leave out what its group's `min_signal` holds back: a weak gradient must not become a full-size step."""
+    return [entry for entry in entries if signal >= entry.group.get("min_signal", 0)]
+
+
+def log_held(count: int, signal: float) -> None:
     """Log that a step was held back, ever more rarely: the 1st, 2nd, 4th, 8th time.
 
     Args:
         count: how many were.
         signal: from `measure_signal`.
-
-    Example:
-        >>> from hf_stateless.optimizer.min_signal import tell_held
-        >>> tell_held(3, 0.05)
     """
     if count.bit_count() == 1:
         logger.warning(
-            "min_signal holds the matrices back, for the %d. time: the norm of their gradients is %.2g times that of "
-            "informative steps.",
+            "min_signal skipped the matrix updates of this step (%d so far): the norm of their gradients is %.2g "
+            "times that of informative steps.",
             count,
             signal,
         )
 
 
-def refuse_layerwise(groups: Sequence[Mapping[str, Any]]) -> None:
+def refuse_release(groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse groups that are guarded where gradients are freed before the norm of all of them is known.
 
     Raises:
         ValueError: a group has a `min_signal`.
-
-    Example:
-        >>> from hf_stateless.optimizer.min_signal import refuse_layerwise
-        >>> refuse_layerwise([{"min_signal": 0.0}])
     """
     if any(group.get("min_signal") for group in groups):
         raise ValueError(
             "min_signal compares the norm of all gradients, which layer-wise updates know only after they have "
-            "changed the weights: leave out min_signal, or layerwise."
+            "changed the weights: leave out min_signal, or release."
         )
 
 

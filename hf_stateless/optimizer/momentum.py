@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ..ranks.placement import local_shard
 from ..weights.int8.codes import dequantize_matrix, group_length, requantize_
+from ..weights.noise import RoundingKey
 from ..weights.rounding import write_rounded_
 
 
@@ -65,21 +66,6 @@ def momentum_state(param: Tensor, dtype: str) -> dict[str, Tensor]:
     return {"momentum_buffer": buffer, "momentum_scale": _zeros(param.narrow(-1, 0, groups), torch.bfloat16)}
 
 
-def add_momentum_(state: dict[str, Any], param: Tensor, dtype: str) -> None:
-    """Put `momentum_state` into the state of a parameter where there is none.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.optimizer.momentum import add_momentum_
-        >>> state = {}
-        >>> add_momentum_(state, torch.ones(2, 3), "float32")
-        >>> list(state)
-        ['momentum_buffer']
-    """
-    if _NAMES[0] not in state:
-        state.update(momentum_state(param, dtype))
-
-
 def momentum_bytes(shape: Sequence[int], dtype: str) -> int:
     """Count the bytes of `momentum_state`.
 
@@ -93,7 +79,7 @@ def momentum_bytes(shape: Sequence[int], dtype: str) -> int:
 
 
 def momentum_direction_(
-    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], key: Tensor | None, momentum: float
+    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], key: RoundingKey | None, momentum: float
 ) -> Tensor:
     r"""Take a gradient into the average, and return the direction that stands for it: D = (1 - mu) G + mu B.
 
@@ -186,7 +172,7 @@ def _stored_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _take_in_(
-    rows: Mapping[str, Tensor], grad: Tensor, direction: Tensor, key: Tensor | None, momentum: float
+    rows: Mapping[str, Tensor], grad: Tensor, direction: Tensor, key: RoundingKey | None, momentum: float
 ) -> None:
     """Update average and direction, some rows at a time: no float32 copy of a large matrix is ever whole."""
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -210,7 +196,7 @@ def _read(rows: Mapping[str, Tensor], part: slice, dtype: torch.dtype) -> Tensor
     )
 
 
-def _write_(rows: Mapping[str, Tensor], part: slice, exact: Tensor, key: Tensor | None) -> None:
+def _write_(rows: Mapping[str, Tensor], part: slice, exact: Tensor, key: RoundingKey | None) -> None:
     """Store rows of the average; they are lost."""
     buffer = rows["momentum_buffer"][part]
     if "momentum_scale" in rows:

@@ -1,6 +1,6 @@
 """Layer-wise updates: the same optimizer step, run inside backward, so that a gradient lives for one layer only.
 
-`LayerwiseUpdates` hooks the parameters of a `StatelessOptimizer`. When a gradient is complete the hook hands it to the
+`Release` hooks the parameters of a `StatelessOptimizer`. When a gradient is complete the hook hands it to the
 optimizer's own rule, with the learning rate the group has at that moment, and frees it; `step()` does what is left.
 There is no second optimizer and nothing to save: checkpoints, schedulers and loggers see the one optimizer.
 """
@@ -20,15 +20,17 @@ from torch import Tensor
 
 from ..ranks.averaging import Averaging, are_replicas
 from ..ranks.placement import is_sharded, total_norm
-from .groups import RELEASED
+from .rules import RULES
 
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+RELEASES = ("matrices", "all")
+"""What may be updated in backward: each value includes those before it."""
 # Elements of a gradient whose norm is taken at once.
 _PART = 1 << 20
-_LIVE: weakref.WeakSet[LayerwiseUpdates] = weakref.WeakSet()
+_LIVE: weakref.WeakSet[Release] = weakref.WeakSet()
 # What stands in front of a layer's parameters: `model.layers.3`, up to the first number.
 _BLOCK = re.compile(r"(?:\D[^.]*\.)*?\d+(?=\.)")
 
@@ -53,12 +55,6 @@ def released_norm(parameters: Iterable[Tensor]) -> Tensor | None:
 
     Args:
         parameters: those of a model, as for `torch.nn.utils.clip_grad_norm_`.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.optimizer.release import released_norm
-        >>> released_norm([torch.ones(2)]) is None
-        True
     """
     ids = {id(p) for p in parameters}
     norms = [updates.released_norm() for updates in _LIVE if updates.hooks_any(ids)]
@@ -71,16 +67,16 @@ def unhook(parameters: Iterable[Tensor]) -> None:
 
     Args:
         parameters: those of the optimizer that takes over.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.optimizer.release import unhook
-        >>> unhook([torch.ones(2)])
     """
     ids = {id(p) for p in parameters}
     for updates in list(_LIVE):
         if updates.hooks_any(ids):
             updates.remove()
+
+
+def is_released(algorithm: str, release: str) -> bool:
+    """Tell whether groups of an algorithm are updated in backward under a value of the option `release`."""
+    return RULES[algorithm].released in RELEASES[: RELEASES.index(release) + 1]
 
 
 class UpdatesParameters(Protocol):
@@ -95,7 +91,7 @@ class UpdatesParameters(Protocol):
         """Return the name of a parameter for messages."""
 
 
-class LayerwiseUpdates:
+class Release:
     """Drives a `StatelessOptimizer` from hooks on its parameters.
 
     Under DDP the hooks fire before DDP has averaged anything, so hooked parameters are kept out of DDP's buckets and
@@ -104,8 +100,8 @@ class LayerwiseUpdates:
 
     Args:
         optimizer: the optimizer whose parameters are hooked.
-        everything: also update the AdamW part in the hook, so that no gradient is left after backward; clipping is
-            then impossible, since the norm is known only at the end.
+        released: `matrices`, or `all` to update the AdamW part in the hook too, so that no gradient is left after
+            backward; clipping is then impossible, since the norm is known only at the end.
         order: names of the parameters as the model defines them. Averaging goes through them from the last to the
             first, as backward does; in another order gradients would wait for each other, and fill the memory.
 
@@ -115,9 +111,9 @@ class LayerwiseUpdates:
         ValueError: accelerate runs with fp16.
     """
 
-    def __init__(self, optimizer: UpdatesParameters, *, everything: bool = False, order: Sequence[str] = ()) -> None:
+    def __init__(self, optimizer: UpdatesParameters, released: str, order: Sequence[str] = ()) -> None:
         self.optimizer = optimizer
-        self.everything = everything
+        self.released = released
         self._position = {name: position for position, name in enumerate(order)}
         self.held = False
         self._hooked: dict[int, Tensor] = {}
@@ -141,8 +137,7 @@ class LayerwiseUpdates:
         _refuse_fp16()
         groups = self.optimizer.param_groups
         params = list(enumerate((group["algorithm"], p) for group in groups for p in group["params"]))
-        released = RELEASED["all" if self.everything else "matrices"]
-        hooked = {i: p for i, (algorithm, p) in params if algorithm in released}
+        hooked = {i: p for i, (algorithm, p) in params if is_released(algorithm, self.released)}
         averages = are_replicas(hooked.values())
         if averages:  # what DDP was not told to leave alone is in its buckets, and updated in `step()`
             hooked = {i: p for i, p in hooked.items() if getattr(p, "_ddp_ignored", False)}
@@ -228,8 +223,8 @@ class LayerwiseUpdates:
     def _expect_the_end(self) -> None:
         """Have this rank answer the others at the end of its backward, before DDP waits for them.
 
-        A rank that leaves out a layer would else answer in `step()`, which it cannot reach: DDP waits at the end of
-        backward for ranks that wait in their backward for this one.
+        A rank that leaves out a layer would otherwise answer only in `step()`, which it cannot reach: DDP waits at
+        the end of backward for ranks that wait in their backward for this one.
         """
         if self._averaging is None or self._end_queued or self._accumulates():
             return
@@ -312,7 +307,7 @@ def _second_gradient(name: str) -> str:
         f"{name} got a second gradient after it was updated in this step. Call optimizer.step() after each backward "
         "pass, or put all but the last of several into `with optimizer.hold():`. If it comes from activation "
         "checkpointing, set its use_reentrant=False. If another optimizer trains this model now, type "
-        "old_optimizer.layerwise.remove()."
+        "old_optimizer.release.remove()."
     )
 
 

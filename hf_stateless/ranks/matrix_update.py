@@ -1,99 +1,118 @@
-"""One parameter whose update several ranks work on: which way they do, and how this rank's part is written."""
+"""The update of one matrix: what it is computed from, and how this rank's part is written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..norms.chain import SINKHORN_CHAIN, multi_normalize
-from ..update.rules import Workspace, as_matrix, write_scaled_, write_update_
-from .placement import is_sharded, local_shard, split_of
-
-
-_CHAIN = ("norms", "num_iterations", "whitening", "ns_steps", "ns_beta", "ns_dtype")
-_ROW_NORMS = {"row_l2", "row_standardize", "sign"}
-_COLUMN_NORMS = {"col_l2", "sign"}
+from ..norms.chain import Chain
+from ..update.kernels.choice import Verdict
+from ..update.layout import LAYOUTS, Layout
+from ..update.width import width_factor
+from ..update.write import Workspace, is_usable, write_scaled_, write_update_
+from ..weights.noise import RoundingKey
+from .placement import is_sharded, local_shard, part_of, split_of
 
 
 @dataclass
 class MatrixUpdate:
-    """One parameter with a gradient, and the options of its group."""
+    r"""W <- (1 - lr weight_decay) W - lr lr_scale X for one parameter, X the normalised direction.
+
+    A gradient that is zero or not finite leaves the weight unchanged, decay included.
+    """
 
     param: Tensor
-    options: Mapping[str, Any]
-    key: Tensor | None
-    """Rounding key of a bf16 parameter."""
-    direction: Tensor
-    """The gradient, or what stands for it: cut over ranks as the parameter is."""
-    finite: bool = True
+    gradient: Tensor
+    """Cut over ranks as the parameter is."""
+    group: Mapping[str, Any]
+    """`lr`, `lr_scale`, `width_rule`, `weight_decay`, `layout` and the fields of a chain."""
+    key: RoundingKey | None = None
+    """Of a weight that is rounded."""
+    average: Callable[[], Tensor] | None = None
+    """Takes the gradient into an average, once, and returns the direction that stands for it."""
+    shared: bool = False
+    """Whether replicas share the work on it."""
+    finite: Verdict = True
     """Whether the gradient was finite; known after the update."""
 
     def __post_init__(self) -> None:
-        self.weight, self.grad = local_shard(self.param), local_shard(self.direction)
+        self.weight = local_shard(self.param)
         self.split = split_of(self.param)
-        self.chain = {name: self.options[name] for name in _CHAIN}
-        self.layout: str = self.options["layout"]
+        self.chain = Chain.of(self.group)
+        self.layout: Layout = LAYOUTS[self.group["layout"]]
+
+    @cached_property
+    def direction(self) -> Tensor:
+        """What is normalised, in the shape of the parameter."""
+        return self.average() if self.average else self.gradient
+
+    def forget_direction(self) -> None:
+        """Free a direction that is a tensor of its own."""
+        self.__dict__.pop("direction", None)
+
+    @property
+    def grad(self) -> Tensor:
+        """This rank's part of the direction."""
+        return local_shard(self.direction)
+
+    @property
+    def matrix(self) -> Tensor:
+        """This rank's part of the direction as (..., out_features, in_features)."""
+        return self.layout.as_matrix(self.grad)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the parameter."""
+        return is_sharded(self.param)
 
     @property
     def shape_class(self) -> tuple[Any, ...]:
-        """What updates have to share to be sent and computed together; vectors of any length count as one shape."""
-        shape = None if self.layout == "vector" else tuple(self.param.shape)
+        """What updates have to share to be sent and computed together."""
+        shape = None if self.layout.any_length else tuple(self.param.shape)
         cut = (self.split.group.group_name, self.split.dim) if self.split else None
-        return (cut, shape, self.layout, self.grad.dtype, self.grad.device, *self.chain.values())
+        return cut, shape, self.layout, self.gradient.dtype, self.gradient.device, self.chain
 
-    def along(self) -> int | None:
-        """Return how the matrix is cut: -2 by rows, -1 by columns, 0 between matrices of a stack, None otherwise."""
-        assert self.split is not None
-        if self.layout == "vector":
-            return None
-        if self.layout == "conv":
-            return -2 if self.split.dim == 0 else None
-        from_end = self.split.dim - self.param.ndim
-        if from_end < -2:
-            return 0
-        return -3 - from_end if self.layout == "in_out" else from_end
+    @property
+    def cut_along(self) -> int | None:
+        """How the matrix is cut: -2 between rows, -1 between columns, 0 in a stack of matrices, None otherwise."""
+        return self.layout.cut_along(self.split.dim, self.param.ndim) if self.split else None
 
-    def way(self) -> str:
-        """Return how the ranks work on this update."""
-        if not is_sharded(self.param):
-            return "replicated"
-        if self.split is None:
-            return "gathered"
-        norms, along = set(self.chain["norms"]), self.along()
-        if tuple(self.chain["norms"]) == SINKHORN_CHAIN and along is not None and self.layout != "conv":
-            return "sinkhorn"
-        local = along == 0 or (along == -2 and norms <= _ROW_NORMS) or (along == -1 and norms <= _COLUMN_NORMS)
-        return "local" if local else "owned"
+    def factors(self, *, on_device: bool = False) -> tuple[Any, Any]:
+        """Return the factor of X and that of W; as tensors on the device where the learning rate is one there."""
+        lr, sizes = self.group["lr"], self.layout.sizes(self.param.shape)
+        if on_device and isinstance(lr, Tensor) and lr.device == self.weight.device != torch.device("cpu"):
+            rate: Any = lr.float()
+        else:
+            rate = float(lr)
+        width = width_factor(self.group.get("width_rule", "none"), *sizes) if sizes else 1.0
+        return rate * (self.group["lr_scale"] * width), 1 - rate * self.group["weight_decay"]
 
     def normalized(self, grad: Tensor) -> Tensor:
-        """Return the multi-normalized gradient in the shape of the given one (whole, or a part the chain allows)."""
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        update = multi_normalize(as_matrix(grad, self.layout), dtype=dtype, **self.chain)
-        return update.mT if self.layout == "in_out" else update.reshape(grad.shape)
+        """Return the normalised gradient in the shape of the given one (whole, or a part the chain allows)."""
+        return self.layout.back(self.chain.normalize(self.layout.as_matrix(grad)), grad.shape)
 
-    def write(self, update: Tensor, size: float) -> None:
-        """Apply this rank's part of an update in the shape of the weight, if the norm of the whole is usable."""
-        self.finite = size < float("inf")
-        if not 0 < size < float("inf") or not self.weight.numel():
-            return
-        write_update_(self.weight, update, self._step_size, self._decay, self.key)
+    def write(self, update: Tensor, size: float, *, whole: bool = False) -> None:
+        """Apply an update, if its norm is usable.
+
+        Args:
+            update: this rank's part, in the shape of the weight.
+            size: the norm of the whole update.
+            whole: the update is here as a whole.
+        """
+        if self._may_write(size):
+            part = part_of(update, self.param) if whole else update
+            write_update_(self.weight, part, *self.factors(), self.key)
 
     def write_scaled(self, row: Tensor, column: Tensor, size: float, workspace: Workspace) -> None:
         """Apply diag(row) G diag(column), for this rank's part of G."""
+        if self._may_write(size):
+            write_scaled_(self.weight, self.matrix, (row, column), *self.factors(), self.key, self.layout, workspace)
+
+    def _may_write(self, size: float) -> bool:
         self.finite = size < float("inf")
-        if not 0 < size < float("inf") or not self.weight.numel():
-            return
-        matrix = as_matrix(self.grad, self.layout)
-        write_scaled_(self.weight, matrix, row, column, self._step_size, self._decay, self.key, self.layout, workspace)
-
-    @property
-    def _step_size(self) -> float:
-        return float(self.options["lr"] * self.options["lr_scale"])
-
-    @property
-    def _decay(self) -> float:
-        return float(1 - self.options["lr"] * self.options["weight_decay"])
+        return is_usable(size) and self.weight.numel() > 0

@@ -1,25 +1,28 @@
-r"""Updates of matrices that several ranks work on together: the same numbers as one process would get.
+r"""The ways in which a matrix gets its update, alone on a rank or together: the same numbers as one process would get.
 
-What a chain of norms needs decides how: SR-Sinkhorn sends vectors (`sharded_sinkhorn`), a chain that is local to what
-a rank holds sends one number per matrix, every other chain sends whole matrices to their owners (`owners`), and what
-is cut in more than one dimension is gathered by all. Which way is taken depends on what all ranks know alike, never
-on a rank's own data, so that all of them meet in the same collectives.
+What a chain of norms needs decides how: SR-Sinkhorn sends vectors, a chain that is local to what a rank holds sends
+one number for each matrix, every other chain sends whole matrices to their owners, and what is cut in more than one
+dimension is gathered by all. Which way is taken depends on what all ranks know alike, never on a rank's own data, so
+that all of them meet in the same collectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..norms.chain import Chain
+from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
 from ..update.batches import BATCH_BYTES, alike, bounded
-from ..update.rules import Workspace, as_matrix, multinorm_update_
+from ..update.kernels.choice import choose
+from ..update.write import Workspace
 from .matrix_update import MatrixUpdate
 from .owners import Exchange, assign_owners, same_on_replicas, shared_updates, whitening_cost
-from .placement import Split, is_sharded, part_of, whole_matrix
+from .placement import Split, whole_matrix
 from .sinkhorn import ShardedMatrices, iterate, keep_squares
 
 
@@ -27,131 +30,223 @@ from .sinkhorn import ShardedMatrices, iterate, keep_squares
 _EXCHANGE_BYTES = 1 << 30
 
 
-def update_together_(updates: Sequence[MatrixUpdate], workspace: Workspace | None = None) -> None:
-    """Apply updates that ranks share the work of; all ranks of a mesh have to call this with the same parameters.
+class Way(Protocol):
+    """How some of the updates are computed and written."""
+
+    def takes(self, update: MatrixUpdate) -> bool:
+        """Tell whether an update can go this way: the same on all ranks."""
+
+    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+        """Apply the updates that go this way; `finite` is set."""
+
+
+def apply_(updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+    """Apply updates, each in its way; all ranks of a mesh have to call this with the same parameters.
 
     Args:
         updates: in the same order on all ranks; `finite` is set.
         workspace: buffers shared with other calls of the same step.
-
-    Example:
-        >>> from hf_stateless.ranks.ways import update_together_
-        >>> update_together_([])
     """
-    workspace = workspace or Workspace()
-    ways: dict[str, list[MatrixUpdate]] = {}
-    for update in updates:
-        ways.setdefault(update.way(), []).append(update)
-    for of_group in alike(ways.get("sinkhorn", []), lambda update: _split(update).group.group_name):
-        _sinkhorn(of_group, workspace)
-    for of_class in alike(ways.get("local", []), lambda update: update.shape_class):
-        _local(of_class)
-    load: dict[str, list[int]] = {}
-    for of_class in alike(ways.get("owned", []), lambda update: update.shape_class):
-        split = _split(of_class[0])
-        for some in bounded(of_class, _whole_bytes, _EXCHANGE_BYTES * split.ranks):
-            if len(some) > 1:
-                _owned(some, load.setdefault(split.group.group_name, [0] * split.ranks))
-            else:  # an owner would send it to the others while they wait: they may as well compute it
-                _gathered(some[0], workspace)
-    if "replicated" in ways:
-        _replicated(ways["replicated"], workspace)
-    for update in ways.get("gathered", []):
-        _gathered(update, workspace)
+    left = list(updates)
+    for way in WAYS:
+        mine = [update for update in left if way.takes(update)]
+        left = [update for update in left if not way.takes(update)]
+        if mine:
+            way.run(mine, workspace)
 
 
-def shares_whitening(options: Mapping[str, Any]) -> bool:
+def shares_whitening(group: Mapping[str, Any]) -> bool:
     """Tell whether replicas share the work on a matrix: asked for, a whitening, and other processes to share it with.
 
-    Example:
-        >>> from hf_stateless.ranks.ways import shares_whitening
-        >>> shares_whitening({"split_whitening": True, "norms": ("spectral",)})
-        False
+    Args:
+        group: a parameter group with `split_whitening` and the fields of a chain.
     """
-    return (
-        bool(options["split_whitening"])
-        and "spectral" in options["norms"]
-        and dist.is_available()
-        and dist.is_initialized()
-        and dist.get_world_size() > 1
-    )
+    wanted = bool(group["split_whitening"]) and Chain.of(group).whitens
+    return wanted and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _sinkhorn(updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
-    """Run SR-Sinkhorn on all matrices of a process group: one all-reduce per iteration, for vectors and flags."""
-    batches, held = [], 0
-    stacks = [
-        stack
-        for of_class in alike(updates, lambda update: update.shape_class)
-        for stack in bounded(of_class, _whole_bytes, BATCH_BYTES if of_class[0].grad.device.type != "cpu" else 0)
-    ]
-    for stack in stacks:
-        matrices = [as_matrix(update.grad, update.layout) for update in stack]
-        rows, columns = stack[0].param.shape[-2:]
-        sizes = (columns, rows) if stack[0].layout == "in_out" else (rows, columns)
-        keep = keep_squares(held, matrices)
-        held += sum(matrix.numel() for matrix in matrices) if keep else 0
-        along = stack[0].along()
-        assert along is not None
-        batches.append(ShardedMatrices(matrices, _split(stack[0]), along, sizes, keep_squares=keep))
-    iterate(batches, [stack[0].chain["num_iterations"] for stack in stacks])
-    sizes_of_all = torch.cat([batch.size.to(batches[0].size.device) for batch in batches]).tolist()
-    for stack, batch in zip(stacks, batches, strict=True):
-        for update, row, column in zip(stack, *batch.scalings(), strict=True):
-            update.write_scaled(row, column, sizes_of_all.pop(0), workspace)
+class Alone:
+    """This rank has the whole matrix: nothing is sent. A kernel takes it, or torch."""
+
+    def takes(self, update: MatrixUpdate) -> bool:
+        return not update.is_sharded and not update.shared
+
+    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+        for same in alike(updates, lambda update: (id(update.group), update.param.dtype, update.shape_class)):
+            for batch in self._batches(same):
+                self._update(batch, workspace)
+                for update in batch:
+                    update.forget_direction()
+
+    def _batches(self, same: list[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
+        """Cut updates of one shape into batches: kernels take any number, torch on a GPU stacks up to a limit."""
+        first = same[0]
+        if not first.average and choose([u.weight for u in same], [u.grad for u in same], first.chain, first.layout):
+            yield same
+        else:
+            limit = 0 if first.weight.device.type == "cpu" else BATCH_BYTES
+            yield from bounded(same, lambda update: update.param.nbytes, limit)
+
+    def _update(self, batch: list[MatrixUpdate], workspace: Workspace) -> None:
+        first = batch[0]
+        kernel = choose([u.weight for u in batch], [u.grad for u in batch], first.chain, first.layout)
+        if kernel:
+            batch = self._by_kernel(kernel, batch)
+        if (kernel or len(batch) == 1) and first.chain.is_sinkhorn and first.layout.scales:
+            for update in batch:
+                self._by_vectors(update, workspace)
+        elif batch:
+            self._by_chain(batch)
+
+    def _by_kernel(self, kernel: Any, batch: list[MatrixUpdate]) -> list[MatrixUpdate]:
+        """Let a kernel update a batch, and return what it has left alone."""
+        first, keys = batch[0], [update.key for update in batch]
+        step_size, decay = first.factors(on_device=True)
+        verdicts = kernel(
+            [update.weight for update in batch],
+            [update.grad for update in batch],
+            None if None in keys else keys,
+            step_size=step_size,
+            decay=decay,
+            layout=first.layout,
+            num_iterations=int(first.chain.num_iterations),
+        )
+        for update, verdict in zip(batch, verdicts, strict=True):
+            update.finite = verdict
+        return [update for update in batch if update.finite is None]
+
+    def _by_vectors(self, update: MatrixUpdate, workspace: Workspace) -> None:
+        """Apply the SinkGD step of one matrix from its two vectors, without forming the normalised gradient."""
+        grad, num_iterations = update.matrix, update.chain.num_iterations
+        blocks = row_blocks(grad)
+        if len(blocks) > 1:
+            row, column = scalings_by_blocks(grad, num_iterations, blocks)
+        else:
+            row, column = sinkhorn_scalings(grad, num_iterations, scratch=workspace.take("scratch", grad))
+        size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
+        update.write_scaled(row, column, size, workspace)
+
+    def _by_chain(self, batch: list[MatrixUpdate]) -> None:
+        """Normalise matrices of one shape as one batch."""
+        matrices = [update.matrix for update in batch]
+        stacked = matrices[0].unsqueeze(0) if len(batch) == 1 else torch.stack(matrices)
+        normalized = batch[0].chain.normalize(stacked)
+        sizes = torch.linalg.vector_norm(normalized.flatten(1), dim=1).tolist()
+        for update, matrix, size in zip(batch, normalized, sizes, strict=True):
+            update.write(update.layout.back(matrix, update.grad.shape), size)
 
 
-def _local(updates: Sequence[MatrixUpdate]) -> None:
-    """Normalise what this rank holds, and agree on which gradients were zero or not finite: one small all-reduce."""
-    split = _split(updates[0])
-    parts = [update.normalized(update.grad) if update.grad.numel() else update.grad for update in updates]
-    sizes = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]).to(split.device)
-    dist.all_reduce(sizes, group=split.group)
-    for update, part, size in zip(updates, parts, sizes.tolist(), strict=True):
-        update.write(part, size)
+class Sinkhorn:
+    """SR-Sinkhorn on parts of matrices: one all-reduce per iteration for all of them, of vectors and flags."""
+
+    def takes(self, update: MatrixUpdate) -> bool:
+        return update.chain.is_sinkhorn and update.cut_along is not None and update.layout.scales
+
+    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+        for of_group in alike(updates, lambda update: _split(update).group.group_name):
+            self._in_one_group(of_group, workspace)
+
+    def _in_one_group(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+        batches, held = [], 0
+        stacks = [
+            stack
+            for of_class in alike(updates, lambda update: update.shape_class)
+            for stack in bounded(of_class, _whole_bytes, BATCH_BYTES if of_class[0].grad.device.type != "cpu" else 0)
+        ]
+        for stack in stacks:
+            matrices, first = [update.matrix for update in stack], stack[0]
+            sizes, along = first.layout.sizes(first.param.shape), first.cut_along
+            assert sizes is not None
+            assert along is not None
+            keep = keep_squares(held, matrices)
+            held += sum(matrix.numel() for matrix in matrices) if keep else 0
+            batches.append(ShardedMatrices(matrices, _split(first), along, sizes, keep_squares=keep))
+        iterate(batches, [int(stack[0].chain.num_iterations) for stack in stacks])
+        sizes_of_all = torch.cat([batch.size.to(batches[0].size.device) for batch in batches]).tolist()
+        for stack, batch in zip(stacks, batches, strict=True):
+            for update, row, column in zip(stack, *batch.scalings(), strict=True):
+                update.write_scaled(row, column, sizes_of_all.pop(0), workspace)
 
 
-def _owned(updates: Sequence[MatrixUpdate], load: list[int]) -> None:
-    """Let one rank normalise each matrix: one all-to-all of gradients, and one of updates."""
-    owners = assign_owners([whitening_cost(tuple(update.param.shape)) for update in updates], load)
-    exchange = Exchange([_split(update) for update in updates], owners)
-    whole = exchange.to_owners([update.grad for update in updates])
-    normalized = _normalize([updates[i] for i in exchange.mine], whole)
-    parts, sizes = exchange.to_parts(normalized, [update.grad for update in updates])
-    for update, part, size in zip(updates, parts, sizes, strict=True):
-        update.write(part, size)
+class Local:
+    """The chain needs nothing that is cut: a rank normalises its part; one small all-reduce tells the norms."""
+
+    def takes(self, update: MatrixUpdate) -> bool:
+        needs = {0: set(), -2: {"columns"}, -1: {"rows"}}.get(update.cut_along)  # type: ignore[arg-type,var-annotated]
+        return needs is not None and not needs & update.chain.needs
+
+    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+        for of_class in alike(updates, lambda update: update.shape_class):
+            split = _split(of_class[0])
+            parts = [update.normalized(update.grad) if update.grad.numel() else update.grad for update in of_class]
+            sizes = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts])
+            sizes = sizes.to(split.device)
+            dist.all_reduce(sizes, group=split.group)
+            for update, part, size in zip(of_class, parts, sizes.tolist(), strict=True):
+                update.write(part, size)
 
 
-def _replicated(updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
-    """Let each replica normalise some of the matrices, if all have the same gradients, and share the updates."""
-    group = dist.group.WORLD
-    grads = [update.grad for update in updates]
-    if group is None or not same_on_replicas(grads, group):
+class Owned:
+    """One rank normalises each matrix: one all-to-all of gradients, and one of updates."""
+
+    def takes(self, update: MatrixUpdate) -> bool:
+        return update.split is not None
+
+    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+        load: dict[str, list[int]] = {}
+        for of_class in alike(updates, lambda update: update.shape_class):
+            split = _split(of_class[0])
+            for some in bounded(of_class, _whole_bytes, _EXCHANGE_BYTES * split.ranks):
+                if len(some) > 1:
+                    self._exchange(some, load.setdefault(split.group.group_name, [0] * split.ranks))
+                else:  # an owner would send it to the others while they wait: they may as well compute it
+                    Gathered().run(some, workspace)
+
+    def _exchange(self, updates: Sequence[MatrixUpdate], load: list[int]) -> None:
+        owners = assign_owners([whitening_cost(tuple(update.param.shape)) for update in updates], load)
+        exchange = Exchange([_split(update) for update in updates], owners)
+        whole = exchange.to_owners([update.grad for update in updates])
+        normalized = _normalize([updates[i] for i in exchange.mine], whole)
+        parts, sizes = exchange.to_parts(normalized, [update.grad for update in updates])
+        for update, part, size in zip(updates, parts, sizes, strict=True):
+            update.write(part, size)
+
+
+class Replicated:
+    """Each replica normalises some of the matrices, if all have the same gradients: one all-gather of updates."""
+
+    def takes(self, update: MatrixUpdate) -> bool:
+        return not update.is_sharded
+
+    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+        group = dist.group.WORLD
+        grads = [update.grad for update in updates]
+        if group is None or not same_on_replicas(grads, group):
+            Alone().run(updates, workspace)
+            return
+
+        def compute(positions: list[int]) -> list[Tensor]:
+            return _normalize([updates[i] for i in positions], [grads[i] for i in positions])
+
+        shapes = [tuple(grad.shape) for grad in grads]
+        for i, part in shared_updates(shapes, compute, group, like=grads[0], batch_bytes=BATCH_BYTES):
+            updates[i].write(part, float(torch.linalg.vector_norm(part)))
+
+
+class Gathered:
+    """Every rank gathers and normalises the whole matrix: for cuts along several dimensions."""
+
+    def takes(self, update: MatrixUpdate) -> bool:
+        return True
+
+    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         for update in updates:
-            _gathered(update, workspace)
-        return
-
-    def compute(positions: list[int]) -> list[Tensor]:
-        return _normalize([updates[i] for i in positions], [grads[i] for i in positions])
-
-    shapes = [tuple(grad.shape) for grad in grads]
-    for i, part in shared_updates(shapes, compute, group, like=grads[0], batch_bytes=BATCH_BYTES):
-        updates[i].write(part, float(torch.linalg.vector_norm(part)))
+            normalized = update.normalized(whole_matrix(update.direction))
+            update.write(normalized, float(torch.linalg.vector_norm(normalized)), whole=True)
 
 
-def _gathered(update: MatrixUpdate, workspace: Workspace) -> None:
-    """Normalise the whole matrix on every rank, for cuts along several dimensions; without a cut nothing is sent."""
-    options = ("lr", "lr_scale", "weight_decay", "layout")
-    finite = multinorm_update_(
-        [update.weight],
-        [whole_matrix(update.direction)],
-        None if update.key is None else [update.key],
-        workspace=workspace,
-        place=(lambda whole, _: part_of(whole, update.param)) if is_sharded(update.param) else None,
-        **{name: update.options[name] for name in options},
-        **update.chain,
-    )
-    update.finite = bool(finite[0])
+WAYS: tuple[Way, ...] = (Alone(), Sinkhorn(), Local(), Owned(), Replicated(), Gathered())
+"""An update goes the first of these that takes it; they run in this order on all ranks."""
 
 
 def _normalize(updates: Sequence[MatrixUpdate], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -160,7 +255,7 @@ def _normalize(updates: Sequence[MatrixUpdate], grads: Sequence[Tensor]) -> list
         return [update.normalized(grad) for update, grad in zip(updates, grads, strict=True)]
     done: dict[int, Tensor] = {}
     for positions in alike(range(len(grads)), lambda i: (updates[i].shape_class, grads[i].shape)):
-        if updates[positions[0]].layout in ("out_in", "in_out"):
+        if updates[positions[0]].layout.stacks:
             batch = updates[positions[0]].normalized(torch.stack([grads[i] for i in positions]))
             done |= dict(zip(positions, batch, strict=True))
         else:

@@ -249,7 +249,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
 
 
 def _layerwise_kwargs(model: nn.Module, release: str | None) -> dict[str, Any]:
-    return {"layerwise": release, "order": [name for name, _ in model.named_parameters()]} if release else {}
+    return {"release": release, "order": [name for name, _ in model.named_parameters()]} if release else {}
 
 
 def _refuse_layerwise(args: Any, model: nn.Module, release: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ..norms.chain import check_norms
 from ..norms.presets import PRESETS, MultiNormPreset
 from ..norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
-from ..optimizer.width import WIDTH_RULES
+from ..update.width import WIDTH_RULES
 
 
 LORA = ("separate", "product")

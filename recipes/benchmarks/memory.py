@@ -176,9 +176,9 @@ def time_ratio(row: str, args: argparse.Namespace) -> dict[str, object]:
     for round_number in range(args.rounds + 1):
         for hooked in (True, False) if round_number % 2 else (False, True):
             if hooked:
-                optimizer.layerwise.install()
+                optimizer.release.install()
             else:
-                optimizer.layerwise.remove()
+                optimizer.release.remove()
             start = time.perf_counter()
             train_step(model, optimizer, args)
             if args.device == "cuda":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...optimizer.momentum import has_momentum, momentum_bytes
+from ...optimizer.rules import RULES as OUR_RULES
 from ...trainer.factory import parameter_groups
 from ...trainer.options import optimizer_names, parse_options
 from ...trainer.partition import partition_parameters
@@ -142,15 +142,6 @@ RULES: dict[str, Rule] = {
 }
 """The optimizers of transformers whose memory is known; ours come from their parameter groups."""
 
-# Bytes kept for a parameter by each algorithm of `hf_stateless.optimizer.optimizer.ALGORITHMS`; momentum comes on top.
-_OURS: dict[str, Callable[[Parameter], int]] = {
-    "multinorm": lambda p: 4,
-    "lora_product": lambda p: 4,
-    "adamw": lambda p: 4 + 2 * p.nbytes,
-    "adamw_8bit": lambda p: 4 + 2 * (p.numel + 4 * math.prod(p.shape[:-1]) * -(-p.shape[-1] // 256)),
-    "sinkhorn_momentum": lambda p: 4 + p.nbytes,
-}
-
 
 def known_optimizers() -> tuple[str, ...]:
     """Return every name whose memory can be predicted.
@@ -236,15 +227,11 @@ def optimizer_state_bytes(
     optim_args = dict(optim_args or {})
     if is_ours(name):
         groups = optimizer_groups(model, name, optim_args)
-        return sum(_our_bytes(group, shard(p.shape, ranks), p.dtype) for group in groups for p in group["params"])
+        kept = [(OUR_RULES[group["algorithm"]], group, p) for group in groups for p in group["params"]]
+        return sum(rule.state_bytes(shard(p.shape, ranks), p.dtype, group) for rule, group, p in kept)
     if unknown := set(optim_args) - ({"rank"} if name == "galore_adamw" else set()):
         raise ValueError(f"optim_args for optim={name!r}: {min(unknown)!r} does not change its memory; leave it out.")
     return rule_bytes(name, trained_parameters(model, ranks), _rank(name, optim_args))
-
-
-def _our_bytes(group: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> int:
-    kept = _OURS[group["algorithm"]](Parameter(shape, dtype, group["role"]))
-    return kept + (momentum_bytes(shape, group["momentum_dtype"]) if has_momentum(group) else 0)
 
 
 def rule_bytes(name: str, params: Sequence[Parameter], rank: int = _GALORE_RANK) -> int:

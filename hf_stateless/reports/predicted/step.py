@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...optimizer.optimizer import StatelessOptimizer
 from ...update.batches import BATCH_BYTES
-from ...weights.int8.weight import Int8Weight
+from ...weights.stored import stand_in
 from .trace import LiveBytes
 
 
@@ -32,17 +31,13 @@ def step_temporary(groups: Sequence[Mapping[str, Any]], device: str = "cuda") ->
     """
     if not groups:
         return 0
-    _forget_cached_tensors()
-    try:
-        with FakeTensorMode(), LiveBytes() as live:
-            optimizer = StatelessOptimizer([{**g, "params": _fakes(g["params"], _place(g, device))} for g in groups])
-            optimizer.step()  # makes the state
-            before = live.now
-            live.restart()
-            optimizer.step()
-            return int(live.peak.total - before)
-    finally:
-        _forget_cached_tensors()
+    with FakeTensorMode(), LiveBytes() as live:
+        optimizer = StatelessOptimizer([{**g, "params": _fakes(g["params"], _place(g, device))} for g in groups])
+        optimizer.step()  # makes the state
+        before = live.now
+        live.restart()
+        optimizer.step()
+        return int(live.peak.total - before)
 
 
 def _place(group: Mapping[str, Any], device: str) -> str:
@@ -58,27 +53,9 @@ def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
         key = (p.shape, p.dtype)
         counts[key] = counts.get(key, 0) + 1
         if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * p.numel() * p.element_size() < BATCH_BYTES):
-            fakes.append(_stand_in(p, device))
+            fakes.append(stand_in(p, device))
             fakes[-1].grad = torch.empty_like(fakes[-1])
     return fakes
-
-
-def _stand_in(p: Tensor, device: str) -> nn.Parameter:
-    if isinstance(p, Int8Weight):
-        codes, scale = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (p.codes, p.scale))
-        return Int8Weight(codes, scale, p.dtype)
-    return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device))
-
-
-def _forget_cached_tensors() -> None:
-    """Empty the caches of the package: tensors without contents must not stay in them, nor real ones get in here."""
-    package = __name__.partition(".")[0]
-    for name, module in list(sys.modules.items()):
-        # Those of the kernels hold libraries and what was said once.
-        if name.partition(".")[0] == package and not name.startswith(f"{package}.update.kernels"):
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
 
 
 def update_temporaries(groups: Sequence[Mapping[str, Any]], device: str = "cuda") -> dict[int, int]:

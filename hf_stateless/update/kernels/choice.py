@@ -1,20 +1,78 @@
-"""Whether Triton or the torch twin does the work: the only place where this is decided."""
+"""Who updates a matrix: a kernel, or torch. The only place that decides, and that reads `HF_STATELESS_KERNELS`."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
+
+from ...norms.chain import Chain
+from ...weights.stored import StoredWeight
+from ..layout import Layout
+from . import cpu_sinkgd, int8, sinkgd
 
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "HF_STATELESS_KERNELS"
 _CHOICES = ("", "torch", "triton")
+Verdict: TypeAlias = bool | Tensor | None
+"""Whether a gradient was finite: known, on the device and unread, or None where a kernel left a weight to torch."""
+Kernel: TypeAlias = Callable[..., Sequence[Verdict]]
+"""Takes weights, gradients, rounding keys, `step_size`, `decay`, `layout` and `num_iterations`."""
+
+
+def choose(weights: Sequence[Tensor], grads: Sequence[Tensor], chain: Chain, layout: Layout) -> Kernel | None:
+    """Return the kernel that updates weights of one shape by their gradients, or None where torch does.
+
+    Triton takes SinkGD on CUDA. On CPU compiled C takes it for large plain matrices, if torch does not have many
+    threads for few of them. `HF_STATELESS_KERNELS=torch` leaves all to torch, `triton` insists on Triton.
+
+    Args:
+        weights: plain tensors or stored weights, of one shape.
+        grads: their gradients.
+        chain: the norms.
+        layout: how the weights are stored.
+
+    Raises:
+        ValueError: the variable has another value, or asks for Triton where it cannot run.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.norms.chain import Chain
+        >>> from hf_stateless.update.kernels.choice import choose
+        >>> from hf_stateless.update.layout import LAYOUTS
+        >>> W = torch.ones(2, 2)
+        >>> print(choose([W], [W], Chain(), LAYOUTS["out_in"]))  # too small to compile anything for
+        None
+    """
+    if not chain.is_sinkhorn:
+        return None
+    if use_triton((weights[0], grads[0])):
+        return sinkgd.sinkgd_update_ if sinkgd.fits(weights, grads, layout, chain.num_iterations) else None
+    if os.environ.get(VARIABLE) or not cpu_sinkgd.fits(weights, grads, layout, chain.num_iterations):
+        return None
+    return cpu_sinkgd.sinkgd_steps_
+
+
+def int8_kernel(weight: StoredWeight, update: Tensor, row: Tensor | None = None) -> Callable[..., None] | None:
+    """Return the kernel that writes an update into a stored weight, or None where the weight does it itself.
+
+    Args:
+        weight: a weight in a format of its own.
+        update: X, or G where X = diag(r) G diag(c).
+        row: r.
+    """
+    fits = weight.kernel == "int8" and int8.fits_int8(weight, update)
+    if not fits or (row is not None and row.dtype != torch.float32) or not use_triton((weight, update)):
+        return None
+    return int8.int8_update_
 
 
 def use_triton(tensors: Iterable[Tensor]) -> bool:
@@ -61,8 +119,6 @@ def _problem(device: str) -> str:
 
 @cache
 def _too_old() -> str:
-    import torch
-
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "Triton needs a GPU of compute capability 8.0 or newer for bfloat16"
     return ""

@@ -13,8 +13,6 @@ import time
 from functools import cache
 from pathlib import Path
 
-from .choice import VARIABLE
-
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +23,7 @@ _LIMIT = 60.0
 
 
 def compiler() -> list[str]:
-    """Return the command of the C compiler, `$CC` or the first of cc, gcc and clang; an empty list without one.
-
-    Example:
-        >>> from hf_stateless.update.kernels.cpu_compiler import compiler
-        >>> isinstance(compiler(), list)
-        True
-    """
+    """Return the command of the C compiler, `$CC` or the first of cc, gcc and clang; an empty list without one."""
     chosen = shlex.split(os.environ.get("CC", ""))
     names = [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]
     return next(([found, *name[1:]] for name in names if (found := shutil.which(name[0]))), [])
@@ -39,13 +31,13 @@ def compiler() -> list[str]:
 
 @cache
 def compiled(name: str) -> ctypes.CDLL | None:
-    """Return a C source of this folder as a library, compiled once in a process and told in one logged line.
+    """Return a C source of this folder as a library, compiled once per process, with one log line.
 
     Args:
         name: of the file, without `.c`.
 
     Returns:
-        The library; None where there is no compiler, or where it failed, which is told too.
+        The library; None where there is no compiler, or where it failed, which is a warning.
     """
     command = compiler()
     if not command:
@@ -65,9 +57,8 @@ def compiled(name: str) -> ctypes.CDLL | None:
     if library is None:
         logger.warning("%s could not compile %s.c, so torch does its work: %s", command[0], name, problem)
     else:
-        logger.warning(
-            "Compiled %s.c for this CPU in %.1f s; %s=torch does without.", name, time.perf_counter() - start, VARIABLE
-        )
+        seconds = time.perf_counter() - start
+        logger.info("Compiled %s.c for this CPU in %.1f s; HF_STATELESS_KERNELS=torch does without.", name, seconds)
     return library
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -13,12 +12,13 @@ from torch import Tensor
 
 from ...norms.projections import power_of_two_inverse
 from ...norms.sinkhorn import SAFE_SUMS, smallest_sum
-from .choice import VARIABLE
+from ...weights.noise import RoundingKey
+from ..layout import Layout
 from .cpu_compiler import compiled
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# Smaller matrices gain less than they are worth: models that have no larger one should not wait for a compiler.
+# Below this size the kernel saves less than compiling it costs.
 _SMALLEST = 1 << 16
 # Squares of larger matrices leave the cache, so they are computed anew: no float32 copy of an embedding is ever whole.
 _KEPT = 1 << 22
@@ -27,11 +27,11 @@ _ROWS = 4
 _WORTH_THREADS = 2
 
 
-def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: str, num_iterations: float) -> bool:
+def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, num_iterations: float) -> bool:
     """Tell whether the C kernel updates these weights of one shape: large plain matrices on CPU, stored as (out, in).
 
     The first such weights compile it. Threads take whole matrices, so one matrix alone is left to torch where torch
-    has many threads. `HF_STATELESS_KERNELS=torch` leaves all to torch.
+    has many threads.
 
     Args:
         weights: as for `sinkgd_steps_`.
@@ -42,13 +42,13 @@ def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: str, num_it
     Example:
         >>> import torch
         >>> from hf_stateless.update.kernels.cpu_sinkgd import fits
+        >>> from hf_stateless.update.layout import LAYOUTS
         >>> W = torch.ones(2, 2)
-        >>> fits([W], [W], "out_in", 5)  # too small to compile anything for
+        >>> fits([W], [W], LAYOUTS["out_in"], 5)  # too small to compile anything for
         False
     """
     return (
-        not os.environ.get(VARIABLE)
-        and layout == "out_in"
+        layout.plain
         and num_iterations == round(num_iterations) >= 1
         and weights[0].numel() >= _SMALLEST
         and all(map(_plain, weights))
@@ -82,12 +82,13 @@ def _kernel() -> Callable[..., int] | None:
 def sinkgd_steps_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
-    keys: Sequence[Tensor] | None,
+    keys: Sequence[RoundingKey] | None,
     *,
     step_size: float,
     decay: float,
+    layout: Layout,
     num_iterations: int,
-) -> list[bool]:
+) -> list[bool | None]:
     r"""W <- decay W - step_size diag(r) G diag(c) for weights of one shape, a thread of torch's number for each.
 
     What a weight becomes does not depend on the number of threads. Temporary: a float32 matrix for each thread,
@@ -99,11 +100,12 @@ def sinkgd_steps_(
         keys: rounding keys of bf16 weights, or None for rounding to nearest; the noise is that of `rounding_noise`.
         step_size: factor of the normalised gradient.
         decay: factor of the weight.
+        layout: how the weights are stored, as `fits` has checked.
         num_iterations: L.
 
     Returns:
-        For each weight whether it was updated. The others have rows without signal, or so far apart that their squares
-        leave float32, or a gradient that is not finite: they are as before, for the torch twin to take.
+        For each weight True, or None where it is as before, for torch to take: a row has no signal, rows are so far
+        apart that their squares leave float32, or the gradient is not finite.
 
     References:
         https://huggingface.co/papers/2502.06742, Algorithms 3 (SR-Sinkhorn) and 4 (SinkGD).
@@ -113,11 +115,11 @@ def sinkgd_steps_(
     m, n = weights[0].shape
     scratch = [torch.empty(_squares(m, n) + 2 * m + 5 * n) for _ in range(threads)]
     parts = [range(thread, len(weights), threads) for thread in range(threads)]
-    updated = [False] * len(weights)
+    updated: list[bool | None] = [None] * len(weights)
 
     def work(thread: int) -> None:
         for i in parts[thread]:
-            updated[i] = update(weights[i], grads[i], None if keys is None else keys[i], scratch[thread])
+            updated[i] = update(weights[i], grads[i], None if keys is None else keys[i].value, scratch[thread]) or None
 
     if threads == 1:
         work(0)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...weights.int8.weight import Int8Weight
+from ...weights.noise import RoundingKey
+from ...weights.stored import StoredWeight
 from .launch import DTYPES, element, on_device, pointer_table, start, up_to
 
 
@@ -14,7 +15,7 @@ from .launch import DTYPES, element, on_device, pointer_table, start, up_to
 _TILE, _GROUPS = 4096, 64
 
 
-def fits_int8(weight: Int8Weight, update: Tensor) -> bool:
+def fits_int8(weight: StoredWeight, update: Tensor) -> bool:
     """Tell whether the kernel can apply an update to an 8-bit weight; the torch twin takes the others.
 
     Example:
@@ -25,17 +26,21 @@ def fits_int8(weight: Int8Weight, update: Tensor) -> bool:
         >>> fits_int8(weight, torch.ones(1, 2)), fits_int8(weight, torch.ones(1, 2, dtype=torch.float64))
         (True, False)
     """
-    stored = weight.codes.is_contiguous() and weight.scale.is_contiguous()
-    return stored and update.dtype in DTYPES and update.ndim == 2 and update.numel() > 0
+    return (
+        all(t.is_contiguous() for t in weight.stored)
+        and update.dtype in DTYPES
+        and update.ndim == 2
+        and update.numel() > 0
+    )
 
 
 def int8_update_(
-    weight: Int8Weight,
+    weight: StoredWeight,
     update: Tensor,
     scalings: tuple[Tensor, Tensor] | None,
     step_size: float | Tensor,
     decay: float | Tensor,
-    key: Tensor | None,
+    key: RoundingKey | None,
 ) -> None:
     r"""W <- decay W - step_size X on codes and scales, in one launch; a group without change keeps every byte.
 
@@ -48,12 +53,13 @@ def int8_update_(
         key: rounding key, or None for rounding to nearest.
     """
     with on_device(update):
-        row, column = scalings or (None, None)
-        launch_int8([weight], pointer_table([update]), update, (row, column, None), key, step_size, decay, slice(0, 1))
+        vectors = (*(scalings or (None, None)), None)
+        value = None if key is None else key.value
+        launch_int8([weight], pointer_table([update]), update, vectors, value, step_size, decay, slice(0, 1))
 
 
 def launch_int8(
-    weights: Sequence[Tensor],
+    weights: Sequence[StoredWeight],
     update_table: Tensor,
     update: Tensor,
     vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -65,7 +71,7 @@ def launch_int8(
     """Launch the update of some weights of one shape.
 
     Args:
-        weights: `Int8Weight`s.
+        weights: in int8.
         update_table: addresses of X or G for each.
         update: one of them, for its dtype and strides.
         vectors: r, c and the states of gradients, (weights, ...) each, or None.
@@ -76,7 +82,7 @@ def launch_int8(
     """
     from .triton_int8 import apply_int8
 
-    (m, n), groups = update.shape, weights[0].scale.shape[1]  # type: ignore[attr-defined]
+    (m, n), groups = update.shape, weights[0].stored[1].shape[1]
     row, column, states = vectors
     length = n // groups
     block_length = up_to(length, 1 << 30)
@@ -84,7 +90,7 @@ def launch_int8(
     programs = -(-m * groups // block_groups)
     start(
         apply_int8, (part.stop - part.start) * programs,
-        pointer_table([w.codes for w in weights]), pointer_table([w.scale.data for w in weights]),  # type: ignore[attr-defined]
+        *(pointer_table([t.data for t in tensors]) for tensors in zip(*(w.stored for w in weights), strict=True)),
         update_table, row, column, states, keys, step_size, decay, part.start, *update.stride(),
         m, n, groups, length, 0 if states is None else states.shape[1], programs,
         UPDATE=element(update.dtype), SCALED=row is not None, CHECKED=states is not None,

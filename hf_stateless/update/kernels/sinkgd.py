@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ...norms.sinkhorn import smallest_sum
-from ...weights.int8.weight import Int8Weight
+from ...weights.noise import RoundingKey
+from ...weights.stored import StoredWeight
 from ..batches import alike
+from ..layout import Layout
 from .int8 import launch_int8
 from .launch import DTYPES, aligned, element, on_device, pointer_table, start, up_to
 
@@ -25,18 +27,19 @@ _PROGRAM, _TILE, _LONGEST_ROW = 1 << 16, 8192, 16384
 _LONG_ROWS, _TURNED = (8, 1024), (64, 64)
 
 
-def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: str, num_iterations: float) -> bool:
+def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, num_iterations: float) -> bool:
     """Tell whether the kernels can update these weights of one shape; the torch twin takes the others.
 
     Example:
         >>> import torch
         >>> from hf_stateless.update.kernels.sinkgd import fits
+        >>> from hf_stateless.update.layout import LAYOUTS
         >>> W = torch.ones(2, 2, dtype=torch.float64)
-        >>> fits([W], [W], "out_in", 5), fits([W.float()], [W.float()], "out_in", 5)
+        >>> fits([W], [W], LAYOUTS["out_in"], 5), fits([W.float()], [W.float()], LAYOUTS["out_in"], 5)
         (False, True)
     """
     return (
-        layout in ("out_in", "in_out", "vector")
+        layout.scales
         and num_iterations == round(num_iterations) >= 1
         and grads[0].numel() > 0
         and all(g.dtype in DTYPES and _stacked(g, layout) for g in grads)
@@ -47,26 +50,26 @@ def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: str, num_it
 def sinkgd_update_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
-    keys: Sequence[Tensor] | None,
+    keys: Sequence[RoundingKey] | None,
     *,
     step_size: float | Tensor,
     decay: float | Tensor,
-    layout: str,
+    layout: Layout,
     num_iterations: int,
-) -> Tensor:
+) -> list[Tensor]:
     r"""W <- decay W - step_size diag(r) G diag(c) for weights of one shape, in 2 L + 1 launches per chunk.
 
     Args:
-        weights: float tensors or `Int8Weight`s for which `fits` is true, updated in place.
+        weights: float tensors or 8-bit weights for which `fits` is true, updated in place.
         grads: their gradients.
         keys: rounding keys, or None for rounding to nearest.
         step_size: factor of X; a one-element float32 tensor is read on the device, so that a graph can be captured.
         decay: factor of W, of the same kind as `step_size`.
-        layout: how the weights are stored: `out_in`, `in_out` or `vector`.
+        layout: how the weights are stored.
         num_iterations: L.
 
     Returns:
-        Whether each gradient was finite: bool, on their device, not read back.
+        For each whether its gradient was finite: on their device, not read back.
 
     References:
         https://huggingface.co/papers/2502.06742, Algorithms 3 (SR-Sinkhorn) and 4 (SinkGD).
@@ -75,46 +78,47 @@ def sinkgd_update_(
     with on_device(grads[0]):
         for same in alike(range(len(weights)), lambda i: (_form(weights[i]), _form(grads[i]))):
             batch = _Batch([weights[i] for i in same], [grads[i] for i in same], layout, num_iterations)
-            flags = batch.update_(None if keys is None else torch.cat([keys[i] for i in same]), step_size, decay)
-            if len(same) == len(weights):
-                return flags
+            values = None if keys is None else torch.cat([keys[i].value for i in same])
+            flags = batch.update_(values, step_size, decay)
             for i, flag in zip(same, flags.unbind(), strict=True):
                 finite[i] = flag
-        return torch.stack(finite)
+    return finite
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     """Return what one launch assumes to be equal for all tensors."""
-    if isinstance(tensor, Int8Weight):
-        return "int8", tensor.scale.shape
+    if isinstance(tensor, StoredWeight):
+        return tensor.kernel, *(t.shape for t in tensor.stored)
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _writable(weight: Tensor, layout: str) -> bool:
-    if isinstance(weight, Int8Weight):
-        return layout == "out_in" and weight.codes.is_contiguous() and weight.scale.is_contiguous()
+def _writable(weight: Tensor, layout: Layout) -> bool:
+    if isinstance(weight, StoredWeight):
+        return weight.kernel == "int8" and layout.plain and all(t.is_contiguous() for t in weight.stored)
     return weight.dtype in DTYPES and _stacked(weight, layout)
 
 
-def _stacked(tensor: Tensor, layout: str) -> bool:
+def _stacked(tensor: Tensor, layout: Layout) -> bool:
     """Tell whether a tensor is a stack of matrices at equal distances."""
-    if layout == "vector":
+    if layout.any_length:
         return tensor.is_contiguous()
     return tensor.ndim in (2, 3) or (tensor.ndim > 3 and tensor.is_contiguous())
 
 
-def _as_stack(tensor: Tensor, layout: str) -> Tensor:
+def _as_stack(tensor: Tensor, layout: Layout) -> Tensor:
     """View a tensor as (matrices, m, n), m = out_features."""
-    if layout == "vector":
+    if layout.any_length:
         return tensor.view(1, 1, -1)
     stack = tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(0, -3)
-    return stack.mT if layout == "in_out" else stack
+    return layout.as_matrix(stack)
 
 
 class _Batch:
     """Weights and gradients of one shape, dtype and strides, with the vectors of their updates."""
 
-    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor], layout: str, num_iterations: int) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, num_iterations: int
+    ) -> None:
         self.weights, self.layout, self.num_iterations = weights, layout, num_iterations
         self.grads, self.grad_table = [_as_stack(grad, layout) for grad in grads], pointer_table(grads)
         self.stack, self.m, self.n = self.grads[0].shape
@@ -178,9 +182,10 @@ class _Batch:
         """Write the weights of some matrices."""
         from .triton_sinkgd import apply_scaled
 
-        if isinstance(self.weights[0], Int8Weight):
+        stored = [weight for weight in self.weights if isinstance(weight, StoredWeight)]
+        if stored:
             vectors, part = (self.row, self.column, self.states), slice(first, first + count)
-            launch_int8(self.weights, self.grad_table, self.grads[0][0], vectors, keys, step_size, decay, part)
+            launch_int8(stored, self.grad_table, self.grads[0][0], vectors, keys, step_size, decay, part)
             return
         weights = [_as_stack(weight, self.layout) for weight in self.weights]
         grad, weight, m, n = self.grads[0], weights[0], self.m, self.n
@@ -197,6 +202,6 @@ class _Batch:
             self.stack * self.states.shape[1], tiles_m, tiles_n,
             GRAD=element(grad.dtype), WEIGHT=element(weight.dtype), ALIGNED=aligned(self.grads) and aligned(weights),
             HYPER_ON_DEVICE=isinstance(step_size, Tensor),
-            STOCHASTIC=keys is not None and weight.dtype == torch.bfloat16, TURNED=self.layout == "in_out",
+            STOCHASTIC=keys is not None and weight.dtype == torch.bfloat16, TURNED=self.layout.turned,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
         )  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...weights.int8.codes import LARGEST_SCALE, SMALLEST_SCALE
 from .triton_arithmetic import column_noise, matrix_at, row_noise
 from .triton_sinkgd import state_of
 
 
-# The bounds of `hf_stateless.weights.int8.codes`.
-_SMALLEST_SCALE: tl.constexpr = tl.constexpr(2.0**-126)
-_LARGEST_SCALE: tl.constexpr = tl.constexpr(2.0**121)
+# Names that a kernel reads have to be constexpr.
+_SMALLEST_SCALE: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
+_LARGEST_SCALE: tl.constexpr = tl.constexpr(LARGEST_SCALE)
 # Adding and subtracting 1.5 * 2^23 rounds a float32 to the nearest whole number, ties to even.
 _NEAREST: tl.constexpr = tl.constexpr(12582912.0)
 

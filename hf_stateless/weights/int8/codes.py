@@ -7,29 +7,27 @@ float32. For groups of 128 a weight takes 1 + 2/128 = 1.016 bytes, for groups of
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from ..noise import RoundingKey
 from ..rounding import stochastic_round_integers_
 
 
 LARGEST_CODE = 127
 # Bounds of the scales. The smallest bfloat16 that is no subnormal serves groups of zeros too: no division by zero.
 # The largest keeps 127 times itself within bfloat16.
-_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**121
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**121
 
 
-@lru_cache
 def group_length(in_features: int, group_size: int | None) -> int:
-    """Return how many weights of a row share a scale: the divisor of `in_features` that is nearest below the wish.
+    """Return how many weights of a row share a scale: the largest divisor of a row that is at most `group_size`.
 
-    Where there is none of at least half the wish, it is the nearest divisor above, at most the whole row.
+    Where that is below half of `group_size`, it is the smallest divisor above, at most the whole row.
 
     Args:
         in_features: length of a row.
-        group_size: the wish; None for one scale per row.
+        group_size: as many as wanted; None for one scale per row.
 
     Example:
         >>> from hf_stateless.weights.int8.codes import group_length
@@ -38,9 +36,10 @@ def group_length(in_features: int, group_size: int | None) -> int:
     """
     if group_size is None or in_features <= group_size:
         return in_features
-    divisors = [length for length in range(1, in_features + 1) if in_features % length == 0]
-    below = max(length for length in divisors if length <= group_size)
-    return below if 2 * below >= group_size else min(length for length in divisors if length > group_size)
+    below = next(length for length in range(group_size, 0, -1) if in_features % length == 0)
+    if 2 * below >= group_size:
+        return below
+    return next(length for length in range(group_size + 1, in_features + 1) if in_features % length == 0)
 
 
 def quantize_matrix(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
@@ -62,7 +61,7 @@ def quantize_matrix(weight: Tensor, group_size: int | None) -> tuple[Tensor, Ten
     rows, columns = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     groups = columns // group_length(columns, group_size)
-    scale = torch.full((rows, groups), _SMALLEST_SCALE, dtype=torch.bfloat16, device=weight.device)
+    scale = torch.full((rows, groups), SMALLEST_SCALE, dtype=torch.bfloat16, device=weight.device)
     exact = weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if not bool(torch.isfinite(exact).all()):
         raise ValueError("a weight is NaN or infinite: it has no 8-bit code.")
@@ -88,7 +87,7 @@ def dequantize_matrix(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     return grouped.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)
 
 
-def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: Tensor | None, *, first_row: int = 0) -> None:
+def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: RoundingKey | None, *, first_row: int = 0) -> None:
     """Write changed weights into codes and scales; groups that did not change keep every byte.
 
     A scale stays where the largest weight of its group still has the code 126 or 127 (or lies between), else it is
@@ -99,7 +98,7 @@ def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: Tensor | None,
         codes: (rows, columns) int8, overwritten.
         scale: (rows, groups) bfloat16, overwritten.
         exact: (rows, columns) float32, finite, contiguous; used as working space and lost.
-        key: from `hf_stateless.weights.rounding.rounding_key`, or None for rounding to nearest.
+        key: from `rounding_key`, or None for rounding to nearest.
         first_row: number of the first row in the whole matrix, on which the noise depends.
 
     Example:
@@ -130,4 +129,4 @@ def _scale_for(largest: Tensor) -> Tensor:
     quantum = largest / LARGEST_CODE
     # A float32 whose lower half is zero is a bfloat16; adding the half's largest value first rounds up.
     rounded_up = quantum.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
-    return rounded_up.clamp_(_SMALLEST_SCALE, _LARGEST_SCALE)
+    return rounded_up.clamp_(SMALLEST_SCALE, LARGEST_SCALE)

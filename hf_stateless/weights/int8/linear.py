@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .codes import dequantize_matrix, group_length, quantize_matrix
+from .codes import SMALLEST_SCALE, dequantize_matrix, group_length, quantize_matrix
 from .weight import Int8Weight, Scale
 
 
@@ -58,7 +58,7 @@ class Int8Linear(nn.Linear):
         groups = in_features // group_length(in_features, group_size)
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         # The smallest scale that requantize_ writes: what a group of zeros has.
-        scale = torch.full((out_features, groups), 2.0**-126, dtype=torch.bfloat16, device=device)
+        scale = torch.full((out_features, groups), SMALLEST_SCALE, dtype=torch.bfloat16, device=device)
         self.store(codes, scale, dtype or torch.get_default_dtype())
 
     @classmethod

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .codes import dequantize_matrix
+from ..noise import RoundingKey
+from ..stored import StoredWeight
+from .codes import dequantize_matrix, requantize_
 
 
-class Int8Weight(nn.Parameter):
+# Elements that are in float32 at once while a weight is written; the result does not depend on it.
+_BLOCK = 1 << 22
+
+
+class Int8Weight(StoredWeight):
     """A parameter of a float dtype whose values are int8 codes times scales; autograd gives it an ordinary gradient.
 
     Optimizers, hooks and DDP see a trainable leaf of shape (out, in). Its own memory is one NaN, seen from every
@@ -33,6 +39,7 @@ class Int8Weight(nn.Parameter):
         (tensor([[ 1., -2.]], dtype=torch.bfloat16), torch.bfloat16, 2)
     """
 
+    kernel = "int8"
     codes: Tensor
     scale: Tensor
 
@@ -51,6 +58,44 @@ class Int8Weight(nn.Parameter):
     def detach(self) -> Tensor:
         """Return the codes."""
         return self.codes.detach()
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The codes and their scales."""
+        return self.codes, self.scale
+
+    @torch.no_grad()
+    def write_rows_(
+        self, update: Callable[[slice], Tensor], step_size: float, decay: float, key: RoundingKey | None
+    ) -> None:
+        r"""Apply W <- decay W - step_size X to codes and scales, some rows at a time in float32.
+
+        A group without change keeps every byte. With a key E[W] is exact.
+
+        Example:
+            >>> import torch
+            >>> from hf_stateless.weights.int8.weight import Int8Weight
+            >>> weight = Int8Weight(torch.tensor([[127, 64]], dtype=torch.int8),
+            ...                     torch.tensor([[0.5]], dtype=torch.bfloat16))
+            >>> weight.write_rows_(lambda rows: torch.tensor([[0.0, 4.0]])[rows], 1.0, 1.0, None)
+            >>> weight.dequantize()
+            tensor([[63.5000, 28.0000]], dtype=torch.bfloat16)
+        """
+        rows, columns = self.shape
+        at_once = max(1, _BLOCK // max(columns, 1))
+        for first in range(0, rows, at_once):
+            part = slice(first, first + at_once)
+            codes, scale = self.codes[part], self.scale.data[part]
+            exact = dequantize_matrix(codes, scale)
+            if decay != 1:
+                exact.mul_(decay)
+            exact.add_(update(part), alpha=-step_size)
+            requantize_(codes, scale, exact, key, first_row=first)
+
+    def stand_in(self, device: str) -> Int8Weight:
+        """Return an 8-bit weight of this shape on another device, with contents that mean nothing."""
+        codes, scale = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in self.stored)
+        return Int8Weight(codes, scale, self.dtype)
 
     def move_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move the weight as `nn.Module._apply` moves a parameter; a cast changes the dtype it counts as."""

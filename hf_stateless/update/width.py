@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 
 WIDTH_RULES = ("none", "spectral", "fan_in")
@@ -31,7 +29,7 @@ def width_factor(rule: str, out_features: int, in_features: int) -> float:
         in_features: n.
 
     Example:
-        >>> from hf_stateless.optimizer.width import width_factor
+        >>> from hf_stateless.update.width import width_factor
         >>> [width_factor(rule, 1024, 1024) for rule in ("none", "spectral", "fan_in")]
         [1.0, 0.5, 0.25]
 
@@ -42,23 +40,3 @@ def width_factor(rule: str, out_features: int, in_features: int) -> float:
     if rule == "spectral":
         return math.sqrt(_BASE * min(out_features, in_features)) / in_features
     return _BASE / in_features if rule == "fan_in" else 1.0
-
-
-def scaled_for_width(group: Mapping[str, Any], shape: Sequence[int]) -> Mapping[str, Any]:
-    """Return the options of a group with the `lr_scale` of matrices of one shape; vectors have no width.
-
-    Args:
-        group: with `width_rule`, `layout` and `lr_scale`.
-        shape: of the whole weight as it is stored, not of a shard.
-
-    Example:
-        >>> from hf_stateless.optimizer.width import scaled_for_width
-        >>> scaled_for_width({"width_rule": "fan_in", "layout": "in_out", "lr_scale": 0.5}, (512, 64))["lr_scale"]
-        0.25
-    """
-    rule, layout = group["width_rule"], group["layout"]
-    if rule == "none" or layout == "vector":
-        return group
-    rows, columns = (shape[0], math.prod(shape[1:])) if layout == "conv" else shape[-2:]
-    sizes = (columns, rows) if layout == "in_out" else (rows, columns)
-    return {**group, "lr_scale": group["lr_scale"] * width_factor(rule, *sizes)}

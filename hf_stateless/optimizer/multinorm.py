@@ -1,0 +1,54 @@
+"""The rule of matrices: W <- (1 - lr weight_decay) W - lr lr_scale X, X the multi-normalized gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ranks.matrix_update import MatrixUpdate
+from ..ranks.ways import apply_, shares_whitening
+from ..weights.noise import NoiseCache
+from .groups import ALGORITHMS
+from .momentum import has_momentum, momentum_bytes, momentum_direction_, momentum_state
+from .rule import Entry, Host, Rule, counter, key_of, keys_of
+
+
+def update(entries: list[Entry], host: Host) -> None:
+    """Update matrices; what ranks work on together goes through the same collectives for all groups."""
+    updates = [
+        MatrixUpdate(
+            entry.param,
+            entry.grad,
+            entry.group,
+            key=key,
+            average=_average(entry, host.noise),
+            shared=not entry.alone and shares_whitening(entry.group),
+        )
+        for entry, key in zip(entries, keys_of(entries, host.noise), strict=True)
+    ]
+    apply_(updates, host.workspace)
+    host.count(entries, [update.finite for update in updates])
+
+
+def _average(entry: Entry, noise: NoiseCache) -> Callable[[], Tensor] | None:
+    """Return what takes the gradient into its average and gives the direction, or None without momentum."""
+    if not has_momentum(entry.group):
+        return None
+    key, momentum = key_of(entry, noise), entry.group["momentum"]
+    return partial(momentum_direction_, entry.param, entry.grad, entry.state, key, momentum)
+
+
+def _state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    average = momentum_state(param, group["momentum_dtype"]) if has_momentum(group) else {}
+    return {"step": counter(param), **average}
+
+
+def _state_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, Any]) -> int:
+    return 4 + (momentum_bytes(shape, group["momentum_dtype"]) if has_momentum(group) else 0)
+
+
+MULTINORM = Rule(update, _state, _state_bytes, ALGORITHMS["multinorm"], released="matrices", has_moments=has_momentum)

@@ -1,0 +1,106 @@
+"""What a rule is: how the parameters of some groups are updated, and what is kept for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..ranks.placement import shard_number
+from ..update.kernels.choice import Verdict
+from ..update.write import Workspace
+from ..weights.noise import NoiseCache, RoundingKey, rounding_keys
+from ..weights.stored import is_rounded
+
+
+@dataclass
+class Entry:
+    """One parameter with a gradient, in the step of an optimizer."""
+
+    index: int
+    """Its position among all parameters of the optimizer, on which its rounding noise depends."""
+    param: Tensor
+    group: dict[str, Any]
+    state: dict[str, Tensor]
+    alone: bool = False
+    """Whether it is updated in backward, where replicas cannot share the work on it."""
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient; zero where there is none."""
+        return torch.zeros_like(self.param) if self.param.grad is None else self.param.grad
+
+    @property
+    def step(self) -> Tensor:
+        """The one-element counter of its steps."""
+        return self.state["step"]
+
+
+class Host(Protocol):
+    """What a rule may use of the optimizer."""
+
+    workspace: Workspace
+    noise: NoiseCache
+
+    def count(self, entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> None:
+        """Count the step of each parameter whose gradient was finite, and warn of the others."""
+
+    def entry(self, index: int, *, alone: bool = False) -> Entry:
+        """Return a parameter by its position, whether it has a gradient or not."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the parameters of the groups that name it are updated. `RULES` holds all of them.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.rules import RULES
+        >>> RULES["adamw"].state_bytes((4, 8), torch.float32, {})  # two moments and a counter
+        260
+    """
+
+    update: Callable[[list[Entry], Host], None]
+    """Updates parameters of one or several groups; under FSDP2 and for replicas that share work, a collective."""
+    state: Callable[[Tensor, Mapping[str, Any]], dict[str, Tensor]]
+    """Makes the state of a parameter of a group; it has a one-element `step`."""
+    state_bytes: Callable[[Sequence[int], torch.dtype, Mapping[str, Any]], int]
+    """Counts the bytes of that state for a shape, a dtype and a group."""
+    options: Mapping[str, Any]
+    """What a group of this rule has to say, with the defaults of groups that are made by hand. Plain values."""
+    released: str = "all"
+    """From which value of `release` on it is updated in backward: `matrices`, `all`, or `never`."""
+    has_moments: Callable[[Mapping[str, Any]], bool] = lambda group: True
+    """Whether gradients go into averages, which one that is not finite would spoil for good."""
+    for_tables: bool = False
+    """Whether `embeddings=` may name it for embeddings and heads."""
+
+
+def keys_of(entries: Sequence[Entry], noise: NoiseCache) -> list[RoundingKey | None]:
+    """Return the rounding keys of parameters that are rounded stochastically, None for the others.
+
+    They are the same on all replicas, and different for each shard and each step.
+    """
+    rounded = [e for e in entries if e.group["stochastic_rounding"] and is_rounded(e.param)]
+    keys = dict(zip((e.index for e in rounded), _keys(rounded, noise), strict=True))
+    return [keys.get(e.index) for e in entries]
+
+
+def key_of(entry: Entry, noise: NoiseCache) -> RoundingKey | None:
+    """Return the rounding key for what a parameter keeps, whatever its own dtype; None for rounding to nearest."""
+    return _keys([entry], noise)[0] if entry.group["stochastic_rounding"] else None
+
+
+def _keys(entries: Sequence[Entry], noise: NoiseCache) -> list[RoundingKey]:
+    if not entries:
+        return []
+    seeds = [int(e.group["seed"]) + 0x01000193 * shard_number(e.param) for e in entries]
+    return rounding_keys(seeds, [e.index for e in entries], [e.step.to(e.param.device) for e in entries], noise)
+
+
+def counter(param: Tensor) -> Tensor:
+    """Return the counter of a matrix: without any state FSDP2 could not save it."""
+    return torch.zeros(1, device=param.device)

@@ -1,0 +1,91 @@
+r"""The rule `sinkhorn_momentum` for embedding tables: one momentum buffer, balanced by SR-Sinkhorn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..norms.sinkhorn import sr_sinkhorn
+from ..ranks.placement import whole_if_tiny
+from ..update.write import write_update_
+from ..weights.noise import RoundingKey
+from .groups import ALGORITHMS
+from .rule import Entry, Host, Rule, counter, keys_of
+
+
+def sinkhorn_momentum_update_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    key: RoundingKey | None,
+    *,
+    lr: float,
+    lr_scale: float,
+    weight_decay: float,
+    momentum: float,
+    num_iterations: float,
+    row_threshold: float,
+) -> None:
+    r"""Sinkhorn-balanced Nesterov momentum for embedding tables W in R^{V x d}: one buffer instead of AdamW's two.
+
+    B <- mu B + (1 - mu) G; N = (1 - mu) G + mu B; rows with a norm of at most `row_threshold` times the mean row norm
+    are masked, then SR-Sinkhorn with an odd number of half steps (it starts and ends on rows), so that every active
+    row has the norm sqrt(d); W <- (1 - lr wd) W - lr lr_scale X. State kept: the buffer, in the parameter's dtype.
+
+    Args:
+        param: (V, d) weight, updated in place.
+        grad: its gradient.
+        momentum_buffer: B, updated in place.
+        key: rounding key of a bf16 weight, or None.
+        lr: learning rate.
+        lr_scale: gamma of the report, 0.18.
+        weight_decay: decoupled decay, per unit of learning rate.
+        momentum: mu, 0.95.
+        num_iterations: 5.5 for eleven half steps.
+        row_threshold: tau, 1e-3: tokens that were not seen for long get no step.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.sinkhorn_momentum import sinkhorn_momentum_update_
+        >>> W, B = torch.zeros(2, 2), torch.zeros(2, 2)
+        >>> sinkhorn_momentum_update_(W, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), B, None, lr=1.0, lr_scale=0.18,
+        ...                           weight_decay=0.0, momentum=0.95, num_iterations=5.5, row_threshold=1e-3)
+        >>> W
+        tensor([[-0.1800, -0.1800],
+                [ 0.0000,  0.0000]])
+
+    References:
+        The optimizer of embedding tables in the DeepSeek-V4.1-Flash report, after
+        https://huggingface.co/papers/2502.06742, Algorithm 3.
+    """
+    exact_grad = grad.to(torch.promote_types(param.dtype, torch.float32))
+    buffer = momentum_buffer.to(exact_grad.dtype).lerp(exact_grad, 1 - momentum)
+    direction = exact_grad.lerp(buffer, momentum)
+    momentum_buffer.copy_(buffer)
+    row_norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    direction.masked_fill_(row_norms <= row_threshold * row_norms.mean(-2, keepdim=True), 0)
+    update = sr_sinkhorn(direction, num_iterations)
+    write_update_(param, update, lr * lr_scale, 1 - lr * weight_decay, key)
+
+
+def _update(entries: list[Entry], host: Host) -> None:
+    for entry, key in zip(entries, keys_of(entries, host.noise), strict=True):
+        options = {name: entry.group[name] for name in ("lr", "weight_decay", *ALGORITHMS["sinkhorn_momentum"])}
+        with whole_if_tiny(entry.param, entry.grad, entry.state["momentum_buffer"]) as (weight, grad, buffer):
+            sinkhorn_momentum_update_(weight, grad, buffer, key, **options)
+        entry.step.add_(1)
+
+
+def _state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {"step": counter(param), "momentum_buffer": torch.zeros_like(param)}
+
+
+def _state_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, Any]) -> int:
+    return 4 + math.prod(shape) * dtype.itemsize
+
+
+SINKHORN_MOMENTUM = Rule(_update, _state, _state_bytes, ALGORITHMS["sinkhorn_momentum"], for_tables=True)

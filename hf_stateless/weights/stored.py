@@ -1,0 +1,68 @@
+"""Weights in a format of their own: they write themselves, so that nobody else has to know the format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .noise import RoundingKey
+
+
+class StoredWeight(nn.Parameter):
+    """A parameter that counts as a float tensor (out, in), but whose values are stored in another way.
+
+    A new format is one subclass; `Int8Weight` is the example. Plain float weights are no `StoredWeight`.
+    """
+
+    kernel: str = ""
+    """Under which name `update.kernels` has kernels for this format; empty if it has none."""
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the values, the largest first."""
+        raise NotImplementedError
+
+    def write_rows_(
+        self, update: Callable[[slice], Tensor], step_size: float, decay: float, key: RoundingKey | None
+    ) -> None:
+        """Apply W <- decay W - step_size X, taking rows of X as they are needed.
+
+        Args:
+            update: takes a slice of rows and returns those of X in float32; they may be overwritten.
+            step_size: factor of X.
+            decay: factor of W.
+            key: of stochastic rounding; None for rounding to nearest.
+        """
+        raise NotImplementedError
+
+    def stand_in(self, device: str) -> StoredWeight:
+        """Return a weight of this shape and format on another device, with contents that mean nothing."""
+        raise NotImplementedError
+
+
+def is_rounded(weight: Tensor) -> bool:
+    """Tell whether what is written into a weight is rounded, so that the rounding should be stochastic.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.stored import is_rounded
+        >>> is_rounded(torch.ones(2, dtype=torch.bfloat16)), is_rounded(torch.ones(2))
+        (True, False)
+    """
+    return weight.dtype == torch.bfloat16 or isinstance(weight, StoredWeight)
+
+
+def stand_in(weight: Tensor, device: str) -> nn.Parameter:
+    """Return a parameter of the shape, dtype and format of another, with contents that mean nothing.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.stored import stand_in
+        >>> stand_in(torch.ones(2, 3), "meta").device
+        device(type='meta')
+    """
+    if isinstance(weight, StoredWeight):
+        return weight.stand_in(device)
+    return nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device=device))
