@@ -9,14 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from documents import ROOT
+from script_start import find_checkpoint
 from test_int8_training import assert_equal, fit, load, load_int8, state_of
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-
-
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from script_start import find_checkpoint
 
 
 OPTIONS = {"optim": "sinkgd_layerwise", "save_strategy": "steps", "save_steps": 1}
