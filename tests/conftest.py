@@ -1,6 +1,6 @@
 """Seeds, hypothesis profile and strategies, and tiny models made from configs, without any download."""
 
-import interpreter  # noqa: F401
+import environment  # noqa: F401
 
 
 # isort: split
