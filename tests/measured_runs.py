@@ -20,6 +20,24 @@ def without_picture(request, monkeypatch):
         monkeypatch.setattr("hf_stateless.reports.measured.picture.draw", lambda report, path: None)
 
 
+class Clock:
+    """Stands in for the module `time` where runs are measured; its time passes when a test says so."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    for module in ("meter", "probes"):
+        monkeypatch.setattr(f"hf_stateless.reports.measured.{module}.time", clock)
+    return clock
+
+
 def token_rows(count=32, shortest=5):
     """Rows of several lengths, so that batches are padded."""
     generator = torch.Generator().manual_seed(0)

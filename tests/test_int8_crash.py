@@ -96,9 +96,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     TINY_MODELS["llama"]().to(torch.bfloat16).save_pretrained(folder / "float")
-    done = subprocess.run(
-        [sys.executable, __file__, folder / "float", folder], capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [sys.executable, __file__, folder / "float", folder]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     ends = [line.split() for line in done.stdout.splitlines() if line.startswith(tuple(KILLS))]
     assert dict(ends) == dict.fromkeys(KILLS, "-9"), done.stdout + done.stderr
     return folder

@@ -1,7 +1,6 @@
 """Names are registered in processes that do not import the package, and nothing else changes there."""
 
 import os
-import re
 import sys
 import types
 
@@ -110,16 +109,11 @@ def test_where_transformers_is_missing_the_script_sees_the_usual_error(light):
     assert "sitecustomize" not in done.stderr
 
 
-def test_a_process_without_transformers_pays_less_than_ten_milliseconds(light):
+def test_a_process_without_transformers_loads_nothing_more(light):
     path = {"PYTHONPATH": str(cli.AUTOLOAD)}
     code = "import sys; print(*sys.modules)"
     plain, watched = (set(start.stdout.split()) for start in (light("-c", code), light("-c", code, **path)))
     assert watched - plain <= {"sitecustomize", "__future__"}
-    reports = [light("-X", "importtime", "-c", "", **path).stderr for _ in range(5)]
-    # Microseconds; the outermost import, which holds that of another sitecustomize, is reported last.
-    times = [int(re.findall(r"\| +(\d+) \| +sitecustomize", report)[-1]) for report in reports]
-    # The best of five: a busy machine makes single ones longer.
-    assert min(times) < 10_000
 
 
 def test_axolotl_gets_a_plugin_by_its_dotted_name(monkeypatch):
