@@ -1,6 +1,6 @@
 """Seeds, hypothesis profile and strategies, and tiny models made from configs, without any download."""
 
-import interpreter  # noqa: F401
+import environment  # noqa: F401
 
 
 # isort: split
@@ -23,6 +23,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
+
+# Helpers that assert or hold fixtures; to be named before they are imported.
+pytest.register_assert_rewrite(
+    *("architectures", "distributed_models", "finetuning_models", "finetuning_place", "interpreters"),
+    *("layerwise_runs", "measured_runs", "memory_models", "optimizer_groups", "tiny_models"),
+)
 
 settings.register_profile("hf_stateless", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("hf_stateless")

@@ -1,77 +1,22 @@
-"""What `attach_memory_report` measures, logs and writes is what the run really took, in every kind of Trainer."""
+"""What `attach_memory_report` measures and logs is what the run really took."""
 
-import json
+import collections
 import math
-import os
-import socket
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import TINY_MODELS, VOCAB_SIZE
-from documents import ROOT
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from conftest import VOCAB_SIZE
+from measured_runs import KEYS, MIB, bytes_of, new_trainer, padded, run
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import hf_stateless
 from hf_stateless.reports.measured.schema import GIB, MemoryReport
 from hf_stateless.reports.predicted import optimizer_state_bytes
 
 
-KEYS = {"memory/peak_gib", "memory/optimizer_state_gib", "time/optimizer_share", "throughput/tokens_per_second"}
-MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def without_picture(request, monkeypatch):
-    """Pictures take longer than the runs here."""
-    if "picture" not in request.node.name:
-        monkeypatch.setattr("hf_stateless.reports.measured.picture.draw", lambda report, path: None)
-
-
-def token_rows(count=32, shortest=5):
-    """Rows of several lengths, so that batches are padded."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(3, VOCAB_SIZE, (shortest + i % 4,), generator=generator).tolist() for i in range(count)]
-    return [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows]
-
-
-def padded(rows):
-    longest = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {
-        key: torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
-        for key, value in fill.items()
-    }
-
-
-def new_trainer(folder, optim="sinkgd", model="llama", kind=Trainer, callbacks=(), optimizers=None, **options):
-    torch.manual_seed(0)
-    defaults = {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
-    args = TrainingArguments(
-        folder, optim=optim, use_cpu=True, report_to=[], disable_tqdm=True, **{**defaults, **options}
-    )
-    return kind(
-        model=TINY_MODELS[model]() if isinstance(model, str) else model,
-        args=args,
-        train_dataset=token_rows(),
-        eval_dataset=token_rows(4),
-        data_collator=padded,
-        callbacks=[*callbacks],
-        **({"optimizers": optimizers} if optimizers else {}),
-    )
-
-
-def run(folder, *args, **kwargs):
-    trainer = new_trainer(folder, *args, **kwargs)
-    hf_stateless.attach_memory_report(trainer)
-    trainer.train()
-    return trainer, MemoryReport.load(folder)
-
-
-def bytes_of(tensors):
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+pytest_plugins = ["measured_runs"]
+pytestmark = pytest.mark.usefixtures("without_picture")
 
 
 @pytest.mark.parametrize(
@@ -189,274 +134,70 @@ def test_peaks_are_of_training_and_of_this_run_alone(tmp_path):
     assert peak("nothing") < 100 * MIB
 
 
-@pytest.mark.parametrize("slow", ["forward", "step"])
-def test_the_share_of_the_optimizer_is_that_of_its_step(slow, tmp_path):
+@pytest.mark.parametrize(("forward", "step", "share"), [(0.3, 0.1, 0.25), (0.1, 0.3, 0.75)])
+def test_the_share_of_the_optimizer_is_that_of_its_step(forward, step, share, clock, tmp_path):
     trainer = new_trainer(tmp_path, max_steps=5)
     hf_stateless.attach_memory_report(trainer)
-    trainer.model.register_forward_pre_hook(lambda *_: time.sleep(0.1 if slow == "forward" else 0.0))
-    optimizer = trainer.create_optimizer()
-    step = optimizer.step
-    optimizer.step = lambda *args: (time.sleep(0.1 if slow == "step" else 0.0), step(*args))[1]
+
+    def take(seconds):
+        clock.now += seconds
+
+    trainer.model.register_forward_pre_hook(lambda *_: take(forward))
+    trainer.create_optimizer().register_step_pre_hook(lambda *_: take(step))
     trainer.train()
     cost = MemoryReport.load(tmp_path).cost
-    assert cost.seconds_per_step > 0.1
-    assert cost.optimizer_share > 0.5 if slow == "step" else cost.optimizer_share < 0.5
+    assert cost.seconds_per_step == pytest.approx(forward + step)
+    assert cost.optimizer_share == pytest.approx(share)
 
 
-def test_evaluation_and_saving_are_no_time_of_training(tmp_path):
+def test_evaluation_and_saving_are_no_time_of_training(clock, tmp_path):
     class Slow(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            clock.now += 0.1
+
         def on_prediction_step(self, *args, **kwargs):
-            time.sleep(0.5)
+            clock.now += 0.5
 
-    options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "max_steps": 2}
-    trainer = new_trainer(tmp_path, callbacks=[Slow()], **options)
-    hf_stateless.attach_memory_report(trainer)
-    start = time.perf_counter()
-    trainer.train()
-    assert 0 < MemoryReport.load(tmp_path).cost.seconds + 2 * 0.5 < time.perf_counter() - start
+        on_save = on_prediction_step
 
-
-@pytest.mark.parametrize("save_only_model", [False, True])
-def test_a_resumed_run_adds_to_the_report_of_its_checkpoint(save_only_model, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": save_only_model}
-    _, straight = run(tmp_path, **options)
-    half = MemoryReport.load(tmp_path / "checkpoint-2")
-    assert (half.measured.steps, half.complete) == (2, False)
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "max_steps": 2, **saving}
     trainer = new_trainer(tmp_path, **options)
     hf_stateless.attach_memory_report(trainer)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    resumed = MemoryReport.load(tmp_path)
-    assert (resumed.measured.from_step, resumed.measured.steps, resumed.complete) == (0, 4, True)
-    assert resumed.cost.tokens == straight.cost.tokens
-    assert resumed.counted == straight.counted
-    assert resumed.measured.peak.max >= half.measured.peak.max
-    assert resumed.cost.seconds > half.cost.seconds
-
-
-def test_a_resume_without_an_earlier_report_says_from_which_step_on_it_measured(tmp_path):
-    new_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
-    trainer = new_trainer(tmp_path)
-    hf_stateless.attach_memory_report(trainer)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    measured = MemoryReport.load(tmp_path).measured
-    assert (measured.from_step, measured.steps) == (2, 2)
-
-
-def test_an_exception_in_training_leaves_nothing_half_written(tmp_path):
-    class Failing(TrainerCallback):
-        def on_step_begin(self, args, state, *rest, **kwargs):
-            if state.global_step == 3:
-                raise RuntimeError("as it happens")
-
-    trainer = new_trainer(tmp_path, "sinkgd_layerwise", callbacks=[Failing()])
-    hf_stateless.attach_memory_report(trainer)
-    with pytest.raises(RuntimeError, match="as it happens"):
-        trainer.train()
-    assert not [path for path in tmp_path.rglob("*") if "memory" in path.name]
-    trainer.callback_handler.remove_callback(Failing)
+    trainer.add_callback(Slow())
     trainer.train()
-    assert MemoryReport.load(tmp_path).measured.steps == 4
+    assert MemoryReport.load(tmp_path).cost.seconds == pytest.approx(2 * 0.1)
 
 
-def test_a_push_in_the_middle_has_report_and_picture_so_far(tmp_path):
-    pushed = []
-
-    class Pushing(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in (1, 3):
-                trainer.callback_handler.on_push_begin(args, state, control)
-                pushed.extend(MemoryReport.load(file) for file in tmp_path.glob("memory_report.json"))
-
-    trainer = new_trainer(tmp_path)
-    hf_stateless.attach_memory_report(trainer)
-    trainer.add_callback(Pushing())
-    trainer.train()
-    assert [(report.measured.steps, report.complete) for report in pushed] == [(3, False)]
-    assert (tmp_path / "memory.png").read_bytes()[1:4] == b"PNG"
+@pytest.mark.parametrize("optim", ["sinkgd", "adamw_torch"])
+def test_between_logs_measuring_makes_the_same_few_calls_however_many_tensors_there_are(optim, tmp_path):
+    few, many = (calls_of_a_step(tmp_path / str(layers), optim, layers) for layers in (1, 6))
+    assert 0 < few == many < 150
 
 
-def test_a_folder_that_cannot_be_written_does_not_end_the_training(tmp_path, caplog):
-    trainer = new_trainer(tmp_path / "run")
-    hf_stateless.attach_memory_report(trainer)
-    (tmp_path / "run").mkdir(exist_ok=True)
-    (tmp_path / "run" / "memory_report.json").mkdir()
-    trainer.train()
-    assert trainer.state.global_step == 4
-    assert "The memory report cannot be written" in caplog.text
-
-
-def test_an_optimizer_that_was_handed_over_goes_by_its_class(tmp_path):
-    model = TINY_MODELS["llama"]()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    _, report = run(tmp_path, model=model, optimizers=(optimizer, None))
-    assert report.setup.optimizer == "SGD"
-    assert report.counted.optimizer_state == bytes_of(model.parameters())
-    assert [(group.role, group.algorithm) for group in report.groups] == [("all", "SGD")]
-
-
-def test_a_model_without_tokens_has_no_rate_of_them(tmp_path):
-    trainer = new_trainer(tmp_path, model="vit")
-    pixels = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(16)]
-    trainer.train_dataset = pixels
-    trainer.data_collator = lambda rows: {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
-    hf_stateless.attach_memory_report(trainer)
-    trainer.train()
-    report = MemoryReport.load(tmp_path)
-    assert (report.cost.tokens, report.cost.tokens_per_second, report.setup.sequence_length) == (None, None, 0)
-    assert KEYS - trainer.state.log_history[0].keys() == {"throughput/tokens_per_second"}
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO"])
-def test_trainers_of_trl_measure_too(kind, tmp_path):
-    trl = pytest.importorskip("trl")
-    from tiny_models import CHATS, PREFERENCES, PROMPTS, chat_tokenizer, save_chat_model
-
-    data = {"SFT": CHATS, "DPO": PREFERENCES, "GRPO": PROMPTS}[kind]
-    from datasets import Dataset
-
-    options = {"GRPO": {"num_generations": 2, "max_completion_length": 6}}.get(kind, {"max_length": 32})
-    args = getattr(trl, f"{kind}Config")(
-        str(tmp_path), optim="sinkgd", use_cpu=True, bf16=False, report_to=[], max_steps=2, logging_steps=1,
-        per_device_train_batch_size=2, save_strategy="steps", save_steps=1, disable_tqdm=True, **options,
-    )  # fmt: skip
-    reward = {"reward_funcs": lambda completions, **_: [float(i) for i in range(len(completions))]}
-    trainer = getattr(trl, f"{kind}Trainer")(
-        model=LlamaForCausalLM.from_pretrained(save_chat_model(tmp_path / "model")),
-        args=args,
-        train_dataset=Dataset.from_list(data),
-        processing_class=chat_tokenizer(),
-        **(reward if kind == "GRPO" else {}),
-    )
-    hf_stateless.attach_memory_report(trainer)
-    trainer.train()
-    report = MemoryReport.load(tmp_path)
-    assert all(entry.keys() >= KEYS for entry in trainer.state.log_history if "loss" in entry)
-    assert report.cost.tokens > 0
-    assert report.measured.steps == 2
-    assert report.setup.sequence_length > 3
-    if kind == "SFT":  # which counts tokens itself
-        assert report.cost.tokens == [e["num_tokens"] for e in trainer.state.log_history if "num_tokens" in e][-1]
-
-
-@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "lion_8bit"])
-def test_states_of_bitsandbytes_are_counted_with_their_scales(optim, tmp_path):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
-    sizes = {"hidden_size": 72, "intermediate_size": 200, "num_hidden_layers": 1, "num_attention_heads": 6}
+def calls_of_a_step(folder, optim, layers):
+    """How many functions the callback calls in one step of a model that runs and logs nothing; counted by Python."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=VOCAB_SIZE))
-    trainer, report = run(tmp_path, optim, model)
-    assert report.counted.optimizer_state == optimizer_state_bytes(trainer.model, optim)
-
-
-@pytest.fixture(scope="module", params=["ddp.yaml", "fsdp2.yaml"])
-def ranks(request, tmp_path_factory):
-    """What both ranks of a distributed run counted themselves, and the report of the run."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    config = ROOT / "recipes" / "accelerate_configs" / request.param
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", port]
-    command += [str(ROOT / "tests" / "memory_worker.py"), str(folder), "sinkgd"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    facts = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    return request.param.removesuffix(".yaml").upper(), facts, MemoryReport.load(folder)
-
-
-def test_the_report_of_two_ranks_is_of_the_one_with_the_higher_peak(ranks):
-    strategy, facts, report = ranks
-    assert (report.setup.world_size, report.setup.strategy) == (2, strategy)
-    assert report.setup.model == "LlamaForCausalLM"
-    assert bool(facts[0]["sharded"]) == (strategy == "FSDP2")
-    # The last rank took 64 MiB more.
-    assert report.measured.peak.max - report.measured.peak.min > 40 * MIB
-    # FSDP2 fills smaller parts up, in memory, to the size of the others.
-    assert facts[1]["weights"] <= report.counted.weights <= facts[0]["weights"]
-    assert report.counted.optimizer_state == facts[1]["optimizer_state"]
-    assert report.cost.tokens == 4 * 4 * 11  # of both ranks
-    for rank in facts:
-        with_loss = [entry for entry in rank["logs"] if "loss" in entry]
-        assert len(with_loss) == 2
-        assert with_loss[0]["memory/peak_gib"] == pytest.approx(report.measured.peak.max / GIB, rel=0.05)
-    assert facts[0]["has_report"]
-
-
-def test_measuring_costs_little(tmp_path):
-    """A bound for shared machines; measured with 291 tensors on one core: 0.05 ms a step, and 1.1 ms where it logs."""
-    trainer = new_trainer(tmp_path, max_steps=20, logging_steps=10)
+    trainer = new_trainer(folder, optim, model, max_steps=6, logging_steps=100)
     callback = hf_stateless.attach_memory_report(trainer)
-    spent = []
+    calls = collections.Counter()
 
-    def timed(method):
-        def call(*args, **kwargs):
-            start = time.perf_counter()
+    def counted(method):
+        def call(args, state, control, **kwargs):
+            def count(frame, event, argument):
+                calls[state.global_step] += event in ("call", "c_call")
+
+            sys.setprofile(count)
             try:
-                return method(*args, **kwargs)
+                return method(args, state, control, **kwargs)
             finally:
-                spent.append(time.perf_counter() - start)
+                sys.setprofile(None)
 
         return call
 
     for event in ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"):
-        setattr(callback, event, timed(getattr(callback, event)))
+        setattr(callback, event, counted(getattr(callback, event)))
     trainer.train()
-    steps = sorted(sum(spent[i : i + 4]) for i in range(0, len(spent), 4))
-    assert len(steps) == 20
-    assert 0 < steps[10] < 0.005
     assert math.isfinite(callback.report().cost.seconds_per_step)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("optim", ["sinkgd", "adamw_torch"])
-def test_a_gpu_run_reports_what_its_allocator_says(optim, tmp_path):
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8192))
-    trainer = new_trainer(tmp_path, optim, model, use_cpu=False, max_steps=6)
-    hf_stateless.attach_memory_report(trainer)
-    trainer.train()
-    report = MemoryReport.load(tmp_path)
-    assert (report.measured.kind, report.measured.ooms, report.measured.retries) == ("CUDA allocator", 0, 0)
-    assert report.setup.device_capacity == torch.cuda.get_device_properties(0).total_memory
-    assert report.measured.reserved.max >= report.measured.peak.max >= torch.cuda.memory_allocated()
-    held = sum(vars(report.counted).values())
-    assert held <= report.measured.peak.max < 1.5 * held
-    assert 0 < report.cost.optimizer_share < 1
-    if optim == "adamw_torch":
-        assert report.predicted["adamw_torch"].peak == pytest.approx(report.measured.peak.max, rel=0.1)
-
-
-PREDICTED_AGAINST_REAL = """
-import sys, torch, hf_stateless
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-optim, folder = sys.argv[1:]
-sizes = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 4, "num_attention_heads": 8}
-model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=4000))
-rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 4000, (8, 64)).tolist()]
-args = TrainingArguments(
-    folder, optim=optim, use_cpu=True, report_to=[], max_steps=3, per_device_train_batch_size=2, save_strategy="no"
-)
-trainer = Trainer(model, args, train_dataset=rows)
-hf_stateless.attach_memory_report(trainer)
-trainer.train()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optim", ["sinkgd", "sinkgd_layerwise", "adamw_torch"])
-def test_the_predicted_peak_of_adamw_is_within_a_tenth_of_a_real_run(optim, tmp_path):
-    """Each in a process of its own: what the first leaves behind would count for the second."""
-    for name in {optim, "adamw_torch"}:
-        command = [sys.executable, "-c", PREDICTED_AGAINST_REAL, name, str(tmp_path / name)]
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}  # freed blocks go back
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300, capture_output=True)
-    predicted = MemoryReport.load(tmp_path / optim).predicted["adamw_torch"]
-    measured = MemoryReport.load(tmp_path / "adamw_torch").measured
-    assert predicted.peak == pytest.approx(measured.peak.max, rel=0.1)
+    return calls[4]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_callbacks import new_trainer
+from measured_runs import new_trainer
 
 import hf_stateless
 from hf_stateless.reports.compare import main, read_run

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -282,9 +281,7 @@ def test_after_a_killed_rank_the_others_end_and_the_last_complete_checkpoint_res
     job = {"arguments": options, "environment": environment, "die": {"rank": 1, "in": moment, "after": SAVED_AT}}
     (here / "jobs.json").write_text(json.dumps({"killed": job}))
     flags = ("--num_processes", "2", "--main_process_port", str(free_port()))
-    started = time.monotonic()
     assert start("fsdp2.yaml", here, *flags).wait(LIMIT) != 0, logs(here)
-    assert time.monotonic() - started < LIMIT
     assert not list(here.glob("*.pt"))
     checkpoint = last_complete_checkpoint(here / "run")
     assert checkpoint.name == f"checkpoint-{SAVED_AT}"

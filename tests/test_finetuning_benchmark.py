@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from documents import ROOT, read
 
 pytest.importorskip("trl")
 pytest.importorskip("peft")
-sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 import finetuning
 import wordnet_pairs

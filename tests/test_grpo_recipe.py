@@ -27,7 +27,6 @@ peft = pytest.importorskip("peft")
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
 
 import grpo  # noqa: E402
 import held_out_evaluation  # noqa: E402

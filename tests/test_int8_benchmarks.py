@@ -4,18 +4,14 @@ import json
 import re
 import sys
 
+import finetuning
+import gpu_table
+import memory
 import pytest
 import torch
 import yaml
 from documents import ROOT, read
 from transformers import LlamaConfig, LlamaForCausalLM
-
-
-sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
-
-import finetuning
-import gpu_table
-import memory
 
 from hf_stateless import create_optimizer, quantize
 from hf_stateless.reports.predicted import Settings, build_model, estimate

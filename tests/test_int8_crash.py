@@ -9,14 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from documents import ROOT
+from script_start import find_checkpoint
 from test_int8_training import assert_equal, fit, load, load_int8, state_of
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-
-
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from script_start import find_checkpoint
 
 
 OPTIONS = {"optim": "sinkgd_layerwise", "save_strategy": "steps", "save_steps": 1}
@@ -101,9 +96,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     TINY_MODELS["llama"]().to(torch.bfloat16).save_pretrained(folder / "float")
-    done = subprocess.run(
-        [sys.executable, __file__, folder / "float", folder], capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [sys.executable, __file__, folder / "float", folder]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     ends = [line.split() for line in done.stdout.splitlines() if line.startswith(tuple(KILLS))]
     assert dict(ends) == dict.fromkeys(KILLS, "-9"), done.stdout + done.stderr
     return folder

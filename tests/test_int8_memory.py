@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_memory import measured_peak, small_llama
+from memory_models import measured_peak, small_llama
 from transformers import AutoModelForCausalLM
 
 from hf_stateless import Int8TrainingConfig, quantize

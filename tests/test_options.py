@@ -1,7 +1,6 @@
 """Claims about `optim_args`: every key takes text and Python values, and everything else is refused in one line."""
 
 import pytest
-from hf_stateless.optimizer.width import WIDTH_RULES
 
 from hf_stateless import NORMS, PRESETS
 from hf_stateless.norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
@@ -15,6 +14,7 @@ from hf_stateless.trainer.options import (
     parse_options,
     valid_keys,
 )
+from hf_stateless.update.width import WIDTH_RULES
 
 
 NAMES = optimizer_names()

@@ -10,7 +10,8 @@ from conftest import dense
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_stateless import PRESETS, StatelessOptimizer, distributed
+from hf_stateless import PRESETS, StatelessOptimizer
+from hf_stateless.ranks import ways
 from hf_stateless.ranks.owners import assign_owners, whitening_cost
 
 
@@ -71,7 +72,7 @@ def worker(rank, folder):
                 results[name, "split", str(dtype)] = stepped(preset, split=True, dtype=dtype)
             results[name, "differing"] = stepped(preset, split=True, rank=rank)
             with pytest.MonkeyPatch.context() as monkeypatch:
-                monkeypatch.setattr(distributed, "BATCH_BYTES", 1)
+                monkeypatch.setattr(ways, "BATCH_BYTES", 1)
                 results[name, "one by one"] = stepped(preset, split=True)
         torch.save(results, Path(folder) / f"{rank}.pt")
     finally:

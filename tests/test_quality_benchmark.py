@@ -4,21 +4,16 @@ import argparse
 import json
 import math
 import re
-import sys
 
 import pytest
-import torch
-from datasets import Dataset
-from documents import ROOT, read
-
-
-sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
-
 import quality
 import quality_plan
 import quality_report
 import rate_walk
+import torch
 import weight_formats
+from datasets import Dataset
+from documents import ROOT, read
 from quality_plan import ROWS, STUDIES, AdamWFactory, MuonFactory, Study
 
 from hf_stateless import PRESETS

@@ -6,14 +6,10 @@ import os
 import sys
 
 import pytest
-import torch
-from documents import ROOT, read
-
-
-sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
-
 import step_time
 import step_time_rows
+import torch
+from documents import ROOT, read
 from step_time_rows import BASELINE, ROWS, SLOW, Row
 
 

@@ -1,18 +1,13 @@
 """The whitening benchmark: real gradients, the paper's iteration, and the table in the README."""
 
 import json
-import sys
 
 import pytest
 import reference
 import torch
+import whitening as benchmark
 from conftest import dense, relative_error
 from documents import ROOT, read
-
-
-sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
-
-import whitening as benchmark
 
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results" / "whitening-cpu.json"

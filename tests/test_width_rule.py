@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from conftest import TINY_MODELS, dense
-from hf_stateless.optimizer.width import WIDTH_RULES, scaled_for_width, width_factor
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer, multi_normalize
+from hf_stateless.update.width import WIDTH_RULES, scaled_for_width, width_factor
 
 
 sizes = st.integers(1, 1 << 15)

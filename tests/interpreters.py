@@ -1,0 +1,61 @@
+"""Interpreters started in an empty folder, with the package or with a light stand-in for it."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import hf_stateless
+
+
+PACKAGE = Path(hf_stateless.__file__).parent
+RUN = ["-m", "hf_stateless.run"]
+CLI = ["-m", "hf_stateless.run.command"]
+
+
+def write(folder, files):
+    """Write files by name; the text may be indented."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+
+
+@pytest.fixture
+def python(tmp_path):
+    """`python(*arguments, **environment)`: an interpreter started in `tmp_path`, without network."""
+
+    def start(*arguments, **environment):
+        inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_STATELESS_DEBUG")}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**inherited, **offline, **environment},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+
+    return start
+
+
+@pytest.fixture
+def light(tmp_path, python):
+    """As `python`, with a package that has the real `run`, `cli` and `autoload`, and imports in no time.
+
+    It says `registered` on stdout when it is imported.
+    """
+    front = tmp_path / "front"
+    body = f"__path__ = [{str(PACKAGE)!r}]\n__version__ = 'light'\nprint('registered')\n"
+    write(front, {"hf_stateless/__init__.py": body})
+
+    def start(*arguments, **environment):
+        path = os.pathsep.join(filter(None, [str(front), environment.pop("PYTHONPATH", "")]))
+        return python(*arguments, PYTHONPATH=path, **environment)
+
+    return start

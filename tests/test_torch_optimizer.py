@@ -1,0 +1,220 @@
+"""`StatelessOptimizer` as a torch optimizer: what a checkpoint keeps, schedules, closures, groups, copies."""
+
+import copy
+import io
+import logging
+import math
+import pickle
+
+import pytest
+import torch
+from conftest import dense
+from optimizer_groups import assert_equal, each_algorithm, each_dtype, each_precision, group, parameter, take_steps
+
+from hf_stateless import StatelessOptimizer
+
+
+STATES = {
+    "multinorm": {"step"},
+    "adamw": {"step", "exp_avg", "exp_avg_sq"},
+    "adamw_8bit": {"step", "exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax"},
+    "sinkhorn_momentum": {"step", "momentum_buffer"},
+}
+
+
+def through_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# ---- Checkpoints
+
+
+@each_algorithm
+@each_dtype
+def test_a_resumed_run_is_equal_to_the_bit_and_keeps_dtypes(algorithm, dtype):
+    def build():
+        weights = [parameter(16, 24, dtype=dtype, seed=i) for i in range(2)]
+        return StatelessOptimizer([group(*weights, algorithm=algorithm, weight_decay=0.1)], lr=0.01)
+
+    straight, resumed = build(), build()
+    halfway = take_steps(straight, range(3))
+    saved = through_file(straight.state_dict())
+    for p, value in zip(resumed.param_groups[0]["params"], halfway, strict=True):
+        p.data.copy_(value)
+    resumed.load_state_dict(saved)
+    for p, entries in zip(resumed.param_groups[0]["params"], saved["state"].values(), strict=True):
+        assert set(entries) == STATES[algorithm]
+        assert {k: t.dtype for k, t in resumed.state[p].items()} == {k: t.dtype for k, t in entries.items()}
+        assert resumed.state[p]["step"].dtype == torch.float32
+    assert_equal(take_steps(resumed, range(3, 6)), take_steps(straight, range(3, 6)))
+
+
+@each_algorithm
+def test_state_is_made_by_the_first_step_and_is_no_larger_than_the_table_says(algorithm):
+    weight = parameter(4, 512)
+    optimizer = StatelessOptimizer([group(weight, algorithm=algorithm)], lr=0.01)
+    assert not optimizer.state
+    take_steps(optimizer, range(1))
+    sizes = {name: t.numel() for name, t in optimizer.state[weight].items()}
+    assert set(sizes) == STATES[algorithm]
+    assert sizes.pop("step") == 1
+    assert all(size in (weight.numel(), weight.numel() // 256) for size in sizes.values())
+
+
+def test_matrix_groups_hold_no_state_but_one_element():
+    weights = [parameter(16, 32), parameter(3, 8, 8)]
+    optimizer = StatelessOptimizer([group(*weights)], lr=0.01)
+    take_steps(optimizer, range(2))
+    assert [{k: tuple(t.shape) for k, t in optimizer.state[w].items()} for w in weights] == [{"step": (1,)}] * 2
+
+
+def test_options_changed_at_resume_are_applied_with_a_warning(caplog):
+    weight = parameter(8, 12)
+    before = StatelessOptimizer([group(weight, num_iterations=5, weight_decay=0.1)], lr=0.01)
+    take_steps(before, range(1))
+    before.param_groups[0]["lr"] = 0.004
+    after = StatelessOptimizer([group(weight, num_iterations=3, weight_decay=0.2, seed=7)], lr=0.01)
+    with caplog.at_level(logging.WARNING):
+        after.load_state_dict(through_file(before.state_dict()))
+    options = {key: after.param_groups[0][key] for key in ("num_iterations", "weight_decay", "seed", "lr")}
+    assert options == {"num_iterations": 3, "weight_decay": 0.2, "seed": 7, "lr": 0.004}
+    assert sorted(record.getMessage().split("written with ")[1].split(";")[0] for record in caplog.records) == [
+        "num_iterations=5",
+        "seed=0",
+        "weight_decay=0.1",
+    ]
+
+
+def test_an_unchanged_resume_warns_of_nothing(caplog):
+    optimizer = StatelessOptimizer([group(parameter(8, 12)), group(parameter(8), algorithm="adamw")], lr=0.01)
+    take_steps(optimizer, range(1))
+    with caplog.at_level(logging.WARNING):
+        optimizer.load_state_dict(through_file(optimizer.state_dict()))
+    assert not caplog.records
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    weight = parameter(8, 12)
+    optimizer = StatelessOptimizer([group(weight)], lr=0.01)
+    with pytest.raises(ValueError, match=r"another optimizer than hf_stateless.*delete optimizer\.pt"):
+        optimizer.load_state_dict(torch.optim.AdamW([weight]).state_dict())
+    other = StatelessOptimizer([group(weight, algorithm="adamw")], lr=0.01)
+    with pytest.raises(
+        ValueError, match=r"groups .*'adamw', 1.*this run has .*'multinorm', 1.*same optim, embeddings"
+    ):
+        optimizer.load_state_dict(other.state_dict())
+
+
+# ---- As a torch optimizer
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"needs algorithm=multinorm .*got None: type hf_stateless\.create_optimizer"),
+        ({"algorithm": "sgd"}, r"needs algorithm=.*got 'sgd'"),
+        ({"algorithm": "multinorm", "lr_scal": 1.0}, r"'lr_scal'"),
+        ({"algorithm": "multinorm", "lr": -1.0}, r"finite number of at least 0, got -1"),
+        ({"algorithm": "multinorm", "lr": math.inf}, r"finite number of at least 0, got inf"),
+        ({"algorithm": "multinorm", "lr": math.nan}, r"finite number of at least 0, got nan"),
+    ],
+    ids=("bare parameters", "unknown algorithm", "unknown key", "negative lr", "infinite lr", "nan lr"),
+)
+def test_a_bad_group_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        StatelessOptimizer([{"params": [parameter(2, 3)], **options}])
+
+
+def test_a_list_of_parameters_is_refused():
+    with pytest.raises(ValueError, match="needs algorithm="):
+        StatelessOptimizer([parameter(2, 3)], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3),
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 6, cycle_momentum=False),
+    ],
+    ids=("LambdaLR", "LinearLR", "CosineAnnealingLR", "OneCycleLR"),
+)
+def test_each_step_takes_the_scheduled_learning_rate(make):
+    weight = parameter(8, 12)
+    optimizer = StatelessOptimizer([group(weight, lr_scale=0.5)], lr=0.1)
+    scheduler = make(optimizer)
+    rates = []
+    for step in range(5):
+        rates.append(scheduler.get_last_lr()[0])
+        before = weight.detach().clone()
+        take_steps(optimizer, [step])
+        moved = (weight.detach() - before).square().mean().sqrt().item()
+        assert moved == pytest.approx(rates[-1] * 0.5, rel=1e-4)
+        scheduler.step()
+    assert len(set(rates)) > 3 or len(set(rates[:4])) == 4
+
+
+def test_a_closure_is_run_with_gradients_and_its_loss_returned():
+    weight = parameter(8, 12)
+    optimizer = StatelessOptimizer([group(weight)], lr=0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert first.item() == pytest.approx(dense(8, 12).square().sum().item(), rel=1e-6)
+    assert closure() < first
+    optimizer.zero_grad()
+    assert weight.grad is None
+
+
+@each_algorithm
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=("copy", "pickle"))
+def test_a_duplicate_goes_on_like_the_original(algorithm, duplicate):
+    optimizer = StatelessOptimizer([group(parameter(16, 24), algorithm=algorithm)], lr=0.01)
+    take_steps(optimizer, range(2))
+    other = duplicate(optimizer)
+    assert_equal(take_steps(other, range(2, 4)), take_steps(optimizer, range(2, 4)))
+
+
+def test_a_group_that_is_added_later_is_trained():
+    optimizer = StatelessOptimizer([group(parameter(8, 12))], lr=0.01)
+    take_steps(optimizer, range(1))
+    late = parameter(5, seed=3)
+    optimizer.add_param_group(group(late, algorithm="adamw", lr=0.5))
+    take_steps(optimizer, range(1, 2))
+    torch.testing.assert_close((late.detach() - dense(5, seed=3)).abs(), torch.full((5,), 0.5), rtol=1e-4, atol=1e-6)
+
+
+@each_precision
+def test_a_group_may_mix_dtypes(dtype):
+    """A float32 norm before bfloat16 biases does not switch their stochastic rounding off."""
+    first, second = torch.nn.Parameter(torch.ones(4, dtype=dtype)), torch.nn.Parameter(torch.ones(4096).bfloat16())
+    optimizer = StatelessOptimizer([group(first, second, algorithm="adamw")], lr=2.0**-10)
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    optimizer.step()
+    assert 1 - second.detach().float().mean().item() == pytest.approx(2.0**-10, rel=0.2)
+
+
+def test_a_step_keeps_no_memory_but_its_state():
+    import gc
+
+    def held():
+        gc.collect()
+        return sum(t.nbytes for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
+
+    weights = [torch.nn.Parameter(torch.ones(2053, 500, dtype=torch.bfloat16)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = StatelessOptimizer([group(weights[0]), group(weights[1], algorithm="adamw")], lr=0.01)
+    before = held()
+    optimizer.step()
+    state = sum(t.nbytes for entries in optimizer.state.values() for t in entries.values())
+    assert held() - before <= state + 2**16
