@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer, multi_normalize
-from hf_stateless.update.width import WIDTH_RULES, scaled_for_width, width_factor
+from hf_stateless.update.width import WIDTH_RULES, width_factor
 
 
 sizes = st.integers(1, 1 << 15)
@@ -80,8 +80,8 @@ def test_decay_is_not_scaled_and_vectors_have_no_width(rule):
     group = {"params": [weight], "algorithm": "multinorm", "lr_scale": 0.0, "weight_decay": 0.1, "width_rule": rule}
     StatelessOptimizer([group], lr=1.0).step()
     torch.testing.assert_close(weight.detach(), torch.full((4, 4), 0.9))
-    vector = {"layout": "vector", "lr_scale": 0.2, "width_rule": rule}
-    assert scaled_for_width(vector, (7,)) is vector
+    options = {"norms": ("frobenius",), "num_iterations": 1, "layout": "vector", "lr_scale": 1.0}
+    torch.testing.assert_close(step_of((7,), width_rule=rule, **options), step_of((7,), **options))
 
 
 def test_matrices_of_several_shapes_share_a_group_and_a_checkpoint_keeps_its_options():
