@@ -25,7 +25,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer, multi_normalize
 from hf_stateless.optimizer.release import LayerwiseUpdates
-from hf_stateless.trainer.factory import handle
+from hf_stateless.trainer.handler import handle
 
 
 # transformers renames gradient checkpointing to activation checkpointing; both names work, and PEFT uses the old one.
