@@ -1,4 +1,4 @@
-"""What the Trainer gets for `optim=name`, from its own settings; and which of these are refused."""
+"""What the Trainer is given for `optim=name`, by its own settings; and which settings are refused."""
 
 from __future__ import annotations
 
