@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_stateless.trainer.options import optimizer_names
+from hf_stateless.trainer.optim_args import optimizer_names
 
 
 def read_recipe(file: str, known: list[str]) -> dict[str, object]:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_stateless
-from hf_stateless.trainer.options import optimizer_names
+from hf_stateless.trainer.optim_args import optimizer_names
 
 
 VOCAB_SIZE = 101

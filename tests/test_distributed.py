@@ -15,7 +15,7 @@ import torch
 from distributed_worker import odd_llama, train
 from documents import ROOT
 
-from hf_stateless.trainer.options import optimizer_names
+from hf_stateless.trainer.optim_args import optimizer_names
 
 
 CONFIGS = ROOT / "recipes" / "accelerate_configs"

@@ -13,8 +13,8 @@ from transformers.trainer_optimizer import OptimizerContext
 
 import hf_stateless
 from hf_stateless import PRESETS, MultiNormFactory, SinkGDFactory, StatelessOptimizer, SwanFactory, create_optimizer
-from hf_stateless.trainer.factory import handle
-from hf_stateless.trainer.options import EMBEDDINGS
+from hf_stateless.optimizer.options import EMBEDDINGS
+from hf_stateless.trainer.handler import handle
 from hf_stateless.trainer.partition import partition_parameters
 
 

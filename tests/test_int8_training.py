@@ -288,4 +288,4 @@ def test_fsdp_is_refused_before_anything_is_sharded(saved, tmp_path, monkeypatch
     context.args, context.model, context.optim_args = arguments, model, {}
     context.adam_kwargs, context.optimizer_kwargs = {"betas": (0.9, 0.999), "eps": 1e-8}, {"lr": 1e-3}
     with pytest.raises(ValueError, match="8-bit weights cannot be sharded"):
-        hf_stateless.trainer.factory.handle("sinkgd", context)
+        hf_stateless.trainer.handler.handle("sinkgd", context)

@@ -13,8 +13,10 @@ from push_worker import tiny_tokenizer
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 import hf_stateless
+from hf_stateless import PRESETS
 from hf_stateless.reports.card.card import attach_model_card, gib, number, render, render_folder
 from hf_stateless.reports.card.facts import CARD_FILE, DATA_FILE, CardFacts
+from hf_stateless.reports.card.sources import _optimizer_options
 from hf_stateless.reports.measured.schema import GIB, REPORT_FILE, MemoryReport
 
 
@@ -180,6 +182,35 @@ def test_options_of_the_optimizer_are_those_of_its_groups(plain_run, adapter_run
     assert table(card(adapter_run[1]), "num_iterations (multinorm)") == ["3"]
     assert table(card(adapter_run[1]), "norms (multinorm)") == ["row_l2, col_l2"]
     assert table(card(adapter_run[1]), "target_modules")[0].split(", ")[:2] == ["down_proj", "gate_proj"]
+
+
+@pytest.mark.parametrize("name", ["swan", "sinkgd"])
+def test_options_of_lora_pairs_are_told(base_folder, tmp_path, name):
+    trainer = sft_trainer(tmp_path, base_folder, optim=name, optim_args="lora=product,lr_scale=0.3,min_signal=0.1")
+    trainer.create_optimizer()
+    told = {key: value for key, value in _optimizer_options(trainer).items() if key.endswith("(lora_product)")}
+    assert told == {
+        "norms (lora_product)": ("spectral",) if name == "swan" else ("row_l2", "col_l2"),
+        "num_iterations (lora_product)": PRESETS[name].num_iterations,
+        "lr_scale (lora_product)": 0.3,
+        "stochastic_rounding (lora_product)": True,
+        "min_signal (lora_product)": 0.1,
+    }
+
+
+def test_options_of_sinkhorn_momentum_are_told(tmp_path):
+    trainer = plain_trainer(tmp_path, optim_args="embeddings=sinkhorn_momentum")
+    trainer.create_optimizer()
+    told = {key: value for key, value in _optimizer_options(trainer).items() if key.endswith("(sinkhorn_momentum)")}
+    expected = {"momentum": 0.95, "num_iterations": 5.5, "row_threshold": 1e-3, "lr_scale": 0.18}
+    assert told == {f"{key} (sinkhorn_momentum)": value for key, value in expected.items()}
+
+
+def test_options_of_another_optimizer_are_not_told(tmp_path):
+    trainer = plain_trainer(tmp_path, optim="adamw_torch")
+    assert _optimizer_options(trainer) == {}
+    trainer.create_optimizer()
+    assert _optimizer_options(trainer) == {}
 
 
 def test_what_trl_says_is_taken_over(adapter_run):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import hf_stateless
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer
 from hf_stateless.optimizer.momentum import momentum_bytes, momentum_direction_, momentum_state
-from hf_stateless.trainer.options import EMBEDDINGS, MOMENTUM_DTYPES
+from hf_stateless.optimizer.options import EMBEDDINGS, MOMENTUM_DTYPES
 from hf_stateless.weights.noise import rounding_key
 
 

@@ -1,20 +1,24 @@
 """Claims about `optim_args`: every key takes text and Python values, and everything else is refused in one line."""
 
-import pytest
+from dataclasses import replace
 
-from hf_stateless import NORMS, PRESETS
+import pytest
+from hf_stateless.optimizer.width import WIDTH_RULES
+
+from hf_stateless import NORMS, PRESETS, create_optimizer
 from hf_stateless.norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
-from hf_stateless.trainer.options import (
+from hf_stateless.optimizer.option_kinds import FRACTION
+from hf_stateless.optimizer.options import (
     EMBEDDINGS,
-    LAYERWISE,
     LORA,
     MOMENTUM_DTYPES,
-    Options,
-    optimizer_names,
-    parse_options,
-    valid_keys,
+    OPTIONS,
+    BelongsTo,
+    Option,
+    option_table,
 )
-from hf_stateless.update.width import WIDTH_RULES
+from hf_stateless.optimizer.rules import complete_group, told_options
+from hf_stateless.trainer.optim_args import is_layerwise, optimizer_names, parse_options, plain_name, valid_keys
 
 
 NAMES = optimizer_names()
@@ -68,14 +72,14 @@ def test_text_and_python_value_mean_the_same(name, key, text, value):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_given_is_the_preset(name):
-    preset = PRESETS[name.removesuffix(LAYERWISE)]
+    preset = PRESETS[plain_name(name)]
     options = parse_options(name, {})
     assert (options.norms, options.num_iterations, options.lr_scale) == (
         preset.norms,
         preset.num_iterations,
         preset.lr_scale,
     )
-    assert options.release == ("matrices" if name.endswith(LAYERWISE) else None)
+    assert options.release == ("matrices" if is_layerwise(name) else None)
 
 
 @pytest.mark.parametrize("whitening", WHITENING_DEFAULTS)
@@ -103,7 +107,7 @@ def test_chain_without_whitening_has_no_whitening_values():
 def test_swan_without_centring_normalises_rows(off):
     centred, plain = parse_options("swan", {}), parse_options("swan", {"center": off})
     assert centred.norms[0] == "row_standardize"
-    assert plain == Options(**{**vars(centred), "norms": ("row_l2", *centred.norms[1:])})
+    assert plain == replace(centred, norms=("row_l2", *centred.norms[1:]))
     assert parse_options("swan", {"center": "true"}) == centred
 
 
@@ -121,6 +125,11 @@ def test_whitening_keys_without_whitening_are_explained(name, norms, key):
     message = message_of(name, {key: "1"} | ({"norms": norms} if norms else {}))
     chain = norms or "row_l2+col_l2"
     assert message.endswith(f"({key} belongs to the norm 'spectral', which is not in the chain {chain}.)")
+
+
+def test_release_is_explained_to_the_other_names():
+    message = message_of("swan", {"release": "all"})
+    assert message.endswith("(release belongs to layer-wise updates: take optim='swan_layerwise'.)")
 
 
 @pytest.mark.parametrize("key", ["min_signal", "split_whitening"])
@@ -231,3 +240,72 @@ def test_unknown_optimizer_is_answered_with_the_names(name):
 def test_the_scale_of_the_step_follows_the_chain_and_momentum_unless_it_is_given(name, given, matrices, beside):
     options = parse_options(name, given)
     assert (options.lr_scale, options.lr_scale_beside) == (matrices, beside)
+
+
+# ---- One table: what is derived from a row
+
+
+EXTRA = Option(
+    "warp",
+    0.5,
+    FRACTION,
+    "how far a step is bent",
+    belongs_to=BelongsTo(release=False),
+    groups={"multinorm": 0.25, "lora_product": 0.25},
+    roles=("matrix",),
+)
+
+
+@pytest.fixture
+def extra_option(monkeypatch):
+    """An option that is one row more in the table, and nothing else."""
+    monkeypatch.setitem(OPTIONS, EXTRA.name, EXTRA)
+
+
+def test_an_option_is_added_by_one_row(extra_option, make_model):
+    assert parse_options("swan", {}).warp == 0.5
+    assert parse_options("swan", {"warp": "0.1"}).warp == 0.1
+    assert message_of("swan", {"warp": "2"}).endswith("warp='2' is not a number in [0, 1).")
+    assert "warp" in message_of("swan", {"wrap": "0.1"}).partition("Valid keys: ")[2].split(".")[0].split(", ")
+    assert message_of("swan", {"wrap": "0.1"}).endswith("Did you mean 'warp'?")
+    assert "warp needs all gradients at once" in message_of("swan_layerwise", {"warp": "0.1"})
+
+    groups = create_optimizer(make_model("llama"), "swan", lr=1e-3, warp=0.1, embeddings="stateless").param_groups
+    assert {group["role"]: group["warp"] for group in groups} == {
+        "matrix": 0.1,
+        **dict.fromkeys(("embedding", "head", "rest"), 0.25),
+    }
+    assert told_options(groups[0])["warp"] == 0.1
+    assert complete_group({"params": [], "algorithm": "lora_product"}, lr=1.0)["warp"] == 0.25
+    assert "warp" not in complete_group({"params": [], "algorithm": "adamw"}, lr=1.0)
+    assert option_table().splitlines()[-1] == (
+        "| `warp` | `0.5` | how far a step is bent | names without `_layerwise` |"
+    )
+
+
+def test_without_its_row_the_option_is_unknown():
+    assert message_of("swan", {"warp": "0.1"}).startswith("Unknown key 'warp'")
+    with pytest.raises(ValueError, match="no option 'warp'"):
+        complete_group({"params": [], "algorithm": "multinorm", "warp": 0.1}, lr=1.0)
+
+
+def test_the_table_for_the_documentation_has_a_row_for_every_option():
+    rows = [line.strip("| ").split(" | ") for line in option_table().splitlines()[2:]]
+    assert [row[0].strip("`") for row in rows] == list(OPTIONS)
+    assert all(len(row) == 4 and all(row) for row in rows)
+
+
+def test_a_default_that_is_no_constant_is_described_in_words():
+    assert all(option.default is not None or option.default_text for option in OPTIONS.values())
+
+
+def test_defaults_of_the_table_are_read_by_their_own_parsers():
+    for option in OPTIONS.values():
+        if option.default is not None:
+            assert option.kind.parse(option.default) == option.default
+
+
+def test_a_norm_that_is_added_later_is_read(monkeypatch):
+    assert message_of("multinorm", {"norms": "row_l2+doubled"}).startswith("Unknown norms")
+    monkeypatch.setitem(NORMS, "doubled", NORMS["row_l2"])
+    assert parse_options("multinorm", {"norms": "row_l2+doubled"}).norms == ("row_l2", "doubled")

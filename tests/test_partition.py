@@ -135,7 +135,7 @@ def test_models_without_a_trainable_matrix_are_refused(make_model):
 
 def test_description_counts_every_parameter_once(make_model):
     from hf_stateless.trainer.factory import parameter_groups
-    from hf_stateless.trainer.options import parse_options
+    from hf_stateless.trainer.optim_args import parse_options
 
     model = make_model("qwen3_moe")
     table = describe(parameter_groups(model, parse_options("sinkgd", {}), lr=1e-3)).splitlines()

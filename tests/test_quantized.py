@@ -5,7 +5,7 @@ import torch
 from tiny_models import BLOCK_SIZES, TOKEN_ROWS, bits_and_bytes, changed, save_chat_model, weights_of
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_stateless.trainer.options import optimizer_names
+from hf_stateless.trainer.optim_args import optimizer_names
 
 
 peft = pytest.importorskip("peft")

@@ -1,16 +1,17 @@
 """Claims about the names that `import hf_stateless` adds to transformers, and the canary for its private parts."""
 
-import ast
 import copy
 import dataclasses
 import importlib
+import inspect
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
 import warnings
-from pathlib import Path
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_stateless
 from hf_stateless.trainer import names as registration
+from hf_stateless.trainer.private_parts import PRIVATE_PARTS
 
 
 # TRL 1.16 sets `gradient_checkpointing`, which transformers 5.23 warns about
@@ -216,7 +218,7 @@ def test_training_args_bin_loads_where_the_package_is_not_installed(tmp_path):
 def test_trainer_hands_the_name_and_its_context_to_the_factory(name, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "hf_stateless.trainer.factory.handle", lambda *given: (seen.append(given), ("cls", {"lr": 1}))[1]
+        "hf_stateless.trainer.handler.handle", lambda *given: (seen.append(given), ("cls", {"lr": 1}))[1]
     )
     arguments = make_arguments(name, optim_args="norms=row_l2+col_l2, num_iterations=3")
     assert Trainer.get_optimizer_cls_and_kwargs(arguments) == ("cls", {"lr": 1})
@@ -348,14 +350,37 @@ def test_malformed_optim_args_give_one_clear_line(name, given, wrong):
     assert caught.value.__suppress_context__
 
 
-@pytest.mark.parametrize("part", registration.PRIVATE_PARTS)
-def test_canary_private_part_is_still_there(part):
+def found_in_source(part):
+    """Whether the name of `module#name` is written in the source of the module."""
+    module, _, name = part.partition("#")
+    return re.search(rf"\b{name}\b", inspect.getsource(importlib.import_module(module))) is not None
+
+
+def is_there(part):
+    if "#" in part:
+        return found_in_source(part)
     module, _, path = part.partition(":")
     found = importlib.import_module(module)
     for attribute in path.split("."):
         if not hasattr(found, attribute):
-            pytest.fail(f"transformers {transformers.__version__} moved {part}; hf_stateless/trainer/names.py uses it")
+            return False
         found = getattr(found, attribute)
+    return True
+
+
+@pytest.mark.parametrize("row", PRIVATE_PARTS, ids=lambda row: row.part)
+def test_canary_private_part_is_still_there(row):
+    package = row.part.partition(".")[0].partition(":")[0]
+    if row.everywhere and not is_there(row.part):
+        files = ", ".join(f"hf_stateless/{name}" for name in row.used_by)
+        pytest.fail(f"{package} {version(package)} moved {row.part}; used by {files}: {row.why}")
+
+
+@pytest.mark.parametrize(
+    "part", ["transformers.trainer:_moved", "torch.nn:Module._moved.deeper", "torch.nn.parallel.distributed#_moved"]
+)
+def test_a_part_that_was_moved_is_missed(part):
+    assert not is_there(part)
 
 
 def test_canary_trainer_still_reads_the_table_and_the_parser_that_are_changed():
@@ -364,11 +389,3 @@ def test_canary_trainer_still_reads_the_table_and_the_parser_that_are_changed():
     assert {"_OPTIMIZER_HANDLERS", "_parse_optim_args"} <= set(used)
     fields = {field.name for field in dataclasses.fields(OptimizerContext)}
     assert {"args", "model", "optimizer_kwargs", "adam_kwargs", "optim_args"} <= fields
-
-
-def test_canary_list_names_every_private_part_that_the_file_uses():
-    tree = ast.parse(Path(registration.__file__).read_text(encoding="utf-8"))
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    private = {name for name in attributes if name.startswith("_") and not name.startswith("__")}
-    listed = {part.rpartition(":")[2].rpartition(".")[2] for part in registration.PRIVATE_PARTS}
-    assert private - {"_hashable_values_"} == listed

@@ -9,7 +9,7 @@ from interpreters import CLI, PACKAGE, RUN, write
 from transformers.training_args import OptimizerNames
 
 from hf_stateless.run import command as cli
-from hf_stateless.trainer.options import optimizer_names
+from hf_stateless.trainer.optim_args import optimizer_names
 
 
 pytest_plugins = ["interpreters"]

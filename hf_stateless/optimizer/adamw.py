@@ -15,7 +15,7 @@ from ..ranks.placement import local_shard
 from ..update.batches import alike
 from ..weights.noise import RoundingKey
 from ..weights.rounding import round_vectors, write_rounded_
-from .groups import ALGORITHMS
+from .options import OPTIONS
 from .rule import Entry, Host, Rule, keys_of
 
 
@@ -241,11 +241,15 @@ def _bytes_8bit(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, An
     return 4 + 2 * (math.prod(shape) + 4 * math.prod(shape[:-1]) * -(-shape[-1] // _BLOCK))
 
 
-ADAMW = Rule(_update, lambda param, group: adamw_state(param), _bytes, ALGORITHMS["adamw"], for_tables=True)
+_OPTIONS = {
+    "betas": (OPTIONS["adamw_beta1"].default, OPTIONS["adamw_beta2"].default),
+    "eps": OPTIONS["adamw_eps"].default,
+}
+ADAMW = Rule(_update, lambda param, group: adamw_state(param), _bytes, _OPTIONS, for_tables=True)
 ADAMW_8BIT = Rule(
     _update,
     lambda param, group: adamw_state(param, bits=8),
     _bytes_8bit,
-    ALGORITHMS["adamw_8bit"],
+    _OPTIONS,
     for_tables=True,
 )

@@ -24,7 +24,6 @@ from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.layout import LAYOUTS
 from ..update.write import is_usable, write_update_
 from ..weights.noise import RoundingKey
-from .groups import ALGORITHMS
 from .rule import Entry, Host, Rule, counter, keys_of
 
 
@@ -76,19 +75,19 @@ def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]
 
     Args:
         pairs: factors with their gradients; under FSDP2 all ranks have to call this with the same ones.
-        group: `lr`, `weight_decay` and the options of `lora_product` in `hf_stateless.optimizer.groups`.
+        group: `lr`, `weight_decay` and the options that groups of this rule hold.
 
     Returns:
         For each pair, whether its gradients were finite.
 
     Example:
         >>> import torch
-        >>> from hf_stateless.optimizer.groups import ALGORITHMS
         >>> from hf_stateless.optimizer.lora_product import Pair, update_pairs_
         >>> A, B = torch.eye(1, 4), torch.zeros(4, 1)
         >>> A.grad, B.grad = torch.zeros(1, 4), torch.tensor([[3.0], [0.0], [-4.0], [0.0]])
-        >>> group = {**ALGORITHMS["lora_product"], "lr": 0.5, "lr_scale": 1.0, "weight_decay": 0.0}
-        >>> update_pairs_([Pair((A, B))], group)
+        >>> from hf_stateless.optimizer.rules import complete_group
+        >>> group = complete_group({"params": [], "algorithm": "lora_product", "lr_scale": 1.0}, lr=0.5)
+        >>> update_pairs_([Pair((A, B))], {**group, "lr": 0.5})
         [True]
         >>> (B @ A).square().mean().sqrt()
         tensor(0.5000)
@@ -238,7 +237,7 @@ LORA_PRODUCT = Rule(
     _update,
     state=lambda param, group: {"step": counter(param)},
     state_bytes=lambda shape, dtype, group: 4,
-    options=ALGORITHMS["lora_product"],
+    options={"scaling": 1.0, "layout": "out_in"},
     # The factors of a pair are complete at different times, and small: they are updated in `step()`.
     released="never",
     has_moments=lambda group: False,

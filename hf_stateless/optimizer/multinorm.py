@@ -12,7 +12,6 @@ from torch import Tensor
 from ..ranks.matrix_update import MatrixUpdate
 from ..ranks.ways import apply_, shares_whitening
 from ..weights.noise import NoiseCache
-from .groups import ALGORITHMS
 from .momentum import has_momentum, momentum_bytes, momentum_direction_, momentum_state
 from .rule import Entry, Host, Rule, counter, key_of, keys_of
 
@@ -51,4 +50,4 @@ def _state_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, A
     return 4 + (momentum_bytes(shape, group["momentum_dtype"]) if has_momentum(group) else 0)
 
 
-MULTINORM = Rule(update, _state, _state_bytes, ALGORITHMS["multinorm"], released="matrices", has_moments=has_momentum)
+MULTINORM = Rule(update, _state, _state_bytes, {"layout": "out_in"}, released="matrices", has_moments=has_momentum)

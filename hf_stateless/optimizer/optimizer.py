@@ -16,12 +16,11 @@ from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
 from ..weights.noise import NoiseCache
 from .checkpoint import apply_options, as_saved, check_same_groups, options_of
-from .groups import complete_group
 from .min_signal import guarded, log_held, measure_signal, new_history, refuse_release, strong
 from .momentum import fit_momentum_, has_momentum
 from .release import RELEASES, Release, unhook
 from .rule import Entry
-from .rules import RULES
+from .rules import RULES, complete_group
 from .unread_flags import UnreadFlags
 
 

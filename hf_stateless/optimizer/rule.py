@@ -70,7 +70,8 @@ class Rule:
     state_bytes: Callable[[Sequence[int], torch.dtype, Mapping[str, Any]], int]
     """Counts the bytes of that state for a shape, a dtype and a group."""
     options: Mapping[str, Any]
-    """What a group of this rule has to say, with the defaults of groups that are made by hand. Plain values."""
+    """What its groups hold beside the rows of `OPTIONS` that name the rule, with defaults. Plain values: they are
+    saved with the optimizer and read back by torch.load(weights_only=True)."""
     released: str = "all"
     """From which value of `release` on it is updated in backward: `matrices`, `all`, or `never`."""
     has_moments: Callable[[Mapping[str, Any]], bool] = lambda group: True

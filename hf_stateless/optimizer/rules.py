@@ -1,10 +1,15 @@
-"""The table of rules: a parameter group names one as its `algorithm`."""
+"""The table of rules, and the groups of parameters that name one of them as their `algorithm`."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 from .adamw import ADAMW, ADAMW_8BIT
 from .lora_product import LORA_PRODUCT
 from .multinorm import MULTINORM
+from .options import EVERY_RULE, OPTIONS, group_defaults
 from .rule import Rule
 from .sinkhorn_momentum import SINKHORN_MOMENTUM
 
@@ -16,3 +21,70 @@ RULES: dict[str, Rule] = {
     "adamw_8bit": ADAMW_8BIT,
     "sinkhorn_momentum": SINKHORN_MOMENTUM,
 }
+COMMON: dict[str, Any] = {"weight_decay": 0.0, "role": "rest", **group_defaults(EVERY_RULE)}
+"""What every group holds."""
+# What says of which kind the weights are, and nothing of the method.
+_OF_WEIGHTS = ("layout", "scaling")
+
+
+def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
+    """Return a group after checking it, with the defaults of its rule filled in.
+
+    Args:
+        param_group: with `params`, `algorithm` and any of the options that groups of this rule hold.
+        lr: learning rate of a group that has none.
+
+    Raises:
+        ValueError: no or unknown `algorithm`, an unknown key, or a learning rate that is negative or not finite.
+
+    Example:
+        >>> from hf_stateless.optimizer.rules import complete_group
+        >>> complete_group({"params": [], "algorithm": "adamw"}, lr=0.1)["betas"]
+        (0.9, 0.999)
+    """
+    algorithm = param_group.get("algorithm")
+    if algorithm not in RULES:
+        raise ValueError(
+            f"A parameter group needs algorithm={' | '.join(RULES)}, got {algorithm!r}: "
+            "type hf_stateless.create_optimizer(model, name, lr=...) to have the groups made from a model."
+        )
+    defaults = {
+        **COMMON,
+        **group_defaults(EVERY_RULE),
+        **RULES[algorithm].options,
+        **group_defaults(algorithm),
+    }
+    known = {"params", "param_names", "algorithm", "lr", "initial_lr", *defaults}
+    for key in param_group:
+        if key not in known:
+            raise ValueError(
+                f"A group with algorithm={algorithm!r} has no option {key!r}. Valid: {', '.join(sorted(known))}."
+            )
+    lr = param_group.get("lr", lr)
+    if not 0 <= float(lr) < math.inf:
+        raise ValueError(f"The learning rate must be a finite number of at least 0, got {lr}.")
+    factors = param_group.get("params")
+    if algorithm == "lora_product" and isinstance(factors, list | tuple) and len(factors) % 2:
+        raise ValueError(f"A group of LoRA pairs has params A_0, B_0, A_1, B_1, ..., got {len(factors)} of them.")
+    return {**defaults, **param_group}
+
+
+def told_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a group says of how its parameters are updated, without what is switched off or not used.
+
+    Args:
+        group: of a live optimizer of this package.
+
+    Example:
+        >>> from hf_stateless.optimizer.rules import complete_group, told_options
+        >>> told_options(complete_group({"params": [], "algorithm": "lora_product"}, lr=0.1))
+        {'norms': ('spectral',), 'num_iterations': 1, 'lr_scale': 0.2, 'stochastic_rounding': True}
+    """
+    algorithm = group["algorithm"]
+    names = [name for name in RULES[algorithm].options if name not in _OF_WEIGHTS]
+    for option in OPTIONS.values():
+        to = option.belongs_to
+        used = (not to.norm or to.norm in group.get("norms", ())) and (not to.option or group.get(to.option))
+        if option.on_card and used and not option.groups.keys().isdisjoint((algorithm, EVERY_RULE)):
+            names.append(option.name)
+    return {name: group[name] for name in names if group.get(name) not in (None, 0, "none")}

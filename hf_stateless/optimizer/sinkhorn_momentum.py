@@ -13,8 +13,10 @@ from ..norms.sinkhorn import sr_sinkhorn
 from ..ranks.placement import whole_if_tiny
 from ..update.write import write_update_
 from ..weights.noise import RoundingKey
-from .groups import ALGORITHMS
 from .rule import Entry, Host, Rule, counter, keys_of
+
+
+_OPTIONS = {"momentum": 0.95, "num_iterations": 5.5, "row_threshold": 1e-3, "lr_scale": 0.18}
 
 
 def sinkhorn_momentum_update_(
@@ -74,7 +76,7 @@ def sinkhorn_momentum_update_(
 
 def _update(entries: list[Entry], host: Host) -> None:
     for entry, key in zip(entries, keys_of(entries, host.noise), strict=True):
-        options = {name: entry.group[name] for name in ("lr", "weight_decay", *ALGORITHMS["sinkhorn_momentum"])}
+        options = {name: entry.group[name] for name in ("lr", "weight_decay", *_OPTIONS)}
         with whole_if_tiny(entry.param, entry.grad, entry.state["momentum_buffer"]) as (weight, grad, buffer):
             sinkhorn_momentum_update_(weight, grad, buffer, key, **options)
         entry.step.add_(1)
@@ -88,4 +90,4 @@ def _state_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, A
     return 4 + math.prod(shape) * dtype.itemsize
 
 
-SINKHORN_MOMENTUM = Rule(_update, _state, _state_bytes, ALGORITHMS["sinkhorn_momentum"], for_tables=True)
+SINKHORN_MOMENTUM = Rule(_update, _state, _state_bytes, _OPTIONS, for_tables=True)

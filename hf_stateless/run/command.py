@@ -70,7 +70,7 @@ def _run(command: list[str]) -> int:
         return _error(f"run found no command {first!r}; type: {hint}", status=127)
     os.environ["PYTHONPATH"] = python_path(os.environ.get("PYTHONPATH", ""))
     if os.name == "nt":
-        # There exec detaches from the terminal and loses the exit status.
+        # On Windows exec detaches from the terminal and loses the exit status.
         return subprocess.call([program, *command[1:]])
     # Python ignores these two, and a program started by exec would go on ignoring them.
     for name in ("SIGPIPE", "SIGXFSZ"):
@@ -87,12 +87,6 @@ def python_path(existing: str) -> str:
 
     Args:
         existing: the value so far, empty when there is none.
-
-    Example:
-        >>> import os
-        >>> from hf_stateless.run.command import python_path
-        >>> python_path("mine").endswith(f"autoload{os.pathsep}mine")
-        True
     """
     folders = existing.split(os.pathsep) if existing else []
     return os.pathsep.join([str(AUTOLOAD), *(folder for folder in folders if folder != str(AUTOLOAD))])
@@ -122,7 +116,7 @@ SUBCOMMANDS = {"memory": _memory, "compare": _compare, "export": _export}
 
 def _usage() -> str:
     lines = ["usage: hf-stateless run COMMAND [ARGUMENT ...]"]
-    lines += [f"       hf-stateless {room} [ARGUMENT ...]" for room in SUBCOMMANDS]
+    lines += [f"       hf-stateless {name} [ARGUMENT ...]" for name in SUBCOMMANDS]
     lines += ["       hf-stateless --version", "", "More about one of them: hf-stateless run --help"]
     return "\n".join(lines) + "\n"
 

@@ -27,14 +27,7 @@ class LoraPair:
 
 
 def lora_linears(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the linear layers that a PEFT tuner layer added to the layer it wraps.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.trainer.adapters import lora_linears
-        >>> list(lora_linears(torch.nn.Linear(2, 2)))
-        []
-    """
+    """Yield the linear layers that a PEFT tuner layer added to the layer it wraps."""
     if hasattr(module, "base_layer"):
         for name, child in module.named_children():
             if name != "base_layer":
@@ -42,28 +35,15 @@ def lora_linears(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def has_lora(model: nn.Module) -> bool:
-    """Tell whether a model trains a LoRA factor, in a pair or alone.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.trainer.adapters import has_lora
-        >>> has_lora(torch.nn.Linear(2, 2))
-        False
-    """
+    """Tell whether a model trains a LoRA factor, in a pair or alone."""
     return any(p.requires_grad and _FACTOR.search(name) for name, p in model.named_parameters())
 
 
 def lora_pairs(model: nn.Module) -> Iterator[LoraPair]:
-    """Yield the pairs of LoRA factors, of every adapter, that are in no other pair and have B A for their effect.
+    """Yield the pairs of LoRA factors, of every adapter, that are in no other pair and whose effect is B A.
 
     PEFT's adapters of stacks of experts are many products in one pair of matrices, those of grouped convolutions are
     no product, and AdaLoRA has a diagonal between the two.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.trainer.adapters import lora_pairs
-        >>> list(lora_pairs(torch.nn.Linear(2, 2)))
-        []
     """
     found = []
     for module in (m for m in model.modules() if hasattr(m, "base_layer") and not hasattr(m, "lora_E")):

@@ -1,28 +1,25 @@
-"""From a model and validated options to the optimizer: parameter groups, factories, and the handler of the Trainer."""
+"""From a model and checked options to the optimizer: parameter groups, `create_optimizer`, and the factory classes."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optimizer.groups import RELEASED
 from ..optimizer.lora_product import product_chain
 from ..optimizer.optimizer import StatelessOptimizer
-from ..weights.int8.weight import Int8Weight
-from .names import count_released_gradients_in_clipping, keep_out_of_ddp
-from .options import LAYERWISE, Options, parse_options
-from .partition import PartitionedParameter, describe, partition_parameters, refuse_fsdp1
+from ..optimizer.options import EVERY_RULE, group_values
+from ..optimizer.release import is_released
+from ..weights.int8.convert import int8_layers
+from .adapters import has_lora
+from .optim_args import Options, parse_options
+from .partition import PartitionedParameter, describe, partition_parameters
+from .patches import count_released_gradients_in_clipping, keep_out_of_ddp
 
-
-if TYPE_CHECKING:
-    from transformers.trainer_optimizer import OptimizerContext
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +36,7 @@ def parameter_groups(
 
     Args:
         model: the model that is trained.
-        options: from `hf_stateless.trainer.options.parse_options`.
+        options: from `hf_stateless.trainer.optim_args.parse_options`.
         lr: learning rate.
         weight_decay: decoupled decay of the parameters that the Trainer decays.
         target_modules: which modules are matrices, see `partition_parameters`.
@@ -47,7 +44,7 @@ def parameter_groups(
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from hf_stateless.trainer.factory import parameter_groups
-        >>> from hf_stateless.trainer.options import parse_options
+        >>> from hf_stateless.trainer.optim_args import parse_options
         >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         ...                      num_key_value_heads=2, vocab_size=32)
         >>> groups = parameter_groups(LlamaForCausalLM(config), parse_options("sinkgd", {}), lr=1e-3)
@@ -55,8 +52,10 @@ def parameter_groups(
         [('matrix', 'multinorm'), ('embedding', 'adamw'), ('head', 'adamw'), ('rest', 'adamw')]
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    in_8_bits = {id(layer.weight) for _, layer in int8_layers(model)}
     for entry in partition_parameters(model, target_modules):
-        _refuse_int8_beside_the_matrices(entry)
+        if id(entry.parameter) in in_8_bits and entry.role not in ("matrix", "adapter"):
+            _refuse_int8(entry)
         rule = _rule(entry, options, lr)
         decay = weight_decay if entry.decay and rule["algorithm"] != "sinkhorn_momentum" else 0.0
         # Grouped by whether a parameter may decay, not by the value, which a resumed run may change; pairs of LoRA
@@ -66,62 +65,63 @@ def parameter_groups(
         group = groups.setdefault(key, {"params": [], "param_names": [], "role": entry.role})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.name)
-        group.update(rule, weight_decay=decay, stochastic_rounding=options.stochastic_rounding, seed=options.seed)
+        group.update(rule, weight_decay=decay, **group_values(EVERY_RULE, options, entry.role))
     return list(groups.values())
 
 
-def _refuse_int8_beside_the_matrices(entry: PartitionedParameter) -> None:
+def _refuse_int8(entry: PartitionedParameter) -> NoReturn:
     """Refuse an 8-bit weight that no chain of norms updates: AdamW would need float weights and moments."""
-    if isinstance(entry.parameter, Int8Weight) and entry.role not in ("matrix", "adapter"):
-        module = entry.name.removesuffix(".weight")
-        raise ValueError(
-            f"{entry.name} is stored in 8 bits but is no matrix here (its role is {entry.role}), and AdamW cannot "
-            f"update 8-bit weights: leave out optim_target_modules, freeze it, or keep it in float by "
-            f"Int8TrainingConfig(modules_to_not_convert=[{module!r}])."
-        )
+    module = entry.name.removesuffix(".weight")
+    raise ValueError(
+        f"{entry.name} is stored in 8 bits but is no matrix here (its role is {entry.role}), and AdamW cannot "
+        f"update 8-bit weights: leave out optim_target_modules, freeze it, or keep it in float by "
+        f"Int8TrainingConfig(modules_to_not_convert=[{module!r}])."
+    )
 
 
 def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str, Any]:
-    """Return the algorithm of one parameter with the values it needs."""
-    chained = entry.role in ("matrix", "adapter")
-    chain = {
-        "algorithm": "multinorm",
-        "lr": lr,
-        "lr_scale": options.lr_scale if chained else options.lr_scale_beside,
-        "norms": options.norms,
-        "num_iterations": options.num_iterations,
-        "whitening": options.whitening,
-        "ns_steps": options.ns_steps,
-        "ns_beta": options.ns_beta,
-        "ns_dtype": options.ns_dtype,
-        "layout": entry.layout,
-        "split_whitening": options.split_whitening,
-        "min_signal": options.min_signal,
-    }
-    if chained:  # what `embeddings=stateless` takes along stays without state
-        chain |= {"momentum": options.momentum, "momentum_dtype": options.momentum_dtype}
-    if entry.role in ("matrix", "head"):  # a low-rank factor and a table of tokens have a side that is no width
-        chain["width_rule"] = options.width_rule
-    if entry.pair and options.lora == "product" and (chained or options.embeddings == "stateless"):
+    """Return the algorithm of one parameter with the values that its group holds."""
+    algorithm = _algorithm(entry, options)
+    if algorithm in ("multinorm", "lora_product"):
+        extra = _of_chain(entry, options, algorithm)
+    else:
+        lr = lr if options.adamw_lr is None else options.adamw_lr
+        extra = {}
+    if algorithm in ("adamw", "adamw_8bit"):
+        extra = {"betas": (options.adamw_beta1, options.adamw_beta2), "eps": options.adamw_eps}
+    return {"algorithm": algorithm, "lr": lr, **group_values(algorithm, options, entry.role), **extra}
+
+
+def _algorithm(entry: PartitionedParameter, options: Options) -> str:
+    if _is_chained(entry) or options.embeddings == "stateless":
+        return "lora_product" if entry.pair and options.lora == "product" else "multinorm"
+    if not _is_table(entry) or (options.embeddings == "sinkhorn_momentum" and entry.pair):
+        return "adamw"
+    return str(options.embeddings)
+
+
+def _of_chain(entry: PartitionedParameter, options: Options, algorithm: str) -> dict[str, Any]:
+    """Return what the options alone do not say: the kind of the weight, and what differs beside the matrices."""
+    if entry.pair and algorithm == "lora_product":
         norms, num_iterations = product_chain(options.norms, options.num_iterations)
-        values = {"norms": norms, "num_iterations": num_iterations, "lr": lr, "lr_scale": options.lr_scale_beside}
-        values |= {"min_signal": options.min_signal}
-        return {"algorithm": "lora_product", **values, "scaling": entry.pair.scaling, "layout": entry.pair.layout}
-    adamw_lr = lr if options.adamw_lr is None else options.adamw_lr
-    if chained:
-        return chain
-    table = entry.role in ("embedding", "head") and entry.parameter.ndim == 2
-    if options.embeddings == "stateless":
-        # A vector has one norm only: its entries are scaled to root mean square 1.
-        return chain if table else {**chain, "norms": ("frobenius",), "num_iterations": 1, "layout": "vector"}
-    if table and options.embeddings == "sinkhorn_momentum" and not entry.pair:
-        return {"algorithm": "sinkhorn_momentum", "lr": adamw_lr}
-    return {
-        "algorithm": "adamw_8bit" if table and options.embeddings == "adamw_8bit" else "adamw",
-        "lr": adamw_lr,
-        "betas": (options.adamw_beta1, options.adamw_beta2),
-        "eps": options.adamw_eps,
-    }
+        chain = {"norms": norms, "num_iterations": num_iterations, "lr_scale": options.lr_scale_beside}
+        return {**chain, "scaling": entry.pair.scaling, "layout": entry.pair.layout}
+    if _is_chained(entry):
+        return {"layout": entry.layout}
+    if _is_table(entry):
+        return {"layout": entry.layout, "lr_scale": options.lr_scale_beside}
+    # A vector has one norm only: its entries are scaled to root mean square 1.
+    vector = {"norms": ("frobenius",), "num_iterations": 1, "layout": "vector"}
+    return {**vector, "lr_scale": options.lr_scale_beside}
+
+
+def _is_chained(entry: PartitionedParameter) -> bool:
+    """Tell whether a chain of norms updates a parameter, whatever updates the rest."""
+    return entry.role in ("matrix", "adapter")
+
+
+def _is_table(entry: PartitionedParameter) -> bool:
+    return entry.role in ("embedding", "head") and entry.parameter.ndim == 2
 
 
 def create_optimizer(
@@ -156,21 +156,73 @@ def create_optimizer(
         >>> optimizer.param_groups[0]["num_iterations"]
         3
     """
-    groups, release = _build(model, name, lr, weight_decay, target_modules, options)
-    optimizer = StatelessOptimizer(groups, lr=lr, **_layerwise_kwargs(model, release))
+    groups, release = checked_groups(
+        model, name, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules
+    )
+    optimizer = StatelessOptimizer(groups, lr=lr, **release_arguments(model, release))
     optimizer.train()
     return optimizer
 
 
-def _build(
+def create_lora_optimizer(model: nn.Module, name: str = "swan", *, lr: float, **options: Any) -> StatelessOptimizer:
+    """Make the optimizer of a PEFT model with LoRA adapters, as the factories of `peft.optimizers` do.
+
+    The factors A in R^{r x n} and B in R^{m x r} of an adapter are updated by steepest descent in the change of the
+    product B A (`lora=product`, see `hf_stateless.optimizer.lora_product`) or each on its own (`lora=separate`).
+    State kept: a one-element `step` for each factor; two moments for what is trained beside the adapters.
+
+    Args:
+        model: from `peft.get_peft_model`; LoRA, rsLoRA and DoRA, any number of adapters.
+        name: `swan`, `sinkgd` or `multinorm`, or one of them with `_layerwise`.
+        lr: learning rate; a step changes (alpha / r) B A by entries of root mean square `lr * lr_scale` for each of
+            the two factors, so that neither r, alpha nor the shape asks for another one. Start from AdamW's.
+        options: the other arguments of `create_optimizer`, and the keys of `optim_args` as Python values.
+
+    Raises:
+        ValueError: the model has no trainable LoRA adapter, or what `create_optimizer` refuses.
+
+    Example:
+        >>> import torch, hf_stateless
+        >>> from peft import LoraConfig, get_peft_model
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        >>> model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0", "1"]))
+        >>> optimizer = hf_stateless.create_lora_optimizer(model, "swan", lr=2e-3, lora="product")
+        >>> [(group["algorithm"], len(group["params"])) for group in optimizer.param_groups]
+        [('lora_product', 4)]
+
+    References:
+        Steepest descent in the spectral norm: https://huggingface.co/papers/2409.20325.
+    """
+    if not has_lora(model):
+        raise ValueError(
+            "create_lora_optimizer needs a model with a trainable LoRA adapter, got none: make one by "
+            "peft.get_peft_model(model, peft.LoraConfig(...)), or type hf_stateless.create_optimizer(model, ...)."
+        )
+    return create_optimizer(model, name, lr=lr, **options)
+
+
+def checked_groups(
     model: nn.Module,
     name: str,
+    given: Mapping[str, Any],
+    *,
     lr: float,
     weight_decay: float,
     target_modules: str | Sequence[str] | None,
-    given: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """Return the groups and what layer-wise updates release, after all checks and with the table logged."""
+    """Return the groups and what is released in backward, after all checks and with the table logged.
+
+    Args:
+        model: the model that is trained; where updates are done in backward, it is made ready for DDP.
+        name: as for `create_optimizer`, and so are the other arguments.
+        given: option values by key, text or Python values.
+        lr: learning rate.
+        weight_decay: decoupled decay.
+        target_modules: which modules are matrices.
+
+    Raises:
+        ValueError: what `create_optimizer` refuses.
+    """
     options = parse_options(name, given)
     lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
     groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
@@ -178,13 +230,13 @@ def _build(
     alone = [n for g in groups if (g["role"], g["algorithm"]) == ("adapter", "multinorm") for n in g["param_names"]]
     if options.lora == "product" and alone:
         logger.warning(
-            "lora=product: %d adapter matrices are normalised on their own, as by lora=separate, for they have no "
+            "lora=product: %d adapter matrices are normalised on their own, as by lora=separate, because they have no "
             "partner that is trained and shapes one matrix with them: %s.",
             len(alone),
             ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else ""),
         )
     if options.release:
-        _prepare_layerwise(model, groups, options.release)
+        _prepare_release(model, groups, options.release)
     return groups, options.release
 
 
@@ -199,110 +251,25 @@ def _finite(what: str, value: Any) -> float:
     return number
 
 
-def _prepare_layerwise(model: nn.Module, groups: list[dict[str, Any]], release: str) -> None:
+def _prepare_release(model: nn.Module, groups: list[dict[str, Any]], release: str) -> None:
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
             "Layer-wise updates have to be prepared before DDP makes its buckets: "
             "create the optimizer first and wrap the model in DistributedDataParallel afterwards."
         )
-    released = [g for g in groups if g["algorithm"] in RELEASED[release]]
+    released = [g for g in groups if is_released(g["algorithm"], release)]
     keep_out_of_ddp(model, [p for group in released for p in group["params"]])
     count_released_gradients_in_clipping()
 
 
-def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], dict[str, Any]]:
-    """Answer the Trainer for `optim=name`: the optimizer class and its groups, as transformers' own handlers do.
+def release_arguments(model: nn.Module, release: str | None) -> dict[str, Any]:
+    """Return what `StatelessOptimizer` has to be told to update in backward; nothing if it updates in `step()`.
 
     Args:
-        name: `swan`, `sinkgd` or `multinorm`.
-        ctx: transformers' context: training arguments, model and the parsed `optim_args`.
-
-    Raises:
-        ValueError: what `create_optimizer` refuses, a missing model, FSDP1, or DeepSpeed ZeRO.
+        model: the model that is trained.
+        release: from `checked_groups`.
     """
-    if ctx.model is None:
-        raise ValueError(f"optim={name!r} needs the model to tell matrices from the rest: pass model= to the call.")
-    _refuse_partitioning(ctx.args)
-    _refuse_sharded_int8(ctx.args, ctx.model)
-    adam = {"adamw_beta1": ctx.adam_kwargs["betas"][0], "adamw_beta2": ctx.adam_kwargs["betas"][1]}
-    given = {**adam, "adamw_eps": ctx.adam_kwargs["eps"], **ctx.optim_args}
-    if name.endswith(LAYERWISE):
-        _refuse_layerwise(ctx.args, ctx.model, given.get("release", "matrices"))
-    groups, release = _build(
-        ctx.model, name, ctx.args.learning_rate, ctx.args.weight_decay, ctx.args.optim_target_modules, given
-    )
-    if "split_whitening" not in given and getattr(ctx.args, "world_size", 1) > 1:
-        # The Trainer steps all processes together, with gradients that DDP has averaged.
-        for group in (group for group in groups if group["algorithm"] == "multinorm"):
-            group["split_whitening"] = True
-    steps = ctx.args.gradient_accumulation_steps
-    if release and steps > 1:
-        held = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
-        logger.warning(
-            "optim=%s with gradient_accumulation_steps=%d: the gradients of all %.2f GiB of weights are held between "
-            "micro-batches, and freed layer by layer only in the last one. A batch in one piece saves that memory.",
-            name,
-            steps,
-            held / 2**30,
-        )
-    return StatelessOptimizer, {"params": groups, **_layerwise_kwargs(ctx.model, release), **ctx.optimizer_kwargs}
-
-
-def _layerwise_kwargs(model: nn.Module, release: str | None) -> dict[str, Any]:
     return {"release": release, "order": [name for name, _ in model.named_parameters()]} if release else {}
-
-
-def _refuse_layerwise(args: Any, model: nn.Module, release: str) -> None:
-    """Refuse the settings of the Trainer that cannot be combined with updates in backward."""
-    if args.fp16:
-        raise ValueError(
-            "fp16=True scales the loss and may have to undo a step, but layer-wise updates are done before that is "
-            "known: set bf16=True instead, or leave out _layerwise."
-        )
-    if args.auto_find_batch_size:
-        raise ValueError(
-            "auto_find_batch_size=True starts over after running out of memory, but by then layer-wise updates have "
-            "changed some of the weights: set per_device_train_batch_size, or leave out _layerwise."
-        )
-    if len({getattr(p, "device_mesh", None) for p in model.parameters() if p.requires_grad}) > 1:
-        raise ValueError(
-            "Under tensor parallelism the Trainer clips by the norm of the gradients that are left after backward, "
-            "which lacks what layer-wise updates have freed: leave out _layerwise, or shard with FSDP2 alone."
-        )
-    if release == "all" and args.max_grad_norm:
-        raise ValueError(
-            f"release=all updates the AdamW part before the gradient norm is known, so max_grad_norm="
-            f"{args.max_grad_norm} cannot be applied: set max_grad_norm=0, or release=matrices."
-        )
-
-
-def _refuse_partitioning(args: Any) -> None:
-    """Refuse what hands the optimizer flattened or partitioned matrices: it would train something else, silently.
-
-    It is announced by the training arguments, or by `accelerate launch` through the environment.
-    """
-    announced = [getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")]
-    if any(announced) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "DeepSpeed ZeRO hands the optimizer flat partitions, so row norms, column norms and whitening are "
-            "undefined: leave out --deepspeed, or set distributed_type: FSDP and fsdp_version: 2 in the accelerate "
-            "config to shard with FSDP2."
-        )
-    plugin = getattr(args, "fsdp_plugin_args", None)
-    # An Accelerator sets ACCELERATE_USE_FSDP without a version, `accelerate launch` always with one.
-    version = os.environ.get("FSDP_VERSION") if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
-    if str(plugin.get("fsdp_version", version or 1) if plugin else version) == "1":
-        refuse_fsdp1()
-
-
-def _refuse_sharded_int8(args: Any, model: nn.Module) -> None:
-    """Refuse FSDP for 8-bit weights: it would shard the empty parameters and leave the codes behind."""
-    sharded = getattr(args, "fsdp_plugin_args", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if sharded and any(isinstance(p, Int8Weight) for p in model.parameters()):
-        raise ValueError(
-            "8-bit weights cannot be sharded by FSDP: type distributed_type: MULTI_GPU in the accelerate config "
-            "(DDP), or load the model without quantization_config."
-        )
 
 
 class _Factory:

@@ -1,44 +1,25 @@
-"""Optimizer names for `optim=`: the only file that touches private parts of transformers.
+"""The names of `optim=`: entered into transformers, which has no public way to add one.
 
-transformers has no public way to add a name (transformers#31875 and transformers#34358 asked for less). It checks
-`optim` against the enum `OptimizerNames`, and since 5.2.0 (transformers#43738) the Trainer looks the optimizer up in
-the table `_OPTIMIZER_HANDLERS`; this file adds to both. All of it can be deleted once transformers has a public way.
-What each private part is for stands at the function that touches it; `tests/test_registration.py` names the part that
-moved.
+transformers checks `optim` against the enum `OptimizerNames`, and since 5.2.0 (transformers#43738) the Trainer looks
+the optimizer up in the table `_OPTIMIZER_HANDLERS`; this file adds to both (transformers#31875 and transformers#34358
+asked for less). What each private part is for stands at the function that touches it, and in `private_parts.py`.
+Delete the file when transformers has a public way.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from typing import Any
 
-import torch
 import transformers
-from accelerate import Accelerator
 from packaging.version import Version
-from torch.nn.parallel import DistributedDataParallel
 
-from ..optimizer.release import released_norm
-from ..ranks.placement import whole_matrix
-from .options import optimizer_names
+from .optim_args import optimizer_names
+from .patches import OURS, explain_optim_args
 
 
-PRIVATE_PARTS = (
-    "transformers.training_args:OptimizerNames._member_map_",
-    "transformers.training_args:OptimizerNames._member_names_",
-    "transformers.training_args:OptimizerNames._value2member_map_",
-    "transformers.trainer_optimizer:_OPTIMIZER_HANDLERS",
-    "transformers.trainer:_parse_optim_args",
-    "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
-)
-"""Every private attribute that `register` reads or writes, as module:attribute."""
-
-_OURS = "_hf_stateless"
 _MINIMUM_TRANSFORMERS = (5, 2)
 _LOCK = threading.Lock()
 _WARNED: set[str] = set()
@@ -68,7 +49,7 @@ def register(names: Iterable[str] | None = None) -> None:
         try:
             for name in optimizer_names() if names is None else names:
                 _add_name(name, training_args.OptimizerNames, trainer_optimizer._OPTIMIZER_HANDLERS)
-            _explain_optim_args(trainer)
+            explain_optim_args(trainer)
         except AttributeError as error:
             installed = transformers.__version__
             raise ImportError(
@@ -95,7 +76,7 @@ def _add_name(name: str, enum: Any, handlers: dict[str, Any]) -> None:
     """
     member = enum._value2member_map_.get(name)
     taken = (member, enum._member_map_.get(name.upper()), handlers.get(name))
-    if any(entry is not None and not hasattr(entry, _OURS) for entry in taken):
+    if any(entry is not None and not hasattr(entry, OURS) for entry in taken):
         _warn_shipped_upstream(name)
         return
     if member is None:
@@ -121,12 +102,12 @@ def _new_handler(name: str) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
     """Return a handler of the Trainer, which gets an `OptimizerContext` and returns (class or factory, kwargs)."""
 
     def handler(context: Any) -> tuple[Any, dict[str, Any]]:
-        # Looked up when it is called: the factory stands above this room and imports it.
-        answer: tuple[Any, dict[str, Any]] = import_module(".factory", __package__).handle(name, context)
-        return answer
+        from .handler import handle  # only now: registering names must not load what makes optimizers
+
+        return handle(name, context)
 
     handler.__name__ = f"get_{name}"
-    setattr(handler, _OURS, True)
+    setattr(handler, OURS, True)
     return handler
 
 
@@ -147,7 +128,7 @@ def _new_member(enum: Any, name: str) -> Any:
         __reduce_ex__=lambda protocol: (str, (name,)),
         __deepcopy__=lambda memo: member,
     )
-    setattr(member, _OURS, True)
+    setattr(member, OURS, True)
     return member
 
 
@@ -168,96 +149,3 @@ def _add_member(enum: Any, member: Any) -> None:
     type.__setattr__(enum, member.name, member)
     if hasattr(enum, "_hashable_values_"):
         enum._hashable_values_.append(member.value)
-
-
-def _explain_optim_args(trainer: Any) -> None:
-    """Give a malformed `optim_args` one clear error line, for every optimizer; well-formed strings parse as before.
-
-    `_parse_optim_args` (transformers/trainer_optimizer.py) splits at commas, then at "=", and answers everything else
-    with "not enough values to unpack" or an AttributeError. It is replaced in `transformers.trainer`, the module that
-    calls it. Delete when transformers reports the malformed part itself.
-    """
-    upstream = trainer._parse_optim_args
-    if hasattr(upstream, _OURS):
-        return
-
-    def parse_optim_args(optim_args: str | None) -> dict[str, str]:
-        try:
-            parsed: dict[str, str] = upstream(optim_args)
-        except (AttributeError, TypeError, ValueError):
-            raise ValueError(_malformed(optim_args)) from None
-        return parsed
-
-    setattr(parse_optim_args, _OURS, True)
-    trainer._parse_optim_args = parse_optim_args
-
-
-def _malformed(optim_args: object) -> str:
-    """Return one line that says what was got, what is wrong with it, and what to type."""
-    if isinstance(optim_args, str):
-        part = next((part for part in optim_args.split(",") if part.count("=") != 1), "").strip()
-        wrong = f"the part {part!r} is not key=value" if part else "a comma has nothing on one side"
-    else:
-        wrong = f"a {type(optim_args).__name__} is not a string"
-    return (
-        f"optim_args={optim_args!r} is malformed: {wrong}. Type key=value,key=value and join lists with +, "
-        'for example optim_args="norms=row_l2+col_l2,num_iterations=3".'
-    )
-
-
-def count_released_gradients_in_clipping() -> None:
-    """Make `Accelerator.clip_grad_norm_` see gradients that layer-wise updates have freed; repeated calls do nothing.
-
-    The Trainer clips, and logs as `grad_norm`, by this public method, which looks at `.grad` alone: without the freed
-    gradients it would clip the rest too little and log a part for the whole. The optimizers are found through
-    `Accelerator._optimizers`. To be deleted when accelerate lets an optimizer take part in clipping.
-    """
-    original = Accelerator.clip_grad_norm_
-    if hasattr(original, _OURS):
-        return
-
-    @functools.wraps(original)
-    def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        parameters = list(parameters)
-        released = released_norm(parameters)
-        if released is None:
-            return original(self, parameters, max_norm, norm_type)
-        if norm_type != 2:
-            raise ValueError(
-                f"norm_type={norm_type}: of gradients that layer-wise updates have freed only the 2-norm is known; "
-                "leave norm_type out, or take the optimizer without _layerwise."
-            )
-        rest = whole_matrix(original(self, parameters, math.inf, norm_type))
-        total = torch.linalg.vector_norm(torch.stack([rest.to(released), released]), norm_type)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
-        return total
-
-    setattr(clip_grad_norm_, _OURS, True)
-    Accelerator.clip_grad_norm_ = clip_grad_norm_
-
-
-def keep_out_of_ddp(model: torch.nn.Module, parameters: Iterable[torch.Tensor]) -> None:
-    """Tell a later `DistributedDataParallel(model)` which parameters it must not put into its buckets.
-
-    The static method is DDP's own (torch/nn/parallel/distributed.py); it marks the model and its parameters, and DDP
-    looks for the names: of every module that holds a parameter, with an empty module name in front for the model's
-    own, and behind `_orig_mod.` where `torch.compile` wraps the model. To be deleted when DDP takes the names as an
-    argument.
-
-    Args:
-        model: the model before it is wrapped.
-        parameters: those to leave out. DDP refuses to have none, so the smallest stays if nothing else would: the
-            last of that size, next to the loss, since DDP also hangs where a rank uses nothing of what it has.
-    """
-    ids = {id(p) for p in parameters}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if all(id(p) in ids for p in trainable):
-        ids.remove(id(min(reversed(trainable), key=torch.Tensor.numel)))
-    names = {
-        name
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for own, p in module.named_parameters(recurse=False, remove_duplicate=False)
-        if id(p) in ids
-        for name in (f"{prefix}.{own}".removeprefix("."), f"{prefix}.{own}", f"_orig_mod.{prefix}.{own}")
-    }
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))  # type: ignore[no-untyped-call]

@@ -92,7 +92,7 @@ def partition_parameters(
     embeddings |= _lora_embedding_keys(model)
     pairs = {id(p): pair for pair in lora_pairs(model) for p in (pair.a, pair.b)}
     explicit = target_modules is not None and not _is_all_linear(target_modules)
-    # The Trainer's own rule, which does not look at its self: norms and biases are not decayed.
+    # The Trainer's own rule, a method that does not use its self: norms and biases are not decayed.
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     entries = []
     for name, p in named:
@@ -114,7 +114,7 @@ def partition_parameters(
 
 
 def _keep_pairs_together(entries: list[PartitionedParameter]) -> None:
-    """Put B behind its A, in place, and let go of pairs that are not treated alike."""
+    """Put B behind its A, in place, and drop a pair whose factors differ in role or decay."""
     place = {id(entry.parameter): i for i, entry in enumerate(entries)}
     kinds = [(entry.role, entry.decay) for entry in entries]
     for entry in entries:

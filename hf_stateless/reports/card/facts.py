@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...trainer.options import LAYERWISE, optimizer_names
+from ...optimizer.options import LAYERWISE
+from ...trainer.optim_args import optimizer_names
 
 
 SCHEMA_VERSION = 1

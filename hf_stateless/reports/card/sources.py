@@ -18,7 +18,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from transformers.modelcard import TASK_MAPPING
 
-from ...trainer.options import LAYERWISE
+from ...optimizer.rules import COMMON, told_options
+from ...trainer.optim_args import plain_name
 from ...weights.int8.convert import int8_layers
 from ..measured.provenance import without_folders
 from .facts import CARD_FILE, CardFacts
@@ -55,24 +56,6 @@ HYPERPARAMETERS = (
     *("bf16", "fp16", "gradient_checkpointing", "seed"),
 )
 """Arguments that are told where the trainer has them and they are not None, empty or false."""
-OPTIMIZER_OPTIONS = {
-    "multinorm": (
-        "norms",
-        "num_iterations",
-        "lr_scale",
-        "whitening",
-        "ns_steps",
-        "ns_beta",
-        "ns_dtype",
-        "stochastic_rounding",
-        "min_signal",
-        "momentum",
-        "momentum_dtype",
-        "width_rule",
-    ),
-    "adamw": ("betas", "eps"),
-    "adamw_8bit": ("betas", "eps"),
-}
 METRICS = {
     "loss": "Loss",
     "perplexity": "Perplexity",
@@ -202,11 +185,11 @@ def _optimizer_options(trainer: Trainer) -> dict[str, Any]:
     """Return what the groups of a live optimizer of this package say: what was run, defaults included."""
     found: dict[str, Any] = {}
     for group in trainer.optimizer.param_groups if trainer.optimizer else ():
-        unused = set() if "spectral" in group.get("norms", ()) else {"whitening", "ns_steps", "ns_beta", "ns_dtype"}
-        unused |= set() if group.get("momentum") else {"momentum_dtype"}
-        for name in OPTIMIZER_OPTIONS.get(group.get("algorithm"), ()):
-            if name not in unused and group.get(name) not in (None, 0, "none"):
-                found.setdefault(f"{name} ({group['algorithm']})", group[name])
+        # What every group has is told once, with the first of them.
+        left_out = COMMON if found else {}
+        for name, value in (told_options(group) if "algorithm" in group else {}).items():
+            if name not in left_out:
+                found.setdefault(f"{name} ({group['algorithm']})", value)
     return found
 
 
@@ -303,7 +286,7 @@ def _metadata(facts: CardFacts, theirs: dict[str, Any], task: str | None, datase
     """Return the YAML block: what the trainer's card has, corrected and completed."""
     kept = {key: value for key, value in theirs.items() if key in ("language", "metrics")}
     pipeline_tag = theirs.get("pipeline_tag") or _pipeline_tag(facts.model)
-    own = ["hf_stateless", facts.optimizer.removesuffix(LAYERWISE), "multi-normalization", "memory-efficient"]
+    own = ["hf_stateless", plain_name(facts.optimizer), "multi-normalization", "memory-efficient"]
     tags = [*(own if facts.stateless else own[:2]), *([task] if task else [])]
     # PEFT's tags name the base model by its path; the Hub makes them itself from `base_model`.
     tags += [tag for tag in theirs.get("tags") or () if not tag.startswith("base_model:") and tag not in tags]

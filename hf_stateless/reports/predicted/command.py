@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ...trainer.options import LAYERWISE
+from ...optimizer.options import LAYERWISE
 from ...weights.int8.weight import Int8Weight
 from ..command_line import Parser
 from .estimate import estimate

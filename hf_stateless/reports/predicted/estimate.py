@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...trainer.options import LAYERWISE
+from ...optimizer.options import LAYERWISE
 from .model import example_inputs, tensor_bytes, weight_bytes
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .step import step_temporary, update_temporaries

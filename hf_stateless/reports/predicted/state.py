@@ -12,7 +12,7 @@ from torch import nn
 
 from ...optimizer.rules import RULES as OUR_RULES
 from ...trainer.factory import parameter_groups
-from ...trainer.options import optimizer_names, parse_options
+from ...trainer.optim_args import optimizer_names, parse_options
 from ...trainer.partition import partition_parameters
 
 

@@ -1,0 +1,300 @@
+"""Every option of the optimizers, one row each: the table `OPTIONS`.
+
+Parser, error texts, parameter groups, model card and documentation are derived from it. A new option is one row here,
+and the line that uses its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
+from ..update.width import WIDTH_RULES
+from .option_kinds import CHAIN, COUNT, FRACTION, NUMBER, SWITCH, WHOLE, Kind, choice
+
+
+LAYERWISE = "_layerwise"
+"""What names end with whose matrices are updated in backward."""
+LORA = ("separate", "product")
+"""How LoRA adapters are updated; the first is the default."""
+EMBEDDINGS = ("adamw", "adamw_8bit", "stateless", "sinkhorn_momentum")
+"""What updates embeddings and heads; the first is the default."""
+MOMENTUM_DTYPES = ("int8", "bfloat16", "float32")
+"""How the momentum of matrices is stored; the first is the default."""
+EVERY_RULE = "every rule"
+"""Among the groups of an option: the groups of all rules have it."""
+
+
+@dataclass(frozen=True)
+class BelongsTo:
+    """The runs in which an option means something: all that is set here has to hold."""
+
+    optim: str = ""
+    """An optimizer name, with or without `_layerwise`."""
+    norm: str = ""
+    """A norm of the chain."""
+    release: bool | None = None
+    """True: layer-wise names only. False: the other names only."""
+    option: str = ""
+    """Another option, without which this one changes nothing; it may be given all the same."""
+
+    def __str__(self) -> str:
+        parts = [
+            f"`{self.optim}`" if self.optim else "",
+            f"chains with `{self.norm}`" if self.norm else "",
+            "" if self.release is None else f"names {'with' if self.release else 'without'} `{LAYERWISE}`",
+            f"runs with `{self.option}`" if self.option else "",
+        ]
+        return ", ".join(part for part in parts if part) or "all"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: what may be written, what it is without that, and where its value goes."""
+
+    name: str
+    """The key in `optim_args`, the keyword of `create_optimizer`, and the key in groups."""
+    default: Any
+    """None where a preset, a whitening or the Trainer decides; `default_text` says which."""
+    kind: Kind
+    meaning: str
+    """One line for the documentation."""
+    belongs_to: BelongsTo = BelongsTo()
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    """The rules whose groups hold the value, each with the default of groups that are made by hand."""
+    roles: tuple[str, ...] = ()
+    """The roles of parameters whose groups get the value, where not all do; the others keep the rule's default."""
+    on_card: bool = True
+    """Whether a model card tells it: not what changes the noise or the work, but not the method."""
+    default_text: str = ""
+    """The default in words."""
+
+
+_SPECTRAL = BelongsTo(norm="spectral")
+_ROWS = (
+    Option(
+        "norms",
+        None,
+        CHAIN,
+        "the chain of norm projections, from left to right",
+        belongs_to=BelongsTo(optim="multinorm"),
+        groups={"multinorm": ("row_l2", "col_l2"), "lora_product": ("spectral",)},
+        default_text="of the preset: `row_l2+spectral`",
+    ),
+    Option(
+        "num_iterations",
+        None,
+        COUNT,
+        "how often the chain runs",
+        groups={"multinorm": 5, "lora_product": 1},
+        default_text="of the preset",
+    ),
+    Option(
+        "lr_scale",
+        None,
+        NUMBER,
+        "factor on the learning rate of what is updated without moments",
+        groups={"multinorm": 0.4, "lora_product": 0.2},
+        default_text="of the preset, half of it with `momentum`; 0.2 for `lora=product` and beside the matrices",
+    ),
+    Option(
+        "whitening",
+        "newton_schulz",
+        choice(list(WHITENING_DEFAULTS)),
+        "how `spectral` is computed",
+        belongs_to=_SPECTRAL,
+        groups={"multinorm": "newton_schulz"},
+    ),
+    Option(
+        "ns_steps",
+        None,
+        COUNT,
+        "iterations of the whitening",
+        belongs_to=_SPECTRAL,
+        groups={"multinorm": None},
+        default_text="of the whitening",
+    ),
+    Option(
+        "ns_beta",
+        None,
+        NUMBER,
+        "step size of the whitening",
+        belongs_to=_SPECTRAL,
+        groups={"multinorm": None},
+        default_text="of the whitening",
+    ),
+    Option(
+        "ns_dtype",
+        None,
+        choice(NS_DTYPES),
+        "what `newton_schulz` computes its products in (float16 on GPUs)",
+        belongs_to=_SPECTRAL,
+        groups={"multinorm": None},
+        default_text=f"`{NS_DTYPES[0]}`",
+    ),
+    Option(
+        "center",
+        True,
+        SWITCH,
+        "subtract the mean of each row before the rows are normalised",
+        belongs_to=BelongsTo(optim="swan"),
+    ),
+    Option(
+        "embeddings",
+        EMBEDDINGS[0],
+        choice(EMBEDDINGS),
+        "what updates embeddings and heads (`stateless` takes norms and biases along: nothing holds state)",
+    ),
+    Option(
+        "lora",
+        LORA[0],
+        choice(LORA),
+        "how LoRA factors A and B are normalised, each on its own or by what they do to B A",
+    ),
+    Option(
+        "adamw_lr",
+        None,
+        NUMBER,
+        "learning rate of the AdamW part; the scheduler acts on it too",
+        default_text="the learning rate",
+    ),
+    Option(
+        "adamw_beta1",
+        0.9,
+        FRACTION,
+        "decay of the first moment of the AdamW part",
+        default_text="`adam_beta1` of the Trainer, `0.9` without one",
+    ),
+    Option(
+        "adamw_beta2",
+        0.999,
+        FRACTION,
+        "decay of the second moment of the AdamW part",
+        default_text="`adam_beta2` of the Trainer, `0.999` without one",
+    ),
+    Option(
+        "adamw_eps",
+        1e-8,
+        NUMBER,
+        "what keeps the AdamW part from dividing by zero",
+        default_text="`adam_epsilon` of the Trainer, `1e-8` without one",
+    ),
+    Option(
+        "stochastic_rounding",
+        True,
+        SWITCH,
+        "round updates of bf16 weights stochastically",
+        groups={EVERY_RULE: True},
+    ),
+    Option(
+        "seed",
+        0,
+        WHOLE,
+        "of the rounding noise: equal on all replicas, repeated by a resumed run",
+        groups={EVERY_RULE: 0},
+        on_card=False,
+    ),
+    Option(
+        "split_whitening",
+        False,
+        SWITCH,
+        "under DDP each process whitens some of the matrices and shares the updates",
+        belongs_to=BelongsTo(norm="spectral", release=False),
+        groups={"multinorm": False},
+        on_card=False,
+        default_text="`true` in the Trainer on several processes, else `false`",
+    ),
+    Option(
+        "min_signal",
+        0.0,
+        FRACTION,
+        "skip the matrices in steps whose gradient norm is below this fraction of that of informative steps",
+        belongs_to=BelongsTo(release=False),
+        groups={"multinorm": 0.0, "lora_product": 0.0},
+    ),
+    Option(
+        "momentum",
+        0.0,
+        FRACTION,
+        "normalise a moving average of the gradients of matrices (Nesterov); 0 keeps none",
+        groups={"multinorm": 0.0},
+        roles=("matrix", "adapter"),
+    ),
+    Option(
+        "momentum_dtype",
+        MOMENTUM_DTYPES[0],
+        choice(MOMENTUM_DTYPES),
+        "how that average is stored",
+        belongs_to=BelongsTo(option="momentum"),
+        groups={"multinorm": MOMENTUM_DTYPES[0]},
+        roles=("matrix", "adapter"),
+    ),
+    Option(
+        "width_rule",
+        WIDTH_RULES[0],
+        choice(WIDTH_RULES),
+        "how the step of a linear layer depends on its shape, for one learning rate over all widths",
+        groups={"multinorm": WIDTH_RULES[0]},
+        roles=("matrix", "head"),  # a low-rank factor and a table of tokens have a side that is no width
+    ),
+    Option(
+        "release",
+        None,
+        choice(("matrices", "all")),
+        "what is updated in backward",
+        belongs_to=BelongsTo(release=True),
+        default_text="`matrices`",
+    ),
+)
+OPTIONS: dict[str, Option] = {option.name: option for option in _ROWS}
+"""The options by name."""
+
+
+def group_defaults(rule: str) -> dict[str, Any]:
+    """Return the options that groups of a rule hold, with the defaults of groups that are made by hand.
+
+    Args:
+        rule: the `algorithm` of a group, or `EVERY_RULE` for what all groups hold.
+
+    Example:
+        >>> from hf_stateless.optimizer.options import group_defaults
+        >>> group_defaults("lora_product")
+        {'norms': ('spectral',), 'num_iterations': 1, 'lr_scale': 0.2, 'min_signal': 0.0}
+    """
+    return {option.name: option.groups[rule] for option in OPTIONS.values() if rule in option.groups}
+
+
+def group_values(rule: str, options: object, role: str) -> dict[str, Any]:
+    """Return what a group of a rule takes from the options of a run.
+
+    Args:
+        rule: the `algorithm` of the group, or `EVERY_RULE` for what all groups hold.
+        options: the values, as attributes.
+        role: of the parameters of the group.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from hf_stateless.optimizer.options import EVERY_RULE, group_values
+        >>> group_values(EVERY_RULE, SimpleNamespace(stochastic_rounding=False, seed=3), "matrix")
+        {'stochastic_rounding': False, 'seed': 3}
+    """
+    rows = [option for option in OPTIONS.values() if rule in option.groups and role in (option.roles or (role,))]
+    return {option.name: getattr(options, option.name) for option in rows}
+
+
+def option_table() -> str:
+    """Return the options as a table in Markdown, for the documentation.
+
+    Example:
+        >>> from hf_stateless.optimizer.options import option_table
+        >>> option_table().splitlines()[9]
+        '| `center` | `true` | subtract the mean of each row before the rows are normalised | `swan` |'
+    """
+    lines = ["| Key | Default | Meaning | Belongs to |", "|---|---|---|---|"]
+    for option in OPTIONS.values():
+        default = option.default_text or f"`{str(option.default).lower()}`"
+        choices = ": " + ", ".join(f"`{name}`" for name in option.kind.choices) if option.kind.choices else ""
+        lines.append(f"| `{option.name}` | {default} | {option.meaning}{choices} | {option.belongs_to} |")
+    return "\n".join(lines)

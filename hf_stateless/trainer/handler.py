@@ -1,0 +1,128 @@
+"""What the Trainer is given for `optim=name`, by its own settings; and which settings are refused."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+
+from ..optimizer.optimizer import StatelessOptimizer
+from ..weights.int8.convert import int8_layers
+from .factory import checked_groups, release_arguments
+from .optim_args import is_layerwise
+from .partition import refuse_fsdp1
+
+
+if TYPE_CHECKING:
+    from transformers.trainer_optimizer import OptimizerContext
+
+logger = logging.getLogger(__name__)
+
+
+def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], dict[str, Any]]:
+    """Answer the Trainer for `optim=name`: the optimizer class and its groups, as transformers' own handlers do.
+
+    Args:
+        name: one of `optimizer_names()`.
+        ctx: transformers' context: training arguments, model and the parsed `optim_args`.
+
+    Raises:
+        ValueError: what `create_optimizer` refuses, a missing model, FSDP1, or DeepSpeed ZeRO.
+    """
+    if ctx.model is None:
+        raise ValueError(f"optim={name!r} needs the model to tell matrices from the rest: pass model= to the call.")
+    _refuse_partitioning(ctx.args)
+    _refuse_sharded_int8(ctx.args, ctx.model)
+    given = {**_adamw_options(ctx.adam_kwargs), **ctx.optim_args}
+    if is_layerwise(name):
+        _refuse_beside_release(ctx.args, ctx.model, given.get("release", "matrices"))
+    groups, release = checked_groups(
+        ctx.model,
+        name,
+        given,
+        lr=ctx.args.learning_rate,
+        weight_decay=ctx.args.weight_decay,
+        target_modules=ctx.args.optim_target_modules,
+    )
+    if "split_whitening" not in given and getattr(ctx.args, "world_size", 1) > 1:
+        # The Trainer steps all processes together, with gradients that DDP has averaged.
+        for group in (group for group in groups if group["algorithm"] == "multinorm"):
+            group["split_whitening"] = True
+    if release and ctx.args.gradient_accumulation_steps > 1:
+        _warn_of_accumulation(name, groups, ctx.args.gradient_accumulation_steps)
+    return StatelessOptimizer, {"params": groups, **release_arguments(ctx.model, release), **ctx.optimizer_kwargs}
+
+
+def _adamw_options(adam_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return AdamW's settings of the training arguments under our own keys, which `optim_args` may override."""
+    beta1, beta2 = adam_kwargs["betas"]
+    return {"adamw_beta1": beta1, "adamw_beta2": beta2, "adamw_eps": adam_kwargs["eps"]}
+
+
+def _warn_of_accumulation(name: str, groups: Sequence[Mapping[str, Any]], steps: int) -> None:
+    held = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
+    logger.warning(
+        "optim=%s with gradient_accumulation_steps=%d: the gradients of all %.2f GiB of weights are held between "
+        "micro-batches, and only the last one frees them layer by layer. One batch without accumulation saves that "
+        "memory.",
+        name,
+        steps,
+        held / 2**30,
+    )
+
+
+def _refuse_beside_release(args: Any, model: nn.Module, release: str) -> None:
+    """Refuse the settings of the Trainer that cannot be combined with updates in backward."""
+    if args.fp16:
+        raise ValueError(
+            "fp16=True scales the loss and may have to undo a step, but layer-wise updates are done before that is "
+            "known: set bf16=True instead, or leave out _layerwise."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True starts over after running out of memory, but by then layer-wise updates have "
+            "changed some of the weights: set per_device_train_batch_size, or leave out _layerwise."
+        )
+    if len({getattr(p, "device_mesh", None) for p in model.parameters() if p.requires_grad}) > 1:
+        raise ValueError(
+            "Under tensor parallelism the Trainer clips by the norm of the gradients that are left after backward, "
+            "which lacks what layer-wise updates have freed: leave out _layerwise, or shard with FSDP2 alone."
+        )
+    if release == "all" and args.max_grad_norm:
+        raise ValueError(
+            f"release=all updates the AdamW part before the gradient norm is known, so max_grad_norm="
+            f"{args.max_grad_norm} cannot be applied: set max_grad_norm=0, or release=matrices."
+        )
+
+
+def _refuse_partitioning(args: Any) -> None:
+    """Refuse what hands the optimizer flattened or partitioned matrices: it would train something else, silently.
+
+    It is announced by the training arguments, or by `accelerate launch` through the environment.
+    """
+    announced = [getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")]
+    if any(announced) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed ZeRO hands the optimizer flat partitions, so row norms, column norms and whitening are "
+            "undefined: leave out --deepspeed, or set distributed_type: FSDP and fsdp_version: 2 in the accelerate "
+            "config to shard with FSDP2."
+        )
+    plugin = getattr(args, "fsdp_plugin_args", None)
+    # An Accelerator sets ACCELERATE_USE_FSDP without a version, `accelerate launch` always with one.
+    version = os.environ.get("FSDP_VERSION") if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+    if str(plugin.get("fsdp_version", version or 1) if plugin else version) == "1":
+        refuse_fsdp1()
+
+
+def _refuse_sharded_int8(args: Any, model: nn.Module) -> None:
+    """Refuse FSDP for 8-bit weights: it would shard the empty parameters and leave the codes behind."""
+    sharded = getattr(args, "fsdp_plugin_args", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if sharded and any(True for _ in int8_layers(model)):
+        raise ValueError(
+            "8-bit weights cannot be sharded by FSDP: type distributed_type: MULTI_GPU in the accelerate config "
+            "(DDP), or load the model without quantization_config."
+        )

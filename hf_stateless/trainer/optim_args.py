@@ -1,0 +1,188 @@
+"""Reading `optim_args`: what may be written for which name, checked before anything is trained.
+
+The options themselves are rows of `hf_stateless.optimizer.options.OPTIONS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..norms.chain import check_norms
+from ..norms.presets import PRESETS
+from ..norms.whitening import WHITENING_DEFAULTS
+from ..optimizer.options import LAYERWISE, OPTIONS, Option
+
+
+# The `lr_scale` of what is updated without moments beside the matrices: LoRA pairs as products, embeddings, vectors.
+# AdamW's step has about this size.
+_SCALE_BESIDE = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """Checked options of one optimizer: a frozen dataclass with an attribute for each row of `OPTIONS`.
+
+    `center` has become part of `norms`; `lr_scale_beside` is the `lr_scale` of what is updated without moments beside
+    the matrices.
+
+    Example:
+        >>> from hf_stateless.trainer.optim_args import parse_options
+        >>> parse_options("sinkgd", {"num_iterations": "3"}).num_iterations
+        3
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Options) and vars(self) == vars(other)
+
+
+def is_layerwise(name: str) -> bool:
+    """Tell whether an optimizer name is that of updates in backward.
+
+    Example:
+        >>> from hf_stateless.trainer.optim_args import is_layerwise
+        >>> is_layerwise("swan_layerwise"), is_layerwise("swan")
+        (True, False)
+    """
+    return name.endswith(LAYERWISE)
+
+
+def plain_name(name: str) -> str:
+    """Return an optimizer name without `_layerwise`: that of its preset.
+
+    Example:
+        >>> from hf_stateless.trainer.optim_args import plain_name
+        >>> plain_name("swan_layerwise"), plain_name("swan")
+        ('swan', 'swan')
+    """
+    return name.removesuffix(LAYERWISE)
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """Return every name that `optim=` takes: the presets, and each with `_layerwise`.
+
+    Example:
+        >>> from hf_stateless.trainer.optim_args import optimizer_names
+        >>> optimizer_names()
+        ('swan', 'sinkgd', 'multinorm', 'swan_layerwise', 'sinkgd_layerwise', 'multinorm_layerwise')
+    """
+    return (*PRESETS, *(name + LAYERWISE for name in PRESETS))
+
+
+def valid_keys(name: str, norms: Sequence[str] | None = None) -> list[str]:
+    """Return the keys that mean something for an optimizer name (and chain, for `multinorm`).
+
+    Example:
+        >>> from hf_stateless.trainer.optim_args import valid_keys
+        >>> "ns_steps" in valid_keys("swan"), "ns_steps" in valid_keys("sinkgd")
+        (True, False)
+    """
+    chain = norms or PRESETS[plain_name(name)].norms
+    return [option.name for option in OPTIONS.values() if not _misplaced(option, name, chain)]
+
+
+def parse_options(name: str, given: Mapping[str, Any]) -> Any:
+    """Check `optim_args` (strings) or keyword arguments (Python values) against a preset.
+
+    Args:
+        name: `swan`, `sinkgd` or `multinorm`, or one of them with `_layerwise`.
+        given: option values by key.
+
+    Returns:
+        `Options`, defaults filled in.
+
+    Raises:
+        ValueError: unknown name, unknown key (with the nearest), or a value of the wrong type or range.
+
+    Example:
+        >>> from hf_stateless.trainer.optim_args import parse_options
+        >>> parse_options("multinorm", {"norms": "row_l2+sign"}).norms
+        ('row_l2', 'sign')
+    """
+    if name not in optimizer_names():
+        raise ValueError(f"Unknown optimizer {name!r}. Valid: {', '.join(optimizer_names())}.")
+    norms = _norms(name, given)
+    valid = valid_keys(name, norms)
+    for key in given:
+        if key not in valid:
+            raise ValueError(_unknown_key(name, key, valid, norms))
+    values = {key: _parse(name, key, value) for key, value in given.items()}
+    if not values.pop("center", True):
+        norms = tuple("row_l2" if norm == "row_standardize" else norm for norm in norms)
+    if values.get("momentum") and values.get("lora") == "product":
+        raise ValueError(
+            f"optim_args for optim={name!r}: lora=product updates A and B from their gradients of this step alone: "
+            "leave out momentum, or lora=product."
+        )
+    values["norms"] = norms
+    values = {**_defaults(name, values), **values}
+    return make_dataclass("Options", values, bases=(Options,), frozen=True, eq=False)(**values)
+
+
+def _norms(name: str, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the chain that is asked for, where the name leaves a choice, or that of the preset."""
+    norms: tuple[str, ...] = PRESETS[plain_name(name)].norms
+    if "norms" in given and OPTIONS["norms"].belongs_to.optim == plain_name(name):
+        norms = _parse(name, "norms", given["norms"])
+    check_norms(norms)
+    return norms
+
+
+def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the default of every option, by what else was given; a checkpoint thereby says what was run."""
+    preset, norms = PRESETS[plain_name(name)], given["norms"]
+    lr_scale = (preset if "spectral" in norms else PRESETS["sinkgd"]).lr_scale
+    if given.get("momentum"):
+        lr_scale /= 2  # averaged steps point the same way for longer: the best rate was half of that without, or less
+    values = {option.name: option.default for option in OPTIONS.values() if option.name != "center"}
+    values |= {"num_iterations": preset.num_iterations, "lr_scale": lr_scale}
+    values["lr_scale_beside"] = given.get("lr_scale", _SCALE_BESIDE)
+    if is_layerwise(name):
+        values["release"] = "matrices"
+    return values | (_whitening_defaults(name, given) if "spectral" in norms else {})
+
+
+def _whitening_defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the whitening that is used; refuse what only another one takes."""
+    whitening = given.get("whitening", OPTIONS["whitening"].default)
+    taken = WHITENING_DEFAULTS[whitening]
+    for key in {key for others in WHITENING_DEFAULTS.values() for key in others} - taken.keys():
+        if key in given:
+            raise ValueError(f"whitening={whitening} takes no {key} (optim_args of optim={name!r}): leave it out.")
+    return dict(taken)
+
+
+def _parse(name: str, key: str, value: Any) -> Any:
+    kind = OPTIONS[key].kind
+    try:
+        return kind.parse(value)
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"optim_args for optim={name!r}: {key}={value!r} is not {kind.expected}.") from None
+
+
+def _misplaced(option: Option, name: str, norms: Sequence[str]) -> str:
+    """Return why an option means nothing for a name and a chain; empty where it does."""
+    key, to, plain = option.name, option.belongs_to, plain_name(name)
+    if to.norm and to.norm not in norms:
+        return f"{key} belongs to the norm {to.norm!r}, which is not in the chain {'+'.join(norms)}."
+    if to.release is False and is_layerwise(name):
+        return f"{key} needs all gradients at once, which layer-wise updates free: take optim={plain!r}."
+    if to.release and not is_layerwise(name):
+        return f"{key} belongs to layer-wise updates: take optim={name + LAYERWISE!r}."
+    if to.optim and to.optim != plain:
+        return f"{key} belongs to optim={to.optim!r}."
+    return ""
+
+
+def _unknown_key(name: str, key: str, valid: list[str], norms: Sequence[str]) -> str:
+    message = f"Unknown key {key!r} in optim_args for optim={name!r}. Valid keys: {', '.join(sorted(valid))}."
+    if key in OPTIONS:
+        return f"{message} ({_misplaced(OPTIONS[key], name, norms)})"
+    near = difflib.get_close_matches(key, valid, n=1)
+    return f"{message} Did you mean {near[0]!r}?" if near else message

@@ -1,0 +1,114 @@
+"""What is put in the place of functions of transformers, accelerate and torch, each with its reason and its end."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+
+from ..optimizer.release import released_norm
+from ..ranks.placement import whole_matrix
+
+
+OURS = "_hf_stateless"
+"""The attribute by which an object that this package has put somewhere is known."""
+
+
+def explain_optim_args(trainer: Any) -> None:
+    """Give a malformed `optim_args` one clear error line, for every optimizer; well-formed strings parse as before.
+
+    `_parse_optim_args` (transformers/trainer_optimizer.py) splits at commas, then at "=", and answers everything else
+    with "not enough values to unpack" or an AttributeError. It is replaced in `transformers.trainer`, the module that
+    calls it. Delete when transformers reports the malformed part itself.
+
+    Args:
+        trainer: the module `transformers.trainer`.
+    """
+    upstream = trainer._parse_optim_args
+    if hasattr(upstream, OURS):
+        return
+
+    def parse_optim_args(optim_args: str | None) -> dict[str, str]:
+        try:
+            parsed: dict[str, str] = upstream(optim_args)
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(_malformed(optim_args)) from None
+        return parsed
+
+    setattr(parse_optim_args, OURS, True)
+    trainer._parse_optim_args = parse_optim_args
+
+
+def _malformed(optim_args: object) -> str:
+    """Return one line that says what was got, what is wrong with it, and what to type."""
+    if isinstance(optim_args, str):
+        part = next((part for part in optim_args.split(",") if part.count("=") != 1), "").strip()
+        wrong = f"the part {part!r} is not key=value" if part else "a comma has nothing on one side"
+    else:
+        wrong = f"a {type(optim_args).__name__} is not a string"
+    return (
+        f"optim_args={optim_args!r} is malformed: {wrong}. Type key=value,key=value and join lists with +, "
+        'for example optim_args="norms=row_l2+col_l2,num_iterations=3".'
+    )
+
+
+def count_released_gradients_in_clipping() -> None:
+    """Make `Accelerator.clip_grad_norm_` see gradients that layer-wise updates have freed; repeated calls do nothing.
+
+    The Trainer clips, and logs as `grad_norm`, by this public method, which looks at `.grad` alone: without the freed
+    gradients it would clip the rest too little and log a part for the whole. Delete when accelerate lets an optimizer
+    take part in clipping.
+    """
+    original = Accelerator.clip_grad_norm_
+    if hasattr(original, OURS):
+        return
+
+    @functools.wraps(original)
+    def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        parameters = list(parameters)
+        released = released_norm(parameters)
+        if released is None:
+            return original(self, parameters, max_norm, norm_type)
+        if norm_type != 2:
+            raise ValueError(
+                f"norm_type={norm_type}: of gradients that layer-wise updates have freed only the 2-norm is known; "
+                "leave norm_type out, or take the optimizer without _layerwise."
+            )
+        rest = whole_matrix(original(self, parameters, math.inf, norm_type))
+        total = torch.linalg.vector_norm(torch.stack([rest.to(released), released]), norm_type)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        return total
+
+    setattr(clip_grad_norm_, OURS, True)
+    Accelerator.clip_grad_norm_ = clip_grad_norm_
+
+
+def keep_out_of_ddp(model: torch.nn.Module, parameters: Iterable[torch.Tensor]) -> None:
+    """Tell a later `DistributedDataParallel(model)` which parameters it must not put into its buckets.
+
+    The static method is DDP's own (torch/nn/parallel/distributed.py); it marks the model and its parameters, and DDP
+    looks for the names: of every module that holds a parameter, with an empty module name in front for the model's
+    own, and behind `_orig_mod.` where `torch.compile` wraps the model. Delete when DDP takes the names as an argument.
+
+    Args:
+        model: the model before it is wrapped.
+        parameters: those to leave out. DDP refuses to have none, so the smallest stays if nothing else would: the
+            last of that size, next to the loss, since DDP also hangs where a rank uses nothing of what it has.
+    """
+    ids = {id(p) for p in parameters}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if all(id(p) in ids for p in trainable):
+        ids.remove(id(min(reversed(trainable), key=torch.Tensor.numel)))
+    names = {
+        name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for own, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(p) in ids
+        for name in (f"{prefix}.{own}".removeprefix("."), f"{prefix}.{own}", f"_orig_mod.{prefix}.{own}")
+    }
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))  # type: ignore[no-untyped-call]

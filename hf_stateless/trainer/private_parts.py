@@ -1,0 +1,263 @@
+"""What this package uses of other packages without their promise to keep it: data only.
+
+`tests/test_architecture.py` finds every such use in the sources and demands a row for it, and a use for every row;
+`tests/test_registration.py` looks each part up and names it when upstream has moved it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PrivatePart:
+    """One thing that is private upstream, or public and used as nobody promised."""
+
+    part: str
+    """`module:attribute`; `module#name` for what only objects have: it is looked for in the source of the module."""
+    used_by: tuple[str, ...]
+    """Our files, below `hf_stateless/`."""
+    why: str
+    upstream: str
+    """Where it is upstream, and what was asked for there if anything was."""
+    until: str
+    """When our use can be deleted."""
+    everywhere: bool = True
+    """False for what some supported versions do not have."""
+
+
+_TRAINING_ARGS = "transformers/training_args.py; transformers#31875 and transformers#34358 asked for names as plugins"
+_NAMES = "transformers accepts names that are not members of its enum"
+_HOOKS = "transformers/quantizers/base.py"
+_FOREACH = "torch/_foreach; the optimizers of torch are written with these"
+_HUB_ERRORS = "huggingface_hub raises errors of its own for failures of the network"
+
+PRIVATE_PARTS = (
+    PrivatePart(
+        part="transformers.training_args:OptimizerNames._member_map_",
+        used_by=("trainer/names.py",),
+        why="iteration and OptimizerNames[name] know a new name",
+        upstream=_TRAINING_ARGS,
+        until=_NAMES,
+    ),
+    PrivatePart(
+        part="transformers.training_args:OptimizerNames._member_names_",
+        used_by=("trainer/names.py",),
+        why="iteration knows a new name, and its position",
+        upstream=_TRAINING_ARGS,
+        until=_NAMES,
+    ),
+    PrivatePart(
+        part="transformers.training_args:OptimizerNames._value2member_map_",
+        used_by=("trainer/names.py",),
+        why="OptimizerNames(value) knows a new name",
+        upstream=_TRAINING_ARGS,
+        until=_NAMES,
+    ),
+    PrivatePart(
+        part="transformers.training_args:OptimizerNames._hashable_values_",
+        used_by=("trainer/names.py",),
+        why="`value in OptimizerNames` knows a new name",
+        upstream="CPython's enum, from late 3.13",
+        until=_NAMES,
+        everywhere=False,
+    ),
+    PrivatePart(
+        part="transformers.trainer_optimizer:_OPTIMIZER_HANDLERS",
+        used_by=("trainer/names.py",),
+        why="the Trainer looks up who makes the optimizer of a name",
+        upstream="transformers/trainer_optimizer.py, since 5.2.0 (transformers#43738)",
+        until="transformers has a public function that adds a handler",
+    ),
+    PrivatePart(
+        part="transformers.trainer:_parse_optim_args",
+        used_by=("trainer/patches.py",),
+        why="a malformed optim_args gets one clear line",
+        upstream="transformers/trainer_optimizer.py",
+        until="transformers reports the malformed part itself",
+    ),
+    PrivatePart(
+        part="transformers:Trainer.get_decay_parameter_names",
+        used_by=("trainer/partition.py",),
+        why="the Trainer's rule of weight decay without a Trainer: the method does not look at its self",
+        upstream="transformers/trainer.py",
+        until="transformers has the rule as a function",
+    ),
+    PrivatePart(
+        part="transformers.quantizers:HfQuantizer._process_model_before_weight_loading",
+        used_by=("weights/int8/hf_quantizer.py",),
+        why="8-bit layers are put in before weights are read; quantizers are made to override it",
+        upstream=_HOOKS,
+        until="the hook is renamed",
+    ),
+    PrivatePart(
+        part="transformers.quantizers:HfQuantizer._process_model_after_weight_loading",
+        used_by=("weights/int8/hf_quantizer.py",),
+        why="8-bit layers take over what was read; quantizers are made to override it",
+        upstream=_HOOKS,
+        until="the hook is renamed",
+    ),
+    PrivatePart(
+        part="transformers.quantizers:HfQuantizer._dequantize",
+        used_by=("weights/int8/hf_quantizer.py",),
+        why="model.dequantize() gives float weights back; quantizers are made to override it",
+        upstream=_HOOKS,
+        until="the hook is renamed",
+    ),
+    PrivatePart(
+        part="accelerate:Accelerator.clip_grad_norm_",
+        used_by=("trainer/patches.py",),
+        why="replaced, so that clipping and the logged grad_norm count gradients that backward has freed",
+        upstream="accelerate/accelerator.py; public, but nobody promised that the Trainer clips by it",
+        until="accelerate lets an optimizer take part in clipping",
+    ),
+    PrivatePart(
+        part="torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
+        used_by=("trainer/patches.py",),
+        why="keeps parameters that are updated in backward out of the buckets of DDP",
+        upstream="torch/nn/parallel/distributed.py",
+        until="DDP takes the names as an argument",
+    ),
+    PrivatePart(
+        part="torch.nn.parallel.distributed#_ddp_ignored",
+        used_by=("optimizer/release.py",),
+        why="tells which parameters DDP was told to leave alone",
+        upstream="torch/nn/parallel/distributed.py",
+        until="DDP tells what it averages",
+    ),
+    PrivatePart(
+        part="torch._dynamo.eval_frame#_orig_mod",
+        used_by=("trainer/patches.py",),
+        why="the prefix of names in a model that torch.compile has wrapped",
+        upstream="torch/_dynamo/eval_frame.py",
+        until="DDP takes parameters instead of names",
+    ),
+    PrivatePart(
+        part="torch.nn:Module._apply",
+        used_by=("weights/int8/linear.py",),
+        why="model.to(dtype) must not cast codes and scales; torch's own modules override it so",
+        upstream="torch/nn/modules/module.py",
+        until="torch has a public hook for it",
+    ),
+    PrivatePart(
+        part="torch.nn.modules.module#_parameters",
+        used_by=("weights/int8/linear.py",),
+        why="takes codes and scales out of the way while torch moves or loads the rest of the layer",
+        upstream="torch/nn/modules/module.py",
+        until="torch has public hooks for both",
+    ),
+    PrivatePart(
+        part="torch.nn:Module._load_from_state_dict",
+        used_by=("weights/int8/linear.py",),
+        why="a float weight of a checkpoint is quantised as it is loaded; torch names it as the place for that",
+        upstream="torch/nn/modules/module.py",
+        until="torch has a public hook for it",
+    ),
+    PrivatePart(
+        part="torch.autograd:Variable._execution_engine",
+        used_by=("optimizer/release.py",),
+        why="a callback at the end of backward, before DDP waits for other ranks",
+        upstream="torch/autograd/variable.py; DDP and FSDP2 use it so",
+        until="torch has a public hook for the end of backward",
+    ),
+    PrivatePart(
+        part="torch:_foreach_copy_",
+        used_by=("optimizer/adamw.py",),
+        why="many tensors in one launch",
+        upstream=_FOREACH,
+        until="torch gives them public names",
+    ),
+    PrivatePart(
+        part="torch:_foreach_add",
+        used_by=("optimizer/adamw.py",),
+        why="many tensors in one launch",
+        upstream=_FOREACH,
+        until="torch gives them public names",
+    ),
+    PrivatePart(
+        part="torch:_foreach_add_",
+        used_by=("optimizer/unread_flags.py",),
+        why="many tensors in one launch",
+        upstream=_FOREACH,
+        until="torch gives them public names",
+    ),
+    PrivatePart(
+        part="torch._subclasses.fake_tensor:FakeTensorMode",
+        used_by=("reports/predicted/step.py",),
+        why="runs a step on tensors without contents",
+        upstream="torch/_subclasses/fake_tensor.py",
+        until="torch has it under a public name",
+    ),
+    PrivatePart(
+        part="torch._subclasses.fake_tensor:FakeTensor",
+        used_by=("reports/predicted/trace.py",),
+        why="tells a tensor without contents",
+        upstream="torch/_subclasses/fake_tensor.py",
+        until="torch has it under a public name",
+    ),
+    PrivatePart(
+        part="torch.utils._python_dispatch:TorchDispatchMode",
+        used_by=("reports/predicted/trace.py",),
+        why="sees every operation of forward and backward",
+        upstream="torch/utils/_python_dispatch.py",
+        until="torch has it under a public name",
+    ),
+    PrivatePart(
+        part="torch.utils._pytree:tree_iter",
+        used_by=("reports/predicted/trace.py",),
+        why="finds the tensors among the arguments of an operation",
+        upstream="torch/utils/_pytree.py; torch.utils.pytree has no iterator",
+        until="torch.utils.pytree has one",
+    ),
+    PrivatePart(
+        part="torch:UntypedStorage._cdata",
+        used_by=("reports/predicted/trace.py",),
+        why="tells storages apart, with and without contents",
+        upstream="torch/storage.py",
+        until="storages without contents have a public identity",
+    ),
+    PrivatePart(
+        part="torch:ops.aten._local_scalar_dense",
+        used_by=("reports/predicted/trace.py",),
+        why="a number that is read from a tensor without contents gets a value",
+        upstream="aten/src/ATen/native/native_functions.yaml",
+        until="tensors without contents answer item()",
+    ),
+    PrivatePart(
+        part="torch:ops.aten._scaled_dot_product_flash_attention_for_cpu",
+        used_by=("reports/predicted/trace.py",),
+        why="what fused attention keeps, on the meta device",
+        upstream="aten/src/ATen/native/native_functions.yaml",
+        until="the meta device takes the fused kernel of the device that it stands for",
+    ),
+    PrivatePart(
+        part="torch.nn.functional:scaled_dot_product_attention",
+        used_by=("reports/predicted/trace.py",),
+        why="replaced while memory is predicted, for the meta device has no fused kernel",
+        upstream="torch/nn/functional.py; public",
+        until="the meta device takes the fused kernel of the device that it stands for",
+    ),
+    PrivatePart(
+        part="torch.nn.functional:grouped_mm",
+        used_by=("reports/predicted/trace.py",),
+        why="replaced while memory is predicted, for the meta device cannot read the sizes of its groups",
+        upstream="torch/nn/functional.py; public, from torch 2.10",
+        until="the meta device computes it",
+        everywhere=False,
+    ),
+    PrivatePart(
+        part="huggingface_hub.utils:httpx",
+        used_by=("reports/card/pushing.py", "reports/card/sources.py"),
+        why="the errors of a network that fails, from whichever httpx the Hub client uses",
+        upstream="huggingface_hub/utils/__init__.py; not exported",
+        until=_HUB_ERRORS,
+    ),
+    PrivatePart(
+        part="huggingface_hub.utils:yaml_dump",
+        used_by=("reports/card/card.py",),
+        why="writes metadata as the Hub's own cards do",
+        upstream="huggingface_hub/utils/__init__.py; not exported",
+        until="huggingface_hub exports it",
+    ),
+)
+"""The rows, by upstream."""
