@@ -15,7 +15,8 @@ from documents import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_stateless
-from hf_stateless.reports.measured.schema import GIB, MemoryReport
+from hf_stateless.reports.files import GIB
+from hf_stateless.reports.measured.schema import MemoryReport
 from hf_stateless.reports.predicted import optimizer_state_bytes
 
 

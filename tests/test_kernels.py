@@ -9,9 +9,7 @@ import torch
 from conftest import dense, relative_error
 
 from hf_stateless import StatelessOptimizer
-from hf_stateless.update.kernels import int8 as int8_update
-from hf_stateless.update.kernels import launch
-from hf_stateless.update.kernels import sinkgd as sinkgd_update
+from hf_stateless.update.kernels import int8_update, launch, sinkgd_update
 from hf_stateless.update.rules import multinorm_update_, write_update_
 from hf_stateless.weights.int8.codes import quantize_matrix
 from hf_stateless.weights.int8.weight import Int8Weight

@@ -17,8 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_stateless
-from hf_stateless import StatelessOptimizer, create_lora_optimizer, create_optimizer, multi_normalize
-from hf_stateless.optimizer import lora_product as lora
+from hf_stateless import StatelessOptimizer, create_lora_optimizer, create_optimizer, lora, multi_normalize
 from hf_stateless.optimizer.lora_product import Pair, product_chain, product_steps, update_pairs_
 from hf_stateless.trainer.adapters import lora_pairs
 

@@ -13,6 +13,7 @@ from conftest import TINY_MODELS, tiny_inputs
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Trainer, TrainingArguments
 
 import hf_stateless
+from hf_stateless.reports.files import GIB
 from hf_stateless.reports.predicted import (
     Settings,
     build_model,
@@ -23,7 +24,7 @@ from hf_stateless.reports.predicted import (
 )
 from hf_stateless.reports.predicted.model import tensor_bytes, weight_bytes
 from hf_stateless.reports.predicted.state import RULES
-from hf_stateless.reports.predicted.table import GIB, GPUS, SCHEMA_VERSION, Estimate, as_json, as_table, fits
+from hf_stateless.reports.predicted.table import GPUS, SCHEMA_VERSION, Estimate, as_json, as_table, fits
 from hf_stateless.reports.predicted.trace import LiveBytes
 
 

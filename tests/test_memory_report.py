@@ -13,11 +13,12 @@ from conftest import TINY_MODELS
 from transformers import Trainer, TrainingArguments
 
 import hf_stateless
+from hf_stateless.reports.files import GIB
 from hf_stateless.reports.measured.build import base_model, continued, residual
 from hf_stateless.reports.measured.footprint import LiveGradients, Storages, count_parameters, weight_bytes
 from hf_stateless.reports.measured.picture import bars, draw
 from hf_stateless.reports.measured.provenance import command_line, without_folders
-from hf_stateless.reports.measured.schema import GIB, SCHEMA_VERSION, MemoryReport, Moments, Range
+from hf_stateless.reports.measured.schema import SCHEMA_VERSION, MemoryReport, Moments, Range
 
 
 @pytest.fixture(scope="module")

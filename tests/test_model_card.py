@@ -15,7 +15,8 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 import hf_stateless
 from hf_stateless.reports.card.card import attach_model_card, gib, number, render, render_folder
 from hf_stateless.reports.card.facts import CARD_FILE, DATA_FILE, CardFacts
-from hf_stateless.reports.measured.schema import GIB, REPORT_FILE, MemoryReport
+from hf_stateless.reports.files import GIB
+from hf_stateless.reports.measured.schema import REPORT_FILE, MemoryReport
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

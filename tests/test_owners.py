@@ -10,8 +10,7 @@ from conftest import dense
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_stateless import PRESETS, StatelessOptimizer
-from hf_stateless.ranks import ways as distributed
+from hf_stateless import PRESETS, StatelessOptimizer, distributed
 from hf_stateless.ranks.owners import assign_owners, whitening_cost
 
 

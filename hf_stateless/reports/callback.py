@@ -14,9 +14,10 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .files import GIB
 from .measured.build import build_report, continued
 from .measured.meter import Reading, RunMeter, highest
-from .measured.schema import GIB, PICTURE_FILE, MemoryReport
+from .measured.schema import PICTURE_FILE, MemoryReport
 
 
 logger = logging.getLogger(__name__)

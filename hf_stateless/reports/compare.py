@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import Parser
-from .measured.schema import GIB, REPORT_FILE, MemoryReport
+from .files import GIB, read_json
+from .measured.schema import REPORT_FILE, MemoryReport
 from .predicted.table import aligned
 
 
@@ -106,7 +107,7 @@ def _state(folder: Path) -> dict[str, Any] | None:
     for place in (folder, *latest):
         if (place / STATE_FILE).is_file():
             try:
-                state: dict[str, Any] = json.loads((place / STATE_FILE).read_text(encoding="utf-8"))
+                state: dict[str, Any] = read_json(place / STATE_FILE)
                 return {"global_step": state["global_step"], "log_history": state["log_history"]}
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise ValueError(f"{place / STATE_FILE}: no state of a Trainer") from None

@@ -13,8 +13,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..measured.schema import ASSUMPTIONS, GIB, PICTURE_FILE, REPORT_FILE, MemoryReport
-from .facts import CARD_FILE, CardFacts, write_text
+from ..files import GIB, write_text
+from ..measured.schema import ASSUMPTIONS, PICTURE_FILE, REPORT_FILE, MemoryReport
+from .facts import CARD_FILE, CardFacts
 from .sources import collect
 
 

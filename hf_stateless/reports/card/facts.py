@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...trainer.options import LAYERWISE, optimizer_names
+from ..files import read_json, write_json
 
 
 SCHEMA_VERSION = 1
@@ -74,9 +73,8 @@ class CardFacts:
         return self.optimizer in optimizer_names()
 
     def save(self, folder: str | Path) -> None:
-        """Write `card_data.json`, beside first and then renamed."""
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
-        write_text(Path(folder) / DATA_FILE, text)
+        """Write `card_data.json` to a temporary file, which then replaces it."""
+        write_json(Path(folder) / DATA_FILE, {"schema_version": SCHEMA_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, folder: str | Path) -> CardFacts:
@@ -85,15 +83,8 @@ class CardFacts:
         Raises:
             ValueError: another version of the schema.
         """
-        values = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
+        values = read_json(Path(folder) / DATA_FILE)
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise ValueError(f"{DATA_FILE}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
         return cls(**values)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it: nobody reads half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from ..command_line import first_line
+from ..files import read_json
 from .card import attach_model_card
 from .facts import CardFacts
 
@@ -116,7 +117,7 @@ def _upload(trainer: Trainer) -> CommitInfo:
 def _public_adapter_config(folder: str) -> bytes | None:
     """Return an adapter's config with the Hub's name of its base model, if the one on disk names a folder."""
     file = Path(folder) / ADAPTER_CONFIG
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     if not os.path.isdir(config.get("base_model_name_or_path") or ""):
         return None
     config["base_model_name_or_path"] = CardFacts.load(folder).base_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -20,6 +19,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from ...trainer.options import LAYERWISE
 from ...weights.int8.convert import int8_layers
+from ..files import read_json
 from ..measured.provenance import without_folders
 from .facts import CARD_FILE, CardFacts
 
@@ -260,7 +260,7 @@ def _evaluation(log: list[dict[str, Any]], folder: str, dataset: str) -> list[di
         if f"eval_{name}" in after
     ]
     file = Path(folder) / EVALUATION_FILE
-    return found + (_compared(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else [])
+    return found + (_compared(read_json(file)) if file.is_file() else [])
 
 
 def _compared(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

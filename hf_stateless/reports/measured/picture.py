@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from ..files import GIB, replacing
 from ..predicted.table import COLOURS
-from .schema import GIB, MemoryReport
+from .schema import MemoryReport
 
 
 # From the bottom of the pile to its top; of predicted runs the first three and the rest are known.
@@ -45,7 +45,7 @@ def bars(report: MemoryReport) -> dict[str, dict[str, int]]:
 
 
 def draw(report: MemoryReport, path: str | Path) -> None:
-    """Draw the memory of a run, beside first and then renamed.
+    """Draw the memory of a run.
 
     Args:
         report: of the run.
@@ -127,19 +127,14 @@ def new_figure(figsize: tuple[float, float]) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure beside its file and rename it.
+    """Write a figure to a temporary file, which then replaces the picture.
 
     Args:
         figure: of matplotlib.
         path: picture to write; the ending says the format.
     """
-    path = Path(path)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        figure.savefig(beside, dpi=150, facecolor="white")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, facecolor="white")
 
 
 def _title(report: MemoryReport) -> str:

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import GIB
 
-GIB = 1 << 30
+
 SCHEMA_VERSION = 1
 """Version of what `as_json` returns; it grows when a key changes its meaning or goes away."""
 
