@@ -14,11 +14,12 @@ from transformers import Trainer, TrainingArguments
 
 import hf_stateless
 from hf_stateless.reports.files import GIB
-from hf_stateless.reports.measured.build import base_model, continued, residual
+from hf_stateless.reports.measured.build import continued, residual
 from hf_stateless.reports.measured.footprint import LiveGradients, Storages, count_parameters, weight_bytes
 from hf_stateless.reports.measured.picture import bars, draw
-from hf_stateless.reports.measured.provenance import command_line, without_folders
 from hf_stateless.reports.measured.schema import SCHEMA_VERSION, MemoryReport, Moments, Range
+from hf_stateless.reports.provenance import published_command, without_folders
+from hf_stateless.reports.run_facts import hub_id
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +147,11 @@ def test_nothing_private_is_in_a_report(trained):
     ],
 )
 def test_a_command_is_told_without_folders_accounts_and_tokens(command, shown):
-    assert command_line(command.split(" ")) == shown
+    assert published_command(command.split(" ")) == shown
 
 
 def test_code_on_the_command_line_is_not_told():
-    assert command_line(["python", "-c", "open('/mnt/ada/x')", "--token", "t"]) == "python -c ..."
+    assert published_command(["python", "-c", "open('/mnt/ada/x')", "--token", "t"]) == "python -c ..."
 
 
 def test_paths_below_the_working_folder_stay():
@@ -160,9 +161,6 @@ def test_paths_below_the_working_folder_stay():
 
 
 def test_a_local_folder_is_no_base_model(tmp_path, monkeypatch):
-    class Model:
-        name_or_path = ""
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "sft").mkdir(parents=True)
     for name, expected in {
@@ -173,8 +171,7 @@ def test_a_local_folder_is_no_base_model(tmp_path, monkeypatch):
         "a/b/c": None,
         str(tmp_path / "gone"): None,
     }.items():
-        Model.name_or_path = name
-        assert base_model(Model()) == expected, name
+        assert hub_id(name) == expected, name
 
 
 def test_quantised_weights_are_counted_with_their_scales():

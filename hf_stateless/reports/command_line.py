@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (type {self.prog} --help)")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     r"""Return the first line of what an error says, or its type if it says nothing.
 
     Example:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
-import torch
-import transformers
-
-import hf_stateless
 from hf_stateless.reports.files import write_json
+from hf_stateless.reports.provenance import versions as versions_of
 
 
 def write_results(file: Path, setup: object, **results: object) -> None:
@@ -19,9 +15,4 @@ def write_results(file: Path, setup: object, **results: object) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions on which the result of a training run depends."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_stateless": hf_stateless.__version__,
-    }
+    return versions_of(("torch", "transformers", "hf_stateless"))

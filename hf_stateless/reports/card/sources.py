@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from math import exp
@@ -20,7 +18,8 @@ from transformers.modelcard import TASK_MAPPING
 from ...trainer.options import LAYERWISE
 from ...weights.int8.convert import int8_layers
 from ..files import read_json
-from ..measured.provenance import without_folders
+from ..provenance import versions, without_folders
+from ..run_facts import adapter_of, base_of, hub_id
 from .facts import CARD_FILE, CardFacts
 
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 EVALUATION_FILE = "evaluation.json"
 # What the Trainer calls a data set that has no name of its own.
 FORMATS = {"generator", "arrow", "json", "csv", "pandas", "parquet", "text", "default"}
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 EMPTY = re.compile(r"more information needed", re.IGNORECASE)
 HEADING = re.compile(r"#{1,6} (.*)")
 
@@ -93,8 +91,7 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
         given: what the caller knows better: `base_model`, `license`, `datasets`, `data`, `remarks`.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    adapters = getattr(model, "peft_config", None)
-    inner = model.get_base_model() if adapters and hasattr(model, "get_base_model") else model
+    inner, adapter = base_of(model), adapter_of(model)
     name = given.get("base_model", inner.config.name_or_path) or ""
     base, is_local = _base_model(name)
     tag, words = next((TASKS[k.__name__] for k in type(trainer).__mro__ if k.__name__ in TASKS), (None, None))
@@ -107,15 +104,15 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
         optimizer=str(getattr(args.optim, "value", args.optim)),
         base_model=base,
         base_is_local=is_local,
-        adapter=_peft_type(adapters),
+        adapter=adapter and ("LoRA" if adapter[0] == "LORA" else adapter[0]),
         task=words,
         repository=trainer.hub_model_id,
         chat=bool(getattr(trainer.processing_class, "chat_template", None)),
         needs_import=any(True for _ in int8_layers(inner)),
         data=without_folders(given["data"]) if given.get("data") else None,
         remarks=[without_folders(remark) for remark in given.get("remarks") or ()],
-        hyperparameters=_hyperparameters(trainer, adapters),
-        versions=_versions(type(trainer), adapters),
+        hyperparameters=_hyperparameters(trainer, adapter and adapter[1]),
+        versions=_versions(type(trainer), adapter),
     )
     with_perplexity = tag in ("pretraining", "sft") and "CausalLM" in facts.model
     log = [_with_perplexity(entry) if with_perplexity else entry for entry in trainer.state.log_history]
@@ -166,17 +163,11 @@ def _base_model(name: str) -> tuple[str | None, bool]:
     """Return what may be told about the model that was trained further, and whether it is a local folder."""
     if not name or os.path.isfile(name):  # a config, from which a model with random weights was made
         return None, False
-    local = os.path.isdir(name) or not HUB_ID.fullmatch(name)
-    return (Path(name).name, True) if local else (name, False)
+    known = hub_id(name)
+    return (known, False) if known else (Path(name).name, True)
 
 
-def _peft_type(adapters: Mapping[str, Any] | None) -> str | None:
-    kinds = [config.peft_type for config in (adapters or {}).values()]
-    kind = str(getattr(kinds[0], "value", kinds[0])) if kinds else None
-    return "LoRA" if kind == "LORA" else kind
-
-
-def _hyperparameters(trainer: Trainer, adapters: Mapping[str, Any] | None) -> dict[str, Any]:
+def _hyperparameters(trainer: Trainer, adapter: Any) -> dict[str, Any]:
     args, values = trainer.args, {}
     for name in HYPERPARAMETERS:
         value = getattr(args, name, None)
@@ -186,16 +177,13 @@ def _hyperparameters(trainer: Trainer, adapters: Mapping[str, Any] | None) -> di
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     values.update(processes=args.world_size, sequences_per_step=sequences, steps=trainer.state.global_step)
     values.update(_optimizer_options(trainer))
-    for config in list((adapters or {}).values())[:1]:
-        for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
-            value = getattr(config, name, None)
-            if value is not None:
-                values[name] = _last_names(value) if isinstance(value, (set, list)) else value
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
+        value = getattr(adapter, name, None)
+        if isinstance(value, (set, list)):
+            value = sorted({module.rsplit(".", 1)[-1] for module in value})
+        if value is not None:
+            values[name] = value
     return values
-
-
-def _last_names(modules: Iterable[str]) -> list[str]:
-    return sorted({module.rsplit(".", 1)[-1] for module in modules})
 
 
 def _optimizer_options(trainer: Trainer) -> dict[str, Any]:
@@ -210,11 +198,12 @@ def _optimizer_options(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
-def _versions(trainer: type, adapters: Any) -> dict[str, str]:
+def _versions(trainer: type, adapter: Any) -> dict[str, str]:
     packages = ["hf_stateless", "transformers", "torch", "accelerate", "datasets", "tokenizers"]
     packages += [package for package in ("trl",) if trainer.__module__.startswith(package)]
-    packages += ["peft"] if adapters else []
-    return {"Python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    packages += ["peft"] if adapter else []
+    found = versions(packages)
+    return {"Python": found.pop("python"), **found}
 
 
 def _with_perplexity(entry: Mapping[str, Any]) -> dict[str, Any]:

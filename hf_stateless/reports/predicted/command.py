@@ -15,8 +15,9 @@ from torch import nn
 from ...trainer.options import LAYERWISE
 from ...weights.int8.weight import Int8Weight
 from ..command_line import Parser
+from ..run_facts import base_of, option_pairs
 from .estimate import estimate
-from .model import DTYPES, base_of, build_model, load_config, max_positions
+from .model import DTYPES, build_model, load_config, max_positions
 from .state import is_ours, known_optimizers
 from .table import GPUS, Settings, as_json, as_table, plot
 
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _answer(args: argparse.Namespace) -> str:
     names = list(dict.fromkeys(_name(name.strip(), args.layerwise) for name in args.optim.split(",")))
-    optim_args = _pairs(args.optim_args)
+    optim_args = _options(args.optim_args)
     gpus = _gpus(args.gpus)
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype}: expected {' or '.join(DTYPES)}.")
@@ -119,11 +120,11 @@ def _of_int8(names: Sequence[str], args: argparse.Namespace) -> list[str]:
     return [name for name in names if is_ours(name)]
 
 
-def _pairs(text: str) -> dict[str, str]:
-    parts = [part.split("=") for part in text.replace(" ", "").split(",") if text]
-    if any(len(part) != 2 or not all(part) for part in parts):
+def _options(text: str) -> dict[str, str]:
+    pairs = option_pairs(text)
+    if not all(key and value and "=" not in value for key, value in pairs):
         raise ValueError(f"--optim-args {text!r}: expected key=value,key=value, such as num_iterations=3.")
-    return {part[0]: part[1] for part in parts}
+    return dict(pairs)
 
 
 def _gpus(text: str | None) -> Sequence[float]:

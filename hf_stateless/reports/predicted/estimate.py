@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...trainer.options import LAYERWISE
+from ..command_line import first_line
 from .model import example_inputs, tensor_bytes, weight_bytes
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .step import step_temporary, update_temporaries
@@ -72,8 +73,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Tensor], settings: Settings, r
     try:
         return trace_training(model, inputs, settle, settings.device)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"Forward and backward of {type(model).__name__} cannot be traced: {reason}") from error
+        raise ValueError(f"{type(model).__name__} cannot be traced: {first_line(error)}") from error
 
 
 def _estimate(

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...weights.int8.hf_quantizer import quantize
 from ..command_line import first_line
+from ..run_facts import base_of
 from .state import shard
 from .table import Settings
 from .trace import LiveBytes
@@ -141,11 +142,6 @@ def max_positions(model: nn.Module) -> int | None:
     """Return the longest sequence a model was made for, if its config says so."""
     config: Any = base_of(model).config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def base_of(model: Any) -> Any:
-    """Return the model that PEFT has wrapped, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def weight_bytes(model: nn.Module, ranks: int = 1) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..files import GIB
+from ..provenance import versions
 
 
 SCHEMA_VERSION = 1
@@ -112,7 +111,6 @@ def as_json(
         if estimate.optimizer.endswith("_layerwise"):
             origins["gradients"] = "predicted"
         rows.append({**row, "origin": origins, "fits_gib": [gib for gib in gpus if fits(estimate.peak, gib)]})
-    packages = ("hf_stateless", "torch", "transformers")
     return {
         "schema": "hf_stateless.memory_estimate",
         "version": SCHEMA_VERSION,
@@ -122,15 +120,8 @@ def as_json(
         "estimates": rows,
         "gpus": [{"gib": gib, "cards": GPUS.get(gib, "")} for gib in gpus],
         "margin": {"usable_share": USABLE_SHARE, "context_bytes": CONTEXT_BYTES},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": versions(("hf_stateless", "torch", "transformers")),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 _COLUMNS = {
