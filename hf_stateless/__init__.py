@@ -5,10 +5,10 @@ from .norms.presets import PRESETS, MultiNormPreset
 from .norms.projections import NORMS
 from .optimizer.optimizer import StatelessOptimizer
 from .reports.callback import attach_memory_report
-from .run.export import export_model
 from .trainer.factory import MultiNormFactory, SinkGDFactory, SwanFactory, create_optimizer
 from .trainer.lora_factory import create_lora_optimizer
 from .trainer.names import register
+from .weights.int8.export import export_model
 from .weights.int8.hf_quantizer import Int8TrainingConfig, dequantize, quantize
 
 
