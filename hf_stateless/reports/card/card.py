@@ -22,24 +22,6 @@ from .sources import collect
 if TYPE_CHECKING:
     from transformers import Trainer
 
-CITATIONS = {
-    "swan": """@inproceedings{ma2025swan,
-  title     = {{SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training}},
-  author    = {Ma, Chao and Gong, Wenbo and Scetbon, Meyer and Meeds, Edward},
-  booktitle = {Proceedings of the 42nd International Conference on Machine Learning},
-  year      = {2025},
-  url       = {https://proceedings.mlr.press/v267/ma25g.html}
-}""",
-    "multinorm": """@inproceedings{scetbon2025gradient,
-  title     = {{Gradient Multi-Normalization for Efficient LLM Training}},
-  author    = {Scetbon, Meyer and Ma, Chao and Gong, Wenbo and Meeds, Edward},
-  booktitle = {Advances in Neural Information Processing Systems 38},
-  year      = {2025},
-  url       = {https://openreview.net/forum?id=oanhUGY6un}
-}""",
-}
-CITATIONS["sinkgd"] = CITATIONS["multinorm"]
-
 
 def attach_model_card(
     trainer: Trainer,
@@ -134,7 +116,7 @@ def render(facts: CardFacts, report: MemoryReport | None = None, picture: str | 
             metadata=yaml_dump(facts.metadata).strip() if facts.metadata else "",
             base=_link(facts),
             snippet=_snippet(facts),
-            citation=CITATIONS.get(facts.optimizer.removesuffix("_layerwise")),
+            citation=facts.preset.citation if facts.preset else None,
             columns=list(dict.fromkeys(name for row in reversed(facts.results) for name in row)),
             section=_memory_section(report, picture) if report else None,
         )

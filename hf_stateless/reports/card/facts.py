@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...norms.presets import PRESETS, MultiNormPreset
 from ...trainer.options import LAYERWISE, optimizer_names
 from ..files import read_json, write_json
 
 
 SCHEMA_VERSION = 1
 CARD_FILE, DATA_FILE = "README.md", "card_data.json"
-
-TITLES = {"swan": "SWAN", "sinkgd": "SinkGD", "multinorm": "gradient multi-normalization"}
 
 
 @dataclass
@@ -63,9 +62,14 @@ class CardFacts:
     """Other sections of the trainer's own card."""
 
     @property
+    def preset(self) -> MultiNormPreset | None:
+        """What the optimizer is in this package; None for one of another package."""
+        return PRESETS.get(self.optimizer.removesuffix(LAYERWISE))
+
+    @property
     def title(self) -> str:
         """The optimizer's name as a reader knows it."""
-        return TITLES.get(self.optimizer.removesuffix(LAYERWISE), self.optimizer)
+        return self.preset.title if self.preset else self.optimizer
 
     @property
     def stateless(self) -> bool:
