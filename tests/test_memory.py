@@ -22,7 +22,7 @@ from hf_stateless.reports.predicted import (
     main,
     optimizer_state_bytes,
 )
-from hf_stateless.reports.predicted.model import tensor_bytes, weight_bytes
+from hf_stateless.reports.predicted.model import tensor_bytes, weight_bytes_of_rank
 from hf_stateless.reports.predicted.state import RULES
 from hf_stateless.reports.predicted.table import GPUS, SCHEMA_VERSION, Estimate, as_json, as_table, fits
 from hf_stateless.reports.predicted.trace import LiveBytes
@@ -174,14 +174,14 @@ def test_weights_and_gradients_are_counted_as_they_are(model, dtype):
     meta = meta_model(model, Settings(dtype=dtype))
     # A cast model casts the float32 tables of rotary embeddings too, one that is built in a dtype keeps them.
     cast = sum(b.nbytes for b in real.buffers()) - sum(b.nbytes for b in meta.buffers())
-    assert weight_bytes(meta) == sum(storages.values()) - cast
+    assert weight_bytes_of_rank(meta) == sum(storages.values()) - cast
     assert tensor_bytes(meta.parameters()) == sum(p.nbytes for p in real.parameters())
 
 
 def test_a_tied_weight_is_counted_once():
     tied, untied = (build_model(small_llama(tie_word_embeddings=tie), Settings()) for tie in (True, False))
     head = 301 * 72 * 2
-    assert weight_bytes(untied) - weight_bytes(tied) == head
+    assert weight_bytes_of_rank(untied) - weight_bytes_of_rank(tied) == head
     rows = [estimate(model, ["adamw_torch"], Settings(seq=16))[0] for model in (tied, untied)]
     assert rows[1].gradients - rows[0].gradients == head
     assert rows[1].optimizer_state - rows[0].optimizer_state == 2 * head + 4
@@ -194,7 +194,7 @@ def measured_peak(model, inputs, optim, **options):
     else:
         optimizer = hf_stateless.create_optimizer(model, optim, lr=1e-3, **options)
     model.config.use_cache = False
-    before = weight_bytes(model)
+    before = weight_bytes_of_rank(model)
     with LiveBytes() as live:
         for _ in range(2):
             live.restart()

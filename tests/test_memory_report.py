@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 import hf_stateless
 from hf_stateless.reports.files import GIB
 from hf_stateless.reports.measured.build import continued, residual
-from hf_stateless.reports.measured.footprint import LiveGradients, Storages, count_parameters, weight_bytes
+from hf_stateless.reports.measured.footprint import LiveGradients, Storages, count_parameters, stored_weight_bytes
 from hf_stateless.reports.measured.picture import bars, draw
 from hf_stateless.reports.measured.schema import SCHEMA_VERSION, MemoryReport, Moments, Range
 from hf_stateless.reports.provenance import published_command, without_folders
@@ -187,7 +187,7 @@ def test_quantised_weights_are_counted_with_their_scales():
         bias, blocks = 4 * 128, 64 * 128 // 64
         tables = 4 * 128 if dtype == "int8" else 4 * blocks + 4 * 16  # scales of rows; of blocks, and the 16 values
         for _ in range(2):
-            assert weight_bytes(layer) == codes + tables + bias, dtype
+            assert stored_weight_bytes(layer) == codes + tables + bias, dtype
             assert count_parameters(layer.parameters()) == {dtype: 64 * 128, "float32": 128}
             layer(torch.randn(2, 64))  # bitsandbytes moves codes and scales
 
@@ -195,7 +195,7 @@ def test_quantised_weights_are_counted_with_their_scales():
 def test_int8_weights_of_this_package_are_counted_with_their_scales():
     torch.manual_seed(0)
     model = TINY_MODELS["llama"]()
-    before = weight_bytes(model)
+    before = stored_weight_bytes(model)
     hf_stateless.quantize(model, hf_stateless.Int8TrainingConfig())
     expected = sum(
         {
@@ -204,7 +204,7 @@ def test_int8_weights_of_this_package_are_counted_with_their_scales():
             for t in (p, getattr(p, "codes", p), getattr(p, "scale", p))
         }.values()
     )
-    assert weight_bytes(model) == expected < before
+    assert stored_weight_bytes(model) == expected < before
     assert count_parameters(model.parameters())["int8"] > 0
 
 

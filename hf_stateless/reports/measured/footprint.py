@@ -79,13 +79,13 @@ class Storages:
         return total
 
 
-def weight_bytes(model: nn.Module) -> int:
+def stored_weight_bytes(model: nn.Module) -> int:
     """Count the parameters and buffers of a model, tied weights once, quantised ones with their scales.
 
     Example:
         >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import weight_bytes
-        >>> weight_bytes(torch.nn.Linear(2, 3))
+        >>> from hf_stateless.reports.measured.footprint import stored_weight_bytes
+        >>> stored_weight_bytes(torch.nn.Linear(2, 3))
         36
     """
     storages = Storages()

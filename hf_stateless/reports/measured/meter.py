@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .footprint import LiveGradients, count_groups, gradient_bytes, weight_bytes
+from .footprint import LiveGradients, count_groups, gradient_bytes, stored_weight_bytes
 from .probes import Stopwatch, probe_of
 from .schema import Group
 
@@ -73,7 +73,7 @@ class RunMeter:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         reading = self._reading
         reading.start = self.probe.now()
-        reading.weights = weight_bytes(model)
+        reading.weights = stored_weight_bytes(model)
         self._count_state()
         self._has_state = reading.optimizer_state > 0
         reading.before_training = max(0, reading.start - reading.weights - reading.optimizer_state)

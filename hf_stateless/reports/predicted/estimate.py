@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...trainer.options import LAYERWISE
 from ..command_line import first_line
-from .model import example_inputs, tensor_bytes, weight_bytes
+from .model import example_inputs, tensor_bytes, weight_bytes_of_rank
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .step import step_temporary, update_temporaries
 from .table import Estimate, Settings
@@ -90,7 +90,7 @@ def _estimate(
     backward = trace(released)
     gradients = tensor_bytes([p for p in model.parameters() if p.requires_grad and id(p) not in released], ranks)
     always = {
-        "weights": weight_bytes(model, ranks),
+        "weights": weight_bytes_of_rank(model, ranks),
         "optimizer_state": optimizer_state_bytes(model, name, optim_args, ranks),
     }
     in_backward = {

@@ -144,13 +144,13 @@ def max_positions(model: nn.Module) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def weight_bytes(model: nn.Module, ranks: int = 1) -> int:
+def weight_bytes_of_rank(model: nn.Module, ranks: int = 1) -> int:
     """Count the bytes of the parameters and buffers of a model, tied ones once; of parameters the part of one rank.
 
     Example:
         >>> import torch
-        >>> from hf_stateless.reports.predicted.model import weight_bytes
-        >>> weight_bytes(torch.nn.Linear(2, 3))
+        >>> from hf_stateless.reports.predicted.model import weight_bytes_of_rank
+        >>> weight_bytes_of_rank(torch.nn.Linear(2, 3))
         36
     """
     return tensor_bytes((p.detach() for p in model.parameters()), ranks) + tensor_bytes(model.buffers())
