@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import strtobool
 
 import hf_stateless  # makes swan, sinkgd and multinorm valid in --optim: before the parser is built
-from hf_stateless.reports.card.pushing import PushError, save
+from hf_stateless.reports.card.attach import save
+from hf_stateless.reports.card.pushing import PushError
 
 
 if importlib.util.find_spec("trl") is None:

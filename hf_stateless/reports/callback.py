@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from .files import GIB
 from .measured.build import build_report, continued
 from .measured.meter import Reading, RunMeter, highest
 from .measured.schema import PICTURE_FILE, MemoryReport
+from .patches import see_training_batches
 
 
 logger = logging.getLogger(__name__)
@@ -27,8 +26,8 @@ def attach_memory_report(trainer: Trainer) -> MemoryCallback:
     """Let a trainer measure, log and report the memory of its runs; one call, before `trainer.train()`.
 
     The logs of training get `memory/peak_gib` (measured, the most since the last log), `memory/optimizer_state_gib`
-    (counted), `throughput/tokens_per_second` and `time/optimizer_share`; of several ranks the highest memory. They
-    pass through `trainer.log`, so every tracker of `report_to` has them. At saves, pushes and at the end the output
+    (counted), `throughput/tokens_per_second` and `time/optimizer_share`; of several ranks the highest memory. Every
+    tracker of `report_to` gets them. At saves, pushes and at the end the output
     folder gets `memory_report.json`, at the last two also `memory.png` (which needs matplotlib), and the model card a
     section. A resumed run adds to the report of its checkpoint. It works for `Trainer` and those of TRL; a second call
     changes nothing.
@@ -55,14 +54,14 @@ def attach_memory_report(trainer: Trainer) -> MemoryCallback:
             return callback
     callback = MemoryCallback(trainer)
     trainer.add_callback(callback)
-    trainer.log = callback.add_to_logs(trainer.log)
-    trainer.compute_loss = callback.count_tokens(trainer.compute_loss)
+    trainer.callback_handler.callbacks.insert(0, _AddToLogs(callback))  # before the trackers, which read the logs
+    see_training_batches(trainer, callback.see_batch)
     if not trainer.args.skip_memory_metrics:
         logger.warning(
             "skip_memory_metrics=False measures memory too, with the same counters and a busy thread: "
             "leave it out, or its figures will be those of the last step."
         )
-    from .card.card import attach_model_card  # loads a template engine
+    from .card.attach import attach_model_card  # loads a template engine
 
     attach_model_card(trainer)
     return callback
@@ -94,29 +93,17 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         report = build_report(self._trainer, self._meter, self._rows, complete=self._complete)
         return continued(report, self._earlier) if self._earlier else report
 
-    def add_to_logs(self, log: Callable[..., None]) -> Callable[..., None]:
-        """Return a `trainer.log` that adds the numbers of the last exchange to the logs of training."""
+    def take_news(self) -> dict[str, float]:
+        """Return the numbers of the last exchange, once, and let the peak since the last log begin anew."""
+        news, self._news = self._news, {}
+        if self._meter is not None:
+            self._meter.recent_peak = 0
+        return news
 
-        @functools.wraps(log)
-        def log_with_memory(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs:
-                logs.update(self._news)
-                self._news = {}
-                self._forget_recent()
-            log(logs, *args, **kwargs)
-
-        return log_with_memory
-
-    def count_tokens(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a `trainer.compute_loss` that shows the batches of training to the meter."""
-
-        @functools.wraps(compute_loss)
-        def compute_loss_of_counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._meter is not None and model.training:
-                self._meter.see(inputs)
-            return compute_loss(model, inputs, *args, **kwargs)
-
-        return compute_loss_of_counted
+    def see_batch(self, batch: Any) -> None:
+        """Count the tokens of a training batch."""
+        if self._meter is not None:
+            self._meter.see(batch)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take stock, and find the report of the part before a resume."""
@@ -206,10 +193,6 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         }
         self._news = {key: float(f"{value:.4g}") for key, value in self._news.items()}
 
-    def _forget_recent(self) -> None:
-        if self._meter is not None:
-            self._meter.recent_peak = 0
-
     def _write(self, state: Any, folder: str | Path, *, picture: bool = False) -> None:
         """Write the report on the main process; a full disk or a missing package must not end a training."""
         if not state.is_world_process_zero or (report := self.report()) is None:
@@ -228,6 +211,20 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
     @staticmethod
     def _checkpoint(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+class _AddToLogs(TrainerCallback):  # type: ignore[misc]
+    """Adds the numbers of a `MemoryCallback` to the logs of training; what comes after it in the list sees them."""
+
+    def __init__(self, memory: MemoryCallback) -> None:
+        self._memory = memory
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add them to what is logged and to the history, which the Trainer has already written."""
+        if logs and "loss" in logs:
+            news = self._memory.take_news()
+            for entry in (logs, *state.log_history[-1:]):
+                entry.update(news)
 
 
 def _given_optimizer(trainer: Trainer) -> str | None:
