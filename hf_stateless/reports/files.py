@@ -20,7 +20,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Nobody reads half a file, and several processes may write the same one.
 
     Args:
-        path: of the file; its folder is made. The temporary name has the same ending.
+        path: of the file; the temporary name has the same ending.
 
     Example:
         >>> import tempfile
@@ -33,7 +33,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
         'whole'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
@@ -43,7 +42,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a file by a text, see `replacing`."""
+    """Replace a file by a text, see `replacing`; its folder is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -18,8 +18,9 @@ from ..command_line import Parser
 from ..run_facts import base_of, option_pairs
 from .estimate import estimate
 from .model import DTYPES, build_model, load_config, max_positions
+from .picture import plot
 from .state import is_ours, known_optimizers
-from .table import GPUS, Settings, as_json, as_table, plot
+from .table import GPUS, Settings, as_json, as_table
 
 
 _DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch"
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         print(_answer(_parser().parse_args(argv)))
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         print(f"hf-stateless memory: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
