@@ -26,28 +26,36 @@ def attach_memory_report(trainer: Trainer) -> MemoryCallback:
     """Let a trainer measure, log and report the memory of its runs; one call, before `trainer.train()`.
 
     The logs of training get `memory/peak_gib` (measured, the most since the last log), `memory/optimizer_state_gib`
-    (counted), `throughput/tokens_per_second` and `time/optimizer_share`; of several ranks the highest memory. Every
-    tracker of `report_to` gets them. At saves, pushes and at the end the output
-    folder gets `memory_report.json`, at the last two also `memory.png` (which needs matplotlib), and the model card a
-    section. A resumed run adds to the report of its checkpoint. It works for `Trainer` and those of TRL; a second call
-    changes nothing.
+    (counted), `throughput/tokens_per_second` and `time/optimizer_share`; memory is that of the highest rank. Every
+    tracker of `report_to` gets them. At saves, pushes and at the end the output folder gets `memory_report.json`, at
+    the last two also `memory.png` (which needs matplotlib), and the model card a section. A resumed run adds to the
+    report of its checkpoint. It works for `Trainer` and those of TRL; a second call changes nothing.
 
     Under several processes the ranks exchange a few numbers when the Trainer logs, saves or ends. On CPU the kernel's
-    high-water mark of the process is reset at each step, on a GPU the peaks of torch's allocator: whoever reads them
-    too sees the last step only.
+    high-water mark of the process is reset at each step, on a GPU the peaks of torch's allocator: whoever else reads
+    them sees the last step only.
 
     Args:
-        trainer: that is about to train.
+        trainer: the one that is about to train.
 
     Example:
+        >>> import tempfile
         >>> import hf_stateless
         >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
         >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         ...                      num_key_value_heads=2, vocab_size=32)
-        >>> args = TrainingArguments("out", optim="sinkgd", use_cpu=True, report_to=[])
-        >>> trainer = Trainer(model=LlamaForCausalLM(config), args=args)
-        >>> hf_stateless.attach_memory_report(trainer).report() is None  # nothing has run yet
-        True
+        >>> args = TrainingArguments(tempfile.mkdtemp(), optim="sinkgd", use_cpu=True, report_to=[], max_steps=1)
+        >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+        >>> trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows)
+        >>> callback = hf_stateless.attach_memory_report(trainer)
+        >>> trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...
+        >>> for group in callback.report().groups:
+        ...     print(group.role, group.algorithm, group.state_bytes)
+        matrix multinorm 28
+        embedding adamw 2052
+        head adamw 2052
+        rest adamw 204
     """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, MemoryCallback):
@@ -58,7 +66,7 @@ def attach_memory_report(trainer: Trainer) -> MemoryCallback:
     see_training_batches(trainer, callback.see_batch)
     if not trainer.args.skip_memory_metrics:
         logger.warning(
-            "skip_memory_metrics=False measures memory too, with the same counters and a busy thread: "
+            "skip_memory_metrics=False reads the same memory counters, which this report resets at every step: "
             "leave it out, or its figures will be those of the last step."
         )
     from .card.attach import attach_model_card  # loads a template engine
@@ -81,7 +89,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         self._rows: list[Reading] = []
         self._earlier: MemoryReport | None = None
         self._complete = False
-        self._news: dict[str, float] = {}
+        self._to_log: dict[str, float] = {}
 
     def report(self) -> MemoryReport | None:
         """Return the report of the run so far, on the main process; None before the end of the first step.
@@ -93,12 +101,12 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         report = build_report(self._trainer, self._meter, self._rows, complete=self._complete)
         return continued(report, self._earlier) if self._earlier else report
 
-    def take_news(self) -> dict[str, float]:
+    def take_numbers(self) -> dict[str, float]:
         """Return the numbers of the last exchange, once, and let the peak since the last log begin anew."""
-        news, self._news = self._news, {}
+        numbers, self._to_log = self._to_log, {}
         if self._meter is not None:
             self._meter.recent_peak = 0
-        return news
+        return numbers
 
     def see_batch(self, batch: Any) -> None:
         """Count the tokens of a training batch."""
@@ -112,7 +120,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self._meter = RunMeter(args.device, self._given or getattr(args.optim, "value", args.optim))
         self._meter.begin(kwargs["model"], optimizer)
-        self._rows, self._news, self._complete = [], {}, False
+        self._rows, self._to_log, self._complete = [], {}, False
         self._earlier = None
         if state.global_step:
             with contextlib.suppress(FileNotFoundError, ValueError):
@@ -129,7 +137,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
             self._meter.before_update()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End it."""
+        """End the watch of the optimizer's step."""
         if self._meter is not None:
             self._meter.after_update()
 
@@ -140,7 +148,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
             self._exchange_if(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do the same where an epoch ends."""
+        """Exchange numbers likewise at the end of an epoch."""
         self._exchange_if(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -169,7 +177,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
             self._write(state, args.output_dir, picture=True)
 
     def _exchange_if(self, args: Any, state: Any, control: Any) -> None:
-        """Exchange numbers if all ranks do: what is looked at is equal on all of them, or the Trainer would hang."""
+        """Exchange numbers where all ranks do, since their flags are equal: a rank that did it alone would hang."""
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self._exchange()
         if control.should_save:  # TRL writes a card before it saves
@@ -185,13 +193,13 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         numbers = values.tolist()
         self._rows = [Reading(*row[:-1]) for row in numbers]
         _, share, per_second = self._meter.rates(sum(row.tokens for row in self._rows))
-        self._news = {
+        self._to_log = {
             "memory/peak_gib": max(row[-1] for row in numbers) / GIB,
             "memory/optimizer_state_gib": highest(self._rows).optimizer_state / GIB,
             "time/optimizer_share": share,
             **({"throughput/tokens_per_second": per_second} if per_second is not None else {}),
         }
-        self._news = {key: float(f"{value:.4g}") for key, value in self._news.items()}
+        self._to_log = {key: float(f"{value:.4g}") for key, value in self._to_log.items()}
 
     def _write(self, state: Any, folder: str | Path, *, picture: bool = False) -> None:
         """Write the report on the main process; a full disk or a missing package must not end a training."""
@@ -222,9 +230,9 @@ class _AddToLogs(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add them to what is logged and to the history, which the Trainer has already written."""
         if logs and "loss" in logs:
-            news = self._memory.take_news()
+            numbers = self._memory.take_numbers()
             for entry in (logs, *state.log_history[-1:]):
-                entry.update(news)
+                entry.update(numbers)
 
 
 def _given_optimizer(trainer: Trainer) -> str | None:

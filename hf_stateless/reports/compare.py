@@ -28,9 +28,9 @@ _COLUMNS = {
 }
 _FORMATS = {"train_loss": ".4f", "eval_loss": ".4f", "steps": ",", "tokens": ",", "seconds": ",.1f"}
 _LEGEND = """\
-train loss: the last one logged. eval loss: the last one. seconds: training; with no memory report also evaluation.
+train loss, eval loss: the last ones logged. seconds: training; without a memory report, evaluation is in them too.
 peak: measured in a training step. state: optimizer state, counted. A dash: not known."""
-# Colours apart from those of the parts of memory, for colour-blind readers too, each with a line of its own.
+# Colours that no part of memory has and colour-blind readers tell apart, each with a style of line.
 _LINES = (("#000000", "-"), ("#E69F00", "-"), ("#CC79A7", "-"), ("#7F7F7F", "--"), ("#000000", ":"), ("#E69F00", ":"))
 
 
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_apart(runs: Sequence[Run], folders: Sequence[Path]) -> None:
-    """Name runs by their folders where the last names are equal."""
+    """Add the parent folder to the names of runs whose folders have the same name."""
     names = [run.run for run in runs]
     for run, folder in zip(runs, folders, strict=True):
         if names.count(run.run) > 1:

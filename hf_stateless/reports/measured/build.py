@@ -74,7 +74,9 @@ def build_report(trainer: Trainer, meter: RunMeter, rows: Sequence[Reading], *, 
 
 
 def residual(peak: int, counted: Counted, before_training: int) -> Residual:
-    """Divide what is not counted: on CPU, memory that was free before training and is used in it counts as used.
+    """Divide what is not counted into what was held before training and what training added.
+
+    On CPU, memory that was held before training and is reused in it counts as held before.
 
     Example:
         >>> from hf_stateless.reports.measured.schema import Counted
@@ -135,7 +137,7 @@ def predict(meter: RunMeter, reading: Reading, name: str) -> Prediction:
 
 
 def describe_setup(trainer: Trainer, meter: RunMeter, longest_row: int) -> Setup:
-    """Say what is run: nothing that is private, and of local folders nothing at all."""
+    """Describe the run with nothing private in it; local folders are left out."""
     args = trainer.args
     model: Any = meter.model
     base: Any = base_of(model)

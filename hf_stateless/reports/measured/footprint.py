@@ -1,4 +1,4 @@
-"""What a run's own tensors take, counted on the rank that asks: each storage once, whatever looks at it."""
+"""Bytes of a run's own tensors on this rank: each storage counts once, however many tensors share it."""
 
 from __future__ import annotations
 
@@ -95,14 +95,7 @@ def stored_weight_bytes(model: nn.Module) -> int:
 
 
 def gradient_bytes(params: Iterable[Tensor]) -> int:
-    """Count the gradients that are alive.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import gradient_bytes
-        >>> gradient_bytes(torch.nn.Linear(2, 3).parameters())
-        0
-    """
+    """Count the gradients that are alive."""
     return Storages().add([p.grad for p in params if p.grad is not None])
 
 
@@ -154,14 +147,7 @@ def count_parameters(params: Iterable[Tensor]) -> dict[str, int]:
 
 
 def local_shape(p: Tensor) -> Sequence[int]:
-    """Return the shape of the part of a parameter that this rank holds.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import local_shape
-        >>> tuple(local_shape(torch.zeros(2, 3)))
-        (2, 3)
-    """
+    """Return the shape of the part of a parameter that this rank holds."""
     return p.to_local().shape if isinstance(p, DTensor) else p.shape
 
 
@@ -189,7 +175,7 @@ class LiveGradients:
         self._handles = [p.register_post_accumulate_grad_hook(self._see) for p in trained]  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
-        """Take the hooks off; the peak stays."""
+        """Remove the hooks; the peak stays."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -41,7 +41,7 @@ class Setup:
     model: str
     """Name of the class."""
     base_model: str | None
-    """Id on the Hub of the model that was trained further; a local folder is not told."""
+    """Id on the Hub of the model that was trained further; None for a local folder."""
     parameters: int
     trainable_parameters: int
     dtypes: dict[str, int]
@@ -82,7 +82,7 @@ class Measured:
     kind: str
     """`resident set` or `CUDA allocator`."""
     peak_since: str
-    """`first step`, or `process start` where the operating system cannot forget an old peak."""
+    """`first step`, or `process start` where the operating system cannot reset the peak."""
     steps: int
     """Optimizer steps that were measured, those before a resume included if their report was found."""
     from_step: int

@@ -1,4 +1,4 @@
-"""`hf-stateless memory MODEL`: a table of what training a model takes, and the GPUs that have it."""
+"""`hf-stateless memory MODEL`: a table of what training a model takes, and which GPUs have enough memory."""
 
 from __future__ import annotations
 
@@ -61,11 +61,6 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0, or 2 after one line on stderr that says what was wrong.
-
-    Example:
-        >>> from hf_stateless.reports.predicted import main
-        >>> main(["no/such/model", "--optim", "nonsense"])
-        2
     """
     try:
         print(_answer(_parser().parse_args(argv)))

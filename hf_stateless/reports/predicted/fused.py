@@ -37,16 +37,6 @@ def fused_kernels(device: str) -> Iterator[None]:
 
     Args:
         device: `cuda` or `cpu`, where the model would run.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.predicted.fused import fused_kernels
-        >>> from hf_stateless.reports.predicted.trace import LiveBytes
-        >>> q = torch.empty(1, 1, 1024, 8, device="meta")
-        >>> with fused_kernels("cuda"), LiveBytes() as live:
-        ...     _ = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        >>> live.peak.total < 1024 * 1024
-        True
     """
     makers = {"scaled_dot_product_attention": _attention, "grouped_mm": _grouped_product}  # torch 2.9 lacks the second
     originals = {name: getattr(F, name) for name in makers if hasattr(F, name)}

@@ -65,7 +65,7 @@ def build_model(config: Any, settings: Settings) -> nn.Module:
         (device(type='meta'), torch.bfloat16)
     """
     try:
-        with torch.device("meta"), LiveBytes():  # which answers where a number is read from a tensor
+        with torch.device("meta"), LiveBytes():  # lets a model read numbers from tensors without contents
             model: Any = _maker(config)(config, dtype=DTYPES[settings.dtype])
             model = quantize(model) if settings.dtype == "int8" else model
             model = _with_lora(model, settings.lora) if settings.lora else model

@@ -26,8 +26,8 @@ GPUS: dict[float, str] = {
     141: "H200",
 }
 """Common cards by their nominal memory."""
-# Of a card's nominal memory, what a run may fill: some is not usable, some lost between allocations; and the CUDA
-# context with its libraries takes its own.
+# A run may fill this share of a card's nominal memory; the rest is not usable or lost between allocations. The CUDA
+# context with its libraries takes its own part.
 USABLE_SHARE, CONTEXT_BYTES = 0.9, GIB
 
 ORIGINS = {

@@ -128,17 +128,6 @@ def trace_training(
         outcomes: what becomes of the gradient of a parameter, by its identity, once it is complete: the bytes that
             are kept in its place, and the bytes that are needed for a moment. A gradient without an outcome stays.
         device: `cuda` or `cpu`, where the model would run.
-
-    Example:
-        >>> from transformers import LlamaConfig
-        >>> from hf_stateless.reports.predicted import Settings, build_model
-        >>> from hf_stateless.reports.predicted.model import example_inputs
-        >>> from hf_stateless.reports.predicted.trace import trace_training
-        >>> settings = Settings(batch=1, seq=16)
-        >>> model = build_model(LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"]), settings)
-        >>> peak = trace_training(model, example_inputs(model, settings))
-        >>> peak.gradients == sum(2 * p.numel() for p in model.parameters())
-        True
     """
     live, kept = LiveBytes(), []
 
