@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 import hf_stateless
 from hf_stateless.reports.card.attach import attach_model_card
 from hf_stateless.reports.card.facts import CARD_FILE, DATA_FILE, CardFacts
-from hf_stateless.reports.card.numbers import gib, number
+from hf_stateless.reports.card.memory_section import gib, number
 from hf_stateless.reports.card.render import render, render_folder
 from hf_stateless.reports.files import GIB
 from hf_stateless.reports.measured.schema import REPORT_FILE, MemoryReport

@@ -84,8 +84,9 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._given = _given_optimizer(trainer)
-        self._meter: RunMeter | None = None
+        optim = trainer.args.optim
+        self._optimizer = _given_optimizer(trainer) or getattr(optim, "value", optim)
+        self._meter = RunMeter(trainer.args.device, self._optimizer)
         self._rows: list[Reading] = []
         self._earlier: MemoryReport | None = None
         self._complete = False
@@ -96,7 +97,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
         It exchanges nothing between ranks: of the others it has what they said when the Trainer last logged or saved.
         """
-        if self._meter is None or not self._rows:
+        if not self._rows:
             return None
         report = build_report(self._trainer, self._meter, self._rows, complete=self._complete)
         return continued(report, self._earlier) if self._earlier else report
@@ -104,21 +105,18 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
     def take_numbers(self) -> dict[str, float]:
         """Return the numbers of the last exchange, once, and let the peak since the last log begin anew."""
         numbers, self._to_log = self._to_log, {}
-        if self._meter is not None:
-            self._meter.recent_peak = 0
+        self._meter.recent_peak = 0
         return numbers
 
     def see_batch(self, batch: Any) -> None:
         """Count the tokens of a training batch."""
-        if self._meter is not None:
-            self._meter.see(batch)
+        self._meter.see(batch)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take stock, and find the report of the part before a resume."""
-        if self._meter is not None:
-            self._meter.close()
+        self._meter.close()
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        self._meter = RunMeter(args.device, self._given or getattr(args.optim, "value", args.optim))
+        self._meter = RunMeter(args.device, self._optimizer)
         self._meter.begin(kwargs["model"], optimizer)
         self._rows, self._to_log, self._complete = [], {}, False
         self._earlier = None
@@ -128,24 +126,20 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch forward and backward."""
-        if self._meter is not None:
-            self._meter.begin_step()
+        self._meter.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch the optimizer's step."""
-        if self._meter is not None:
-            self._meter.before_update()
+        self._meter.before_update()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the watch of the optimizer's step."""
-        if self._meter is not None:
-            self._meter.after_update()
+        self._meter.after_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exchange numbers where the Trainer is about to log, evaluate, save or end."""
-        if self._meter is not None:
-            self._meter.end_step()
-            self._exchange_if(args, state, control)
+        self._meter.end_step()
+        self._exchange_if(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exchange numbers likewise at the end of an epoch."""
@@ -153,16 +147,14 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave evaluation out of the time of training."""
-        if self._meter is not None:
-            self._meter.pause()
+        self._meter.pause()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the report with the checkpoint, for a resume."""
-        if self._meter is not None:
-            self._meter.pause()
-            checkpoint = self._checkpoint(args, state)
-            if checkpoint.is_dir():
-                self._write(state, checkpoint)
+        self._meter.pause()
+        checkpoint = self._checkpoint(args, state)
+        if checkpoint.is_dir():
+            self._write(state, checkpoint)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have report and picture in the folder that is pushed."""
@@ -170,7 +162,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the report of the whole run."""
-        if self._meter is not None and self._meter.steps:
+        if self._meter.steps:
             self._meter.close()
             self._exchange()
             self._complete = True
@@ -184,7 +176,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
             self._write(state, args.output_dir)
 
     def _exchange(self) -> None:
-        if self._meter is None or not self._meter.steps:
+        if not self._meter.steps:
             return
         own = self._meter.read()
         values = torch.tensor([[*astuple(own), self._meter.recent_peak]], device=self._meter.device)

@@ -32,17 +32,18 @@ def see_training_batches(trainer: Trainer, see: Callable[[Any], None]) -> None:
 
 
 class CardWriter:
-    """Stands in for `trainer.create_model_card`: lets it write its card, and then calls `then` on the main process.
+    """Stands in for `trainer.create_model_card`: lets it write its card, and then writes over it on the main process.
 
     transformers and TRL call that method at checkpoints and before they push, and no callback learns of it:
     `on_push_begin` comes before. Delete this when the Trainer has an event after its card.
     """
 
-    def __init__(self, trainer: Trainer, then: Any):
-        self.trainer, self.own_method, self.then = trainer, trainer.create_model_card, then
+    def __init__(self, trainer: Trainer, write: Callable[[Trainer, dict[str, Any]], None]):
+        self.trainer, self.own_method, self.write = trainer, trainer.create_model_card, write
+        self.given: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Write the trainer's own card, and what comes after it."""
+        """Write the trainer's own card, and ours over it."""
         self.own_method(*args, **kwargs)
         if self.trainer.is_world_process_zero():
-            self.then()
+            self.write(self.trainer, self.given)

@@ -45,24 +45,18 @@ def attach_model_card(
         remarks: more sentences, like what was not compared.
     """
     keep_token_out_of_files(trainer.args)
-    if not isinstance(trainer.create_model_card, CardWriter):
-        trainer.create_model_card = CardWriter(trainer, _OurCard(trainer))
+    writer = trainer.create_model_card
+    if not isinstance(writer, CardWriter):
+        writer = trainer.create_model_card = CardWriter(trainer, _write_over_own_card)
     given = {"base_model": base_model, "license": license, "datasets": datasets, "data": data, "remarks": remarks}
-    trainer.create_model_card.then.given.update({name: value for name, value in given.items() if value is not None})
+    writer.given.update({name: value for name, value in given.items() if value is not None})
 
 
-class _OurCard:
-    """Writes our card over the one that a trainer has just written."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.given: dict[str, Any] = {}
-
-    def __call__(self) -> None:
-        folder = Path(self.trainer.args.output_dir)
-        own_card = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True)
-        collect(self.trainer, own_card, self.given).save(folder)
-        write_text(folder / CARD_FILE, render_folder(folder))
+def _write_over_own_card(trainer: Trainer, given: dict[str, Any]) -> None:
+    folder = Path(trainer.args.output_dir)
+    own_card = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True)
+    collect(trainer, own_card, given).save(folder)
+    write_text(folder / CARD_FILE, render_folder(folder))
 
 
 def save(trainer: Trainer) -> None:

@@ -12,8 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..measured.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
 from .facts import CardFacts
-from .memory_section import memory_section
-from .numbers import gib, number
+from .memory_section import gib, memory_section, number
 
 
 def render_folder(folder: str | Path) -> str:
@@ -30,13 +29,6 @@ def render(facts: CardFacts, report: MemoryReport | None = None, picture: str | 
         facts: what is known about the run.
         report: its memory; None leaves the section out.
         picture: path of the picture of the report, relative to the card.
-
-    Example:
-        >>> from hf_stateless.reports.card.facts import CardFacts
-        >>> from hf_stateless.reports.card.render import render
-        >>> facts = CardFacts(name="my-model", model="LlamaForCausalLM", parameters=100, optimizer="sinkgd")
-        >>> print(render(facts).splitlines()[0])
-        # my-model
     """
     page = (
         _environment()

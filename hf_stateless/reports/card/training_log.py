@@ -24,13 +24,7 @@ LONGEST_TABLE = 12
 
 
 def with_perplexity(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry of the log, with the perplexity where it has a held-out loss.
-
-    Example:
-        >>> from hf_stateless.reports.card.training_log import with_perplexity
-        >>> with_perplexity({"eval_loss": 0.0})
-        {'eval_loss': 0.0, 'eval_perplexity': 1.0}
-    """
+    """Return an entry of the log, with the perplexity where it has a held-out loss."""
     if "eval_loss" not in entry:
         return dict(entry)
     return {**entry, "eval_perplexity": exp(min(entry["eval_loss"], 700.0))}

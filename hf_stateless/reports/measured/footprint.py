@@ -80,14 +80,7 @@ class Storages:
 
 
 def stored_weight_bytes(model: nn.Module) -> int:
-    """Count the parameters and buffers of a model, tied weights once, quantised ones with their scales.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import stored_weight_bytes
-        >>> stored_weight_bytes(torch.nn.Linear(2, 3))
-        36
-    """
+    """Count the parameters and buffers of a model, tied weights once, quantised ones with their scales."""
     storages = Storages()
     total = sum(map(storages.add, (*model.parameters(), *model.buffers())))
     # A linear layer of bitsandbytes moves its codes and scales there in its first forward.

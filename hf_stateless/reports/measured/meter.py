@@ -177,11 +177,5 @@ class RunMeter:
 
 
 def highest(rows: Sequence[Reading]) -> Reading:
-    """Return the numbers of the rank with the highest peak.
-
-    Example:
-        >>> from hf_stateless.reports.measured.meter import Reading, highest
-        >>> highest([Reading(peak=1), Reading(peak=2, weights=5)]).weights
-        5
-    """
+    """Return the numbers of the rank with the highest peak."""
     return max(rows, key=lambda reading: reading.peak)

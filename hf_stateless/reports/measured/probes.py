@@ -6,30 +6,9 @@ import contextlib
 import sys
 import time
 from collections import deque
-from typing import Protocol
 
 import psutil  # type: ignore[import-untyped]
 import torch
-
-
-class Probe(Protocol):
-    """Memory of this process on one device, in bytes."""
-
-    kind: str
-    since: str
-    """From when on `peaks` counts: `first step`, or `process start` where the peak cannot be reset."""
-
-    def now(self) -> int:
-        """Return what is held."""
-
-    def restart(self) -> None:
-        """Reset the peak."""
-
-    def peaks(self) -> tuple[int, int]:
-        """Return the most that was held since the last restart, and the most that the allocator had taken, or 0."""
-
-    def faults(self) -> tuple[int, int]:
-        """Return how often the allocator gave memory back to find room, and found none, since the process started."""
 
 
 class ResidentSet:
@@ -66,7 +45,7 @@ class ResidentSet:
         return (peak if sys.platform == "darwin" else peak * 1024), 0
 
     def faults(self) -> tuple[int, int]:
-        """Return zeros."""
+        """Return zeros: there is no allocator to ask."""
         return 0, 0
 
     @staticmethod
@@ -113,7 +92,7 @@ class CudaAllocator:
         return stats.get("num_alloc_retries", 0), stats.get("num_ooms", 0)
 
 
-def probe_of(device: torch.device) -> Probe:
+def probe_of(device: torch.device) -> ResidentSet | CudaAllocator:
     """Return what measures the memory of a device: the allocator of a GPU, else the resident set.
 
     Example:

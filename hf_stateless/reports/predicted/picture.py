@@ -8,7 +8,7 @@ from typing import Any
 
 from ..figures import axes_unit, draw_bars, new_figure, save_plot
 from ..files import GIB
-from .table import COLUMNS, CONTEXT_BYTES, USABLE_SHARE, headline
+from .table import CONTEXT_BYTES, USABLE_SHARE, headline
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
@@ -22,9 +22,9 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: the picture cannot be written.
     """
-    labels = {key: title.replace("state", "optimizer state") for key, title in COLUMNS.items()}
     piles = {
-        row["optimizer"]: {labels[key]: size for key, size in row["at_peak"].items()} for row in report["estimates"]
+        row["optimizer"]: {part.replace("_", " "): size for part, size in row["at_peak"].items()}
+        for row in report["estimates"]
     }
     figure = new_figure(figsize=(9, 1.9 + 0.45 * len(piles)))
     axes = figure.subplots()

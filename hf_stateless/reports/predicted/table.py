@@ -39,7 +39,7 @@ ORIGINS = {
     "gathered": "predicted",
     "peak": "predicted",
 }
-"""How each number came about: counted from the model's own tensors, or predicted."""
+"""The columns of the table, and how each number came about: counted from the model's own tensors, or predicted."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +125,10 @@ def as_json(
     }
 
 
-COLUMNS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer_state": "state",
-    "activations": "activations",
-    "temporary": "temporary",
-    "gathered": "gathered",
-    "peak": "peak",
-}
-
-
 def as_table(report: Mapping[str, Any]) -> str:
     """Render what `as_json` returned for a terminal, in GiB, with the origin of every column."""
-    columns = [key for key in COLUMNS if key != "gathered" or report["settings"]["fsdp"] > 1]
-    rows = [["GiB", *(COLUMNS[key] for key in columns), "fits", "GPUs"]]
+    columns = [key for key in ORIGINS if key != "gathered" or report["settings"]["fsdp"] > 1]
+    rows = [["GiB", *(key.removeprefix("optimizer_") for key in columns), "fits", "GPUs"]]
     rows.append(["", *(ORIGINS[key] for key in columns), "", ""])
     for row in report["estimates"]:
         numbers = [f"{row[key] / GIB:.2f}" for key in columns]
