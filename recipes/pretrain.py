@@ -37,8 +37,8 @@ from transformers import (
 )
 
 import hf_stateless  # makes swan, sinkgd and multinorm valid in --optim: before the parser is built
-from hf_stateless.reports.card.card import attach_model_card
-from hf_stateless.reports.card.pushing import PushError, push, save
+from hf_stateless.reports.card.attach import attach_model_card, save
+from hf_stateless.reports.card.pushing import PushError, push
 
 
 RECIPES = Path(__file__).parent

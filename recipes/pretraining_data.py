@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub.constants import HF_HOME
-from pretraining_text import DataArguments, Documents, InputError, first_line, load_documents
+from pretraining_text import DataArguments, Documents, InputError, as_sentence, load_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -25,7 +25,7 @@ def load_tokenizer(args: DataArguments, documents: Documents, vocab_size: int) -
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"Cannot load the tokenizer {args.tokenizer_name!r}: {first_line(error)} "
+                f"Cannot load the tokenizer {args.tokenizer_name!r}: {as_sentence(error)} "
                 "Leave tokenizer_name out to train one from the data."
             ) from error
         if tokenizer.eos_token is None:

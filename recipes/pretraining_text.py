@@ -18,6 +18,8 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 
+from hf_stateless.reports.command_line import first_line
+
 
 Documents = Dataset | IterableDataset
 
@@ -131,7 +133,7 @@ def _load_splits(args: DataArguments) -> dict[str, Documents]:
             return load_dataset(args.dataset_name, args.dataset_config, streaming=args.streaming)
         except (OSError, ValueError, DatasetsError) as error:
             raise InputError(
-                f"Cannot load the dataset {args.dataset_name!r}: {first_line(error)} Without a network, give local "
+                f"Cannot load the dataset {args.dataset_name!r}: {as_sentence(error)} Without a network, give local "
                 "files with --train_files 'data/*.txt', or no data argument at all to train on Python's own library."
             ) from error
     patterns = {"train": args.train_files, "validation": args.validation_files}
@@ -148,7 +150,7 @@ def _load_splits(args: DataArguments) -> dict[str, Documents]:
         return load_dataset(kind, data_files=files, **options)
     except (OSError, ValueError, DatasetsError) as error:
         raise InputError(
-            f"Cannot read {files['train'][0]} as {kind}: {first_line(error.__cause__ or error)}"
+            f"Cannot read {files['train'][0]} as {kind}: {as_sentence(error.__cause__ or error)}"
         ) from error
 
 
@@ -172,6 +174,6 @@ def _text_only(documents: Documents, args: DataArguments) -> Documents:
     return documents
 
 
-def first_line(error: BaseException) -> str:
-    line = str(error).strip().split("\n")[0]
-    return line if line.endswith(".") else f"{line}."
+def as_sentence(error: BaseException) -> str:
+    """Return the first line of what an error says, with a full stop."""
+    return first_line(error).removesuffix(".") + "."

@@ -31,7 +31,7 @@ from finetuning_model import (
 from trl import DatasetMixtureConfig, SFTConfig, SFTTrainer, get_peft_config
 
 import hf_stateless
-from hf_stateless.reports.card.card import attach_model_card
+from hf_stateless.reports.card.attach import attach_model_card
 from hf_stateless.reports.card.pushing import push
 
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import hf_stateless
 from hf_stateless.reports.predicted import build_model
-from hf_stateless.reports.predicted.model import weight_bytes
+from hf_stateless.reports.predicted.model import weight_bytes_of_rank
 from hf_stateless.reports.predicted.state import RULES
 from hf_stateless.reports.predicted.trace import LiveBytes
 
@@ -85,7 +85,7 @@ def measured_peak(model, inputs, optim, **options):
     else:
         optimizer = hf_stateless.create_optimizer(model, optim, lr=1e-3, **options)
     model.config.use_cache = False
-    before = weight_bytes(model)
+    before = weight_bytes_of_rank(model)
     with LiveBytes() as live:
         for _ in range(2):
             live.restart()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 
 class Worker:
@@ -84,11 +85,18 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
+def train_and_push_without_variable(*args, **kwargs):
+    """Do as `train_and_push` does where the token is among the arguments only."""
+    with mock.patch.dict(os.environ):
+        del os.environ["HF_TOKEN"]
+        return train_and_push(*args, **kwargs)
+
+
 def train_and_push(output_dir, kind="trainer", base=None, way="ours", times=1, waits=(0.1,), **options):
     """Train two steps and push; return the message of a `PushError`, or None."""
     from hf_stateless import attach_memory_report
-    from hf_stateless.reports.card.card import attach_model_card
-    from hf_stateless.reports.card.pushing import PushError, push, save
+    from hf_stateless.reports.card.attach import attach_model_card, save
+    from hf_stateless.reports.card.pushing import PushError, push
 
     trainer = _trainer(output_dir, kind, base, options)
     attach_memory_report(trainer)

@@ -11,7 +11,8 @@ from measured_runs import KEYS, MIB, bytes_of, new_trainer, padded, run
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import hf_stateless
-from hf_stateless.reports.measured.schema import GIB, MemoryReport
+from hf_stateless.reports.files import GIB
+from hf_stateless.reports.measured.schema import MemoryReport
 from hf_stateless.reports.predicted import optimizer_state_bytes
 
 

@@ -13,7 +13,8 @@ from measured_runs import MIB, new_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_stateless
-from hf_stateless.reports.measured.schema import GIB, MemoryReport
+from hf_stateless.reports.files import GIB
+from hf_stateless.reports.measured.schema import MemoryReport
 
 
 pytest_plugins = ["measured_runs"]

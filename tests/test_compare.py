@@ -6,8 +6,10 @@ import pytest
 from measured_runs import new_trainer
 
 import hf_stateless
-from hf_stateless.reports.compare import main, read_run
-from hf_stateless.reports.measured.schema import GIB, MemoryReport
+from hf_stateless.reports.compare import main
+from hf_stateless.reports.files import GIB
+from hf_stateless.reports.finished_run import read_run
+from hf_stateless.reports.measured.schema import MemoryReport
 from hf_stateless.run.command import main as cli
 
 

@@ -8,8 +8,8 @@ import pytest
 from documents import ROOT, read, tracked_files
 from huggingface_hub import ModelCard
 
-from hf_stateless.reports.card.card import render_folder
 from hf_stateless.reports.card.facts import CARD_FILE, DATA_FILE, CardFacts
+from hf_stateless.reports.card.render import render_folder
 from hf_stateless.reports.measured.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
 
 

@@ -138,7 +138,7 @@ def test_what_cannot_be_exported_is_told_in_one_line(arguments, message, int8, t
 
 
 def test_a_missing_bitsandbytes_and_an_unknown_format_are_told(int8, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_stateless.run.export.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_stateless.weights.int8.export.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         export_model(int8, tmp_path / "out", "bitsandbytes")
     with pytest.raises(ValueError, match="A GGUF file is made from bf16"):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_stateless import Int8TrainingConfig, quantize
 from hf_stateless.reports.predicted import Settings, build_model, estimate
-from hf_stateless.reports.predicted.model import weight_bytes
+from hf_stateless.reports.predicted.model import weight_bytes_of_rank
 from hf_stateless.weights.int8.convert import int8_layers
 
 
@@ -29,7 +29,7 @@ def test_a_weight_takes_a_byte_and_its_share_of_a_scale(group_size, expected):
 def test_weights_are_counted_as_they_are_stored():
     real, predicted = int8_model(), build_model(small_llama(), Settings(dtype="int8"))
     stored = sum(tensor.nbytes for tensor in real.state_dict().values()) + sum(b.nbytes for b in real.buffers())
-    assert weight_bytes(predicted) == weight_bytes(real) == stored
+    assert weight_bytes_of_rank(predicted) == weight_bytes_of_rank(real) == stored
 
 
 @pytest.mark.parametrize("optim", ["sinkgd", "swan", "sinkgd_layerwise", "swan_layerwise"])

@@ -7,10 +7,11 @@ from memory_models import DTYPES, LLAMA_7B, SMALL, meta_model, real_model, small
 from transformers import LlamaConfig, Trainer, TrainingArguments
 
 import hf_stateless
+from hf_stateless.reports.files import GIB
 from hf_stateless.reports.predicted import Settings, build_model, estimate, known_optimizers, optimizer_state_bytes
-from hf_stateless.reports.predicted.model import tensor_bytes, weight_bytes
+from hf_stateless.reports.predicted.model import tensor_bytes, weight_bytes_of_rank
 from hf_stateless.reports.predicted.state import RULES
-from hf_stateless.reports.predicted.table import GIB, fits
+from hf_stateless.reports.predicted.table import fits
 from hf_stateless.reports.predicted.trace import LiveBytes
 
 
@@ -93,14 +94,14 @@ def test_weights_and_gradients_are_counted_as_they_are(model, dtype):
     meta = meta_model(model, Settings(dtype=dtype))
     # A cast model casts the float32 tables of rotary embeddings too, one that is built in a dtype keeps them.
     cast = sum(b.nbytes for b in real.buffers()) - sum(b.nbytes for b in meta.buffers())
-    assert weight_bytes(meta) == sum(storages.values()) - cast
+    assert weight_bytes_of_rank(meta) == sum(storages.values()) - cast
     assert tensor_bytes(meta.parameters()) == sum(p.nbytes for p in real.parameters())
 
 
 def test_a_tied_weight_is_counted_once():
     tied, untied = (build_model(small_llama(tie_word_embeddings=tie), Settings()) for tie in (True, False))
     head = 301 * 72 * 2
-    assert weight_bytes(untied) - weight_bytes(tied) == head
+    assert weight_bytes_of_rank(untied) - weight_bytes_of_rank(tied) == head
     rows = [estimate(model, ["adamw_torch"], Settings(seq=16))[0] for model in (tied, untied)]
     assert rows[1].gradients - rows[0].gradients == head
     assert rows[1].optimizer_state - rows[0].optimizer_state == 2 * head + 4

@@ -8,8 +8,9 @@ import time
 import pytest
 from memory_models import LLAMA_7B, small_llama
 
+from hf_stateless.reports.files import GIB
 from hf_stateless.reports.predicted import Settings, main
-from hf_stateless.reports.predicted.table import GIB, GPUS, SCHEMA_VERSION, Estimate, as_json, as_table
+from hf_stateless.reports.predicted.table import GPUS, SCHEMA_VERSION, Estimate, as_json, as_table
 
 
 @pytest.fixture

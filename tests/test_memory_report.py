@@ -13,11 +13,13 @@ from conftest import TINY_MODELS
 from transformers import Trainer, TrainingArguments
 
 import hf_stateless
-from hf_stateless.reports.measured.build import base_model, continued, residual
-from hf_stateless.reports.measured.footprint import LiveGradients, Storages, count_parameters, weight_bytes
+from hf_stateless.reports.files import GIB
+from hf_stateless.reports.measured.build import continued, residual
+from hf_stateless.reports.measured.footprint import LiveGradients, Storages, count_parameters, stored_weight_bytes
 from hf_stateless.reports.measured.picture import bars, draw
-from hf_stateless.reports.measured.provenance import command_line, without_folders
-from hf_stateless.reports.measured.schema import GIB, SCHEMA_VERSION, MemoryReport, Moments, Range
+from hf_stateless.reports.measured.schema import SCHEMA_VERSION, MemoryReport, Moments, Range
+from hf_stateless.reports.provenance import published_command, without_folders
+from hf_stateless.reports.run_facts import hub_id
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +147,11 @@ def test_nothing_private_is_in_a_report(trained):
     ],
 )
 def test_a_command_is_told_without_folders_accounts_and_tokens(command, shown):
-    assert command_line(command.split(" ")) == shown
+    assert published_command(command.split(" ")) == shown
 
 
 def test_code_on_the_command_line_is_not_told():
-    assert command_line(["python", "-c", "open('/mnt/ada/x')", "--token", "t"]) == "python -c ..."
+    assert published_command(["python", "-c", "open('/mnt/ada/x')", "--token", "t"]) == "python -c ..."
 
 
 def test_paths_below_the_working_folder_stay():
@@ -159,9 +161,6 @@ def test_paths_below_the_working_folder_stay():
 
 
 def test_a_local_folder_is_no_base_model(tmp_path, monkeypatch):
-    class Model:
-        name_or_path = ""
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "sft").mkdir(parents=True)
     for name, expected in {
@@ -172,8 +171,7 @@ def test_a_local_folder_is_no_base_model(tmp_path, monkeypatch):
         "a/b/c": None,
         str(tmp_path / "gone"): None,
     }.items():
-        Model.name_or_path = name
-        assert base_model(Model()) == expected, name
+        assert hub_id(name) == expected, name
 
 
 def test_quantised_weights_are_counted_with_their_scales():
@@ -189,7 +187,7 @@ def test_quantised_weights_are_counted_with_their_scales():
         bias, blocks = 4 * 128, 64 * 128 // 64
         tables = 4 * 128 if dtype == "int8" else 4 * blocks + 4 * 16  # scales of rows; of blocks, and the 16 values
         for _ in range(2):
-            assert weight_bytes(layer) == codes + tables + bias, dtype
+            assert stored_weight_bytes(layer) == codes + tables + bias, dtype
             assert count_parameters(layer.parameters()) == {dtype: 64 * 128, "float32": 128}
             layer(torch.randn(2, 64))  # bitsandbytes moves codes and scales
 
@@ -197,7 +195,7 @@ def test_quantised_weights_are_counted_with_their_scales():
 def test_int8_weights_of_this_package_are_counted_with_their_scales():
     torch.manual_seed(0)
     model = TINY_MODELS["llama"]()
-    before = weight_bytes(model)
+    before = stored_weight_bytes(model)
     hf_stateless.quantize(model, hf_stateless.Int8TrainingConfig())
     expected = sum(
         {
@@ -206,7 +204,7 @@ def test_int8_weights_of_this_package_are_counted_with_their_scales():
             for t in (p, getattr(p, "codes", p), getattr(p, "scale", p))
         }.values()
     )
-    assert weight_bytes(model) == expected < before
+    assert stored_weight_bytes(model) == expected < before
     assert count_parameters(model.parameters())["int8"] > 0
 
 

@@ -1,7 +1,9 @@
 """The model card: once, coherent, with valid metadata and nothing private, for transformers, TRL and PEFT."""
 
+import copy
 import getpass
 import json
+import os
 import re
 from pathlib import Path
 
@@ -14,10 +16,13 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 import hf_stateless
 from hf_stateless import PRESETS
-from hf_stateless.reports.card.card import attach_model_card, gib, number, render, render_folder
+from hf_stateless.reports.card.attach import attach_model_card
 from hf_stateless.reports.card.facts import CARD_FILE, DATA_FILE, CardFacts
+from hf_stateless.reports.card.memory_section import gib, number
+from hf_stateless.reports.card.render import render, render_folder
 from hf_stateless.reports.card.sources import _optimizer_options
-from hf_stateless.reports.measured.schema import GIB, REPORT_FILE, MemoryReport
+from hf_stateless.reports.files import GIB
+from hf_stateless.reports.measured.schema import REPORT_FILE, MemoryReport
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -226,6 +231,9 @@ def test_nothing_private_is_told(plain_run, adapter_run, base_folder, monkeypatc
     monkeypatch.setenv("HF_TOKEN", "")
     trainer.args.hub_token = "hf_secretsecretsecretsecret"
     attach_model_card(trainer, data=f"Read from {base_folder}/texts.")
+    assert trainer.args.hub_token == copy.deepcopy(trainer.args).hub_token == "hf_secretsecretsecretsecret"
+    assert os.environ["HF_TOKEN"] == "", "a token of one trainer is none of the process"
+    assert "hf_secretsecret" not in f"{trainer.args} {trainer.args!r} {[trainer.args.hub_token]}"
     trainer.create_model_card()
     trainer.save_model()
     trainer.create_model_card()

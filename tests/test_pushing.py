@@ -149,6 +149,20 @@ def test_nothing_private_is_pushed(hub, worker, folder):
     assert base in local, "the folder on disk still loads"
 
 
+@pytest.mark.parametrize("way", ["ours", "trainer"])
+def test_a_token_among_the_arguments_opens_the_hub_and_is_in_no_file(way, hub, worker, folder):
+    options = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "checkpoint", "hub_always_push": True}
+    name = f"token_{way}"
+    push = worker.train_and_push_without_variable
+    assert push(f"runs/{name}", push_to_hub=True, way=way, hub_token=TOKEN, **options) is None
+    commits = hub.repository(f"tester/{name}").commits
+    pushed = {path: data for commit in commits for path, data in commit.files.items()}
+    assert {"training_args.bin", "model.safetensors"} <= set(pushed), "the Trainer pushed while it trained"
+    saved = [path for path in (folder / "runs" / name).rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in saved)
+    assert not any(TOKEN.encode() in data for data in (*pushed.values(), *(path.read_bytes() for path in saved)))
+
+
 @pytest.mark.parametrize(
     ("error", "transient"),
     [

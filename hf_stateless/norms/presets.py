@@ -1,8 +1,24 @@
-"""The published optimizers as data: a chain of norm projections, how often it runs, and the scale of its step."""
+"""The published optimizers as data: a chain of norm projections, how often it runs, its step scale and its paper."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+_SWAN_PAPER = """@inproceedings{ma2025swan,
+  title     = {{SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training}},
+  author    = {Ma, Chao and Gong, Wenbo and Scetbon, Meyer and Meeds, Edward},
+  booktitle = {Proceedings of the 42nd International Conference on Machine Learning},
+  year      = {2025},
+  url       = {https://proceedings.mlr.press/v267/ma25g.html}
+}"""
+_MULTI_NORMALIZATION_PAPER = """@inproceedings{scetbon2025gradient,
+  title     = {{Gradient Multi-Normalization for Efficient LLM Training}},
+  author    = {Scetbon, Meyer and Ma, Chao and Gong, Wenbo and Meeds, Edward},
+  booktitle = {Advances in Neural Information Processing Systems 38},
+  year      = {2025},
+  url       = {https://openreview.net/forum?id=oanhUGY6un}
+}"""
 
 
 @dataclass(frozen=True)
@@ -21,8 +37,12 @@ class MultiNormPreset:
     """How often the chain runs (L in the paper)."""
     lr_scale: float
     """Factor on the learning rate of matrices; see the README for how it was chosen."""
+    title: str
+    """What readers call it."""
     paper: str
     """Where the method is defined."""
+    citation: str
+    """BibTeX of the paper."""
 
 
 PRESETS: dict[str, MultiNormPreset] = {
@@ -30,18 +50,24 @@ PRESETS: dict[str, MultiNormPreset] = {
         norms=("row_standardize", "spectral"),
         num_iterations=1,
         lr_scale=2.0,
+        title="SWAN",
         paper="https://huggingface.co/papers/2412.13148",
+        citation=_SWAN_PAPER,
     ),
     "sinkgd": MultiNormPreset(
         norms=("row_l2", "col_l2"),
         num_iterations=5,
         lr_scale=0.4,
+        title="SinkGD",
         paper="https://huggingface.co/papers/2502.06742",
+        citation=_MULTI_NORMALIZATION_PAPER,
     ),
     "multinorm": MultiNormPreset(
         norms=("row_l2", "spectral"),
         num_iterations=1,
         lr_scale=2.0,
+        title="gradient multi-normalization",
         paper="https://huggingface.co/papers/2502.06742",
+        citation=_MULTI_NORMALIZATION_PAPER,
     ),
 }

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,11 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .files import GIB
 from .measured.build import build_report, continued
 from .measured.meter import Reading, RunMeter, highest
-from .measured.schema import GIB, PICTURE_FILE, MemoryReport
+from .measured.schema import PICTURE_FILE, MemoryReport
+from .patches import see_training_batches
 
 
 logger = logging.getLogger(__name__)
@@ -26,42 +26,50 @@ def attach_memory_report(trainer: Trainer) -> MemoryCallback:
     """Let a trainer measure, log and report the memory of its runs; one call, before `trainer.train()`.
 
     The logs of training get `memory/peak_gib` (measured, the most since the last log), `memory/optimizer_state_gib`
-    (counted), `throughput/tokens_per_second` and `time/optimizer_share`; of several ranks the highest memory. They
-    pass through `trainer.log`, so every tracker of `report_to` has them. At saves, pushes and at the end the output
-    folder gets `memory_report.json`, at the last two also `memory.png` (which needs matplotlib), and the model card a
-    section. A resumed run adds to the report of its checkpoint. It works for `Trainer` and those of TRL; a second call
-    changes nothing.
+    (counted), `throughput/tokens_per_second` and `time/optimizer_share`; memory is that of the highest rank. Every
+    tracker of `report_to` gets them. At saves, pushes and at the end the output folder gets `memory_report.json`, at
+    the last two also `memory.png` (which needs matplotlib), and the model card a section. A resumed run adds to the
+    report of its checkpoint. It works for `Trainer` and those of TRL; a second call changes nothing.
 
     Under several processes the ranks exchange a few numbers when the Trainer logs, saves or ends. On CPU the kernel's
-    high-water mark of the process is reset at each step, on a GPU the peaks of torch's allocator: whoever reads them
-    too sees the last step only.
+    high-water mark of the process is reset at each step, on a GPU the peaks of torch's allocator: whoever else reads
+    them sees the last step only.
 
     Args:
-        trainer: that is about to train.
+        trainer: the one that is about to train.
 
     Example:
+        >>> import tempfile
         >>> import hf_stateless
         >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
         >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         ...                      num_key_value_heads=2, vocab_size=32)
-        >>> args = TrainingArguments("out", optim="sinkgd", use_cpu=True, report_to=[])
-        >>> trainer = Trainer(model=LlamaForCausalLM(config), args=args)
-        >>> hf_stateless.attach_memory_report(trainer).report() is None  # nothing has run yet
-        True
+        >>> args = TrainingArguments(tempfile.mkdtemp(), optim="sinkgd", use_cpu=True, report_to=[], max_steps=1)
+        >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+        >>> trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows)
+        >>> callback = hf_stateless.attach_memory_report(trainer)
+        >>> trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...
+        >>> for group in callback.report().groups:
+        ...     print(group.role, group.algorithm, group.state_bytes)
+        matrix multinorm 28
+        embedding adamw 2052
+        head adamw 2052
+        rest adamw 204
     """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, MemoryCallback):
             return callback
     callback = MemoryCallback(trainer)
     trainer.add_callback(callback)
-    trainer.log = callback.add_to_logs(trainer.log)
-    trainer.compute_loss = callback.count_tokens(trainer.compute_loss)
+    trainer.callback_handler.callbacks.insert(0, _AddToLogs(callback))  # before the trackers, which read the logs
+    see_training_batches(trainer, callback.see_batch)
     if not trainer.args.skip_memory_metrics:
         logger.warning(
-            "skip_memory_metrics=False measures memory too, with the same counters and a busy thread: "
+            "skip_memory_metrics=False reads the same memory counters, which this report resets at every step: "
             "leave it out, or its figures will be those of the last step."
         )
-    from .card.card import attach_model_card  # loads a template engine
+    from .card.attach import attach_model_card  # loads a template engine
 
     attach_model_card(trainer)
     return callback
@@ -76,55 +84,41 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._given = _given_optimizer(trainer)
-        self._meter: RunMeter | None = None
+        optim = trainer.args.optim
+        self._optimizer = _given_optimizer(trainer) or getattr(optim, "value", optim)
+        self._meter = RunMeter(trainer.args.device, self._optimizer)
         self._rows: list[Reading] = []
         self._earlier: MemoryReport | None = None
         self._complete = False
-        self._news: dict[str, float] = {}
+        self._to_log: dict[str, float] = {}
 
     def report(self) -> MemoryReport | None:
         """Return the report of the run so far, on the main process; None before the end of the first step.
 
         It exchanges nothing between ranks: of the others it has what they said when the Trainer last logged or saved.
         """
-        if self._meter is None or not self._rows:
+        if not self._rows:
             return None
         report = build_report(self._trainer, self._meter, self._rows, complete=self._complete)
         return continued(report, self._earlier) if self._earlier else report
 
-    def add_to_logs(self, log: Callable[..., None]) -> Callable[..., None]:
-        """Return a `trainer.log` that adds the numbers of the last exchange to the logs of training."""
+    def take_numbers(self) -> dict[str, float]:
+        """Return the numbers of the last exchange, once, and let the peak since the last log begin anew."""
+        numbers, self._to_log = self._to_log, {}
+        self._meter.recent_peak = 0
+        return numbers
 
-        @functools.wraps(log)
-        def log_with_memory(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs:
-                logs.update(self._news)
-                self._news = {}
-                self._forget_recent()
-            log(logs, *args, **kwargs)
-
-        return log_with_memory
-
-    def count_tokens(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a `trainer.compute_loss` that shows the batches of training to the meter."""
-
-        @functools.wraps(compute_loss)
-        def compute_loss_of_counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._meter is not None and model.training:
-                self._meter.see(inputs)
-            return compute_loss(model, inputs, *args, **kwargs)
-
-        return compute_loss_of_counted
+    def see_batch(self, batch: Any) -> None:
+        """Count the tokens of a training batch."""
+        self._meter.see(batch)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take stock, and find the report of the part before a resume."""
-        if self._meter is not None:
-            self._meter.close()
+        self._meter.close()
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        self._meter = RunMeter(args.device, self._given or getattr(args.optim, "value", args.optim))
+        self._meter = RunMeter(args.device, self._optimizer)
         self._meter.begin(kwargs["model"], optimizer)
-        self._rows, self._news, self._complete = [], {}, False
+        self._rows, self._to_log, self._complete = [], {}, False
         self._earlier = None
         if state.global_step:
             with contextlib.suppress(FileNotFoundError, ValueError):
@@ -132,41 +126,35 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch forward and backward."""
-        if self._meter is not None:
-            self._meter.begin_step()
+        self._meter.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch the optimizer's step."""
-        if self._meter is not None:
-            self._meter.before_update()
+        self._meter.before_update()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End it."""
-        if self._meter is not None:
-            self._meter.after_update()
+        """End the watch of the optimizer's step."""
+        self._meter.after_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exchange numbers where the Trainer is about to log, evaluate, save or end."""
-        if self._meter is not None:
-            self._meter.end_step()
-            self._exchange_if(args, state, control)
+        self._meter.end_step()
+        self._exchange_if(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do the same where an epoch ends."""
+        """Exchange numbers likewise at the end of an epoch."""
         self._exchange_if(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave evaluation out of the time of training."""
-        if self._meter is not None:
-            self._meter.pause()
+        self._meter.pause()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the report with the checkpoint, for a resume."""
-        if self._meter is not None:
-            self._meter.pause()
-            checkpoint = self._checkpoint(args, state)
-            if checkpoint.is_dir():
-                self._write(state, checkpoint)
+        self._meter.pause()
+        checkpoint = self._checkpoint(args, state)
+        if checkpoint.is_dir():
+            self._write(state, checkpoint)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have report and picture in the folder that is pushed."""
@@ -174,21 +162,21 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the report of the whole run."""
-        if self._meter is not None and self._meter.steps:
+        if self._meter.steps:
             self._meter.close()
             self._exchange()
             self._complete = True
             self._write(state, args.output_dir, picture=True)
 
     def _exchange_if(self, args: Any, state: Any, control: Any) -> None:
-        """Exchange numbers if all ranks do: what is looked at is equal on all of them, or the Trainer would hang."""
+        """Exchange numbers where all ranks do, since their flags are equal: a rank that did it alone would hang."""
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self._exchange()
         if control.should_save:  # TRL writes a card before it saves
             self._write(state, args.output_dir)
 
     def _exchange(self) -> None:
-        if self._meter is None or not self._meter.steps:
+        if not self._meter.steps:
             return
         own = self._meter.read()
         values = torch.tensor([[*astuple(own), self._meter.recent_peak]], device=self._meter.device)
@@ -197,17 +185,13 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         numbers = values.tolist()
         self._rows = [Reading(*row[:-1]) for row in numbers]
         _, share, per_second = self._meter.rates(sum(row.tokens for row in self._rows))
-        self._news = {
+        self._to_log = {
             "memory/peak_gib": max(row[-1] for row in numbers) / GIB,
             "memory/optimizer_state_gib": highest(self._rows).optimizer_state / GIB,
             "time/optimizer_share": share,
             **({"throughput/tokens_per_second": per_second} if per_second is not None else {}),
         }
-        self._news = {key: float(f"{value:.4g}") for key, value in self._news.items()}
-
-    def _forget_recent(self) -> None:
-        if self._meter is not None:
-            self._meter.recent_peak = 0
+        self._to_log = {key: float(f"{value:.4g}") for key, value in self._to_log.items()}
 
     def _write(self, state: Any, folder: str | Path, *, picture: bool = False) -> None:
         """Write the report on the main process; a full disk or a missing package must not end a training."""
@@ -227,6 +211,20 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
     @staticmethod
     def _checkpoint(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+class _AddToLogs(TrainerCallback):  # type: ignore[misc]
+    """Adds the numbers of a `MemoryCallback` to the logs of training; what comes after it in the list sees them."""
+
+    def __init__(self, memory: MemoryCallback) -> None:
+        self._memory = memory
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add them to what is logged and to the history, which the Trainer has already written."""
+        if logs and "loss" in logs:
+            numbers = self._memory.take_numbers()
+            for entry in (logs, *state.log_history[-1:]):
+                entry.update(numbers)
 
 
 def _given_optimizer(trainer: Trainer) -> str | None:

@@ -1,8 +1,9 @@
-"""What the subcommands of `hf-stateless` share: an error is one line, and for arguments it says where to look."""
+"""What the subcommands of `hf-stateless` share: errors of one line that say what to type, and tables of text."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import NoReturn
 
 
@@ -22,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (type {self.prog} --help)")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     r"""Return the first line of what an error says, or its type if it says nothing.
 
     Example:
@@ -31,3 +32,24 @@ def first_line(error: Exception) -> str:
         ('no disk', 'OSError')
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def aligned(rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
+    """Return rows of cells as lines of text with equal columns.
+
+    Args:
+        rows: with the heading first.
+        text: numbers of the columns that are aligned to the left.
+
+    Example:
+        >>> from hf_stateless.reports.command_line import aligned
+        >>> aligned([["name", "size"], ["a", "1"]], text=[0])
+        ['name  size', 'a        1']
+    """
+    left = {index % len(rows[0]) for index in text}
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(c.ljust(width) if i in left else c.rjust(width) for i, (c, width) in cells).rstrip())
+    return lines

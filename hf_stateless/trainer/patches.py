@@ -11,9 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optimizer.release import released_norm
-from ..ranks.placement import whole_matrix
-
 
 OURS = "_hf_stateless"
 """The attribute by which an object that this package has put somewhere is known."""
@@ -71,6 +68,9 @@ def count_released_gradients_in_clipping() -> None:
     @functools.wraps(original)
     def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         parameters = list(parameters)
+        from ..optimizer.release import released_norm  # only now: registering names must load little
+        from ..ranks.placement import whole_matrix
+
         released = released_norm(parameters)
         if released is None:
             return original(self, parameters, max_norm, norm_type)

@@ -168,13 +168,6 @@ PRIVATE_PARTS = (
         until="torch gives them public names",
     ),
     PrivatePart(
-        part="torch:_foreach_add",
-        used_by=("optimizer/adamw.py",),
-        why="many tensors in one launch",
-        upstream=_FOREACH,
-        until="torch gives them public names",
-    ),
-    PrivatePart(
         part="torch:_foreach_add_",
         used_by=("optimizer/unread_flags.py",),
         why="many tensors in one launch",
@@ -225,21 +218,21 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="torch:ops.aten._scaled_dot_product_flash_attention_for_cpu",
-        used_by=("reports/predicted/trace.py",),
+        used_by=("reports/predicted/fused.py",),
         why="what fused attention keeps, on the meta device",
         upstream="aten/src/ATen/native/native_functions.yaml",
         until="the meta device takes the fused kernel of the device that it stands for",
     ),
     PrivatePart(
         part="torch.nn.functional:scaled_dot_product_attention",
-        used_by=("reports/predicted/trace.py",),
+        used_by=("reports/predicted/fused.py",),
         why="replaced while memory is predicted, for the meta device has no fused kernel",
         upstream="torch/nn/functional.py; public",
         until="the meta device takes the fused kernel of the device that it stands for",
     ),
     PrivatePart(
         part="torch.nn.functional:grouped_mm",
-        used_by=("reports/predicted/trace.py",),
+        used_by=("reports/predicted/fused.py",),
         why="replaced while memory is predicted, for the meta device cannot read the sizes of its groups",
         upstream="torch/nn/functional.py; public, from torch 2.10",
         until="the meta device computes it",
@@ -254,7 +247,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="huggingface_hub.utils:yaml_dump",
-        used_by=("reports/card/card.py",),
+        used_by=("reports/card/render.py",),
         why="writes metadata as the Hub's own cards do",
         upstream="huggingface_hub/utils/__init__.py; not exported",
         until="huggingface_hub exports it",

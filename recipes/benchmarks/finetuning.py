@@ -34,11 +34,12 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from rate_walk import nearest, walk
-from result_files import versions, write_results, write_whole
+from result_files import versions, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import hf_stateless
+from hf_stateless.reports.files import write_json
 
 
 # The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. What follows a comma is read by `weights_of`. With
@@ -173,7 +174,7 @@ def cached(row: str, lr: float, seed: int, args: argparse.Namespace) -> float:
     name = "_".join(str(value).replace(", ", "-") for value in configuration(row, lr, seed, args).values())
     file = args.runs / f"{name}.json"
     if not file.is_file():
-        write_whole(file, json.dumps(run(row, lr, seed, args), indent=1) + "\n")
+        write_json(file, run(row, lr, seed, args), indent=1)
     loss = float(json.loads(file.read_text())["eval_loss"])
     print(f"{args.tuning} {row}: lr {lr:.2e} seed {seed}: held-out loss {loss:.4f}", flush=True)
     return loss

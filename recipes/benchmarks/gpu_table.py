@@ -21,8 +21,9 @@ from result_files import write_results
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 import hf_stateless
+from hf_stateless.reports.files import GIB
 from hf_stateless.reports.predicted import Settings, build_model, estimate
-from hf_stateless.reports.predicted.table import CONTEXT_BYTES, GIB, USABLE_SHARE, fits
+from hf_stateless.reports.predicted.table import CONTEXT_BYTES, USABLE_SHARE, fits
 
 
 CARDS = (8, 12, 16, 24, 48, 80)

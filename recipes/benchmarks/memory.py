@@ -33,6 +33,7 @@ from result_files import write_results
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_stateless
+from hf_stateless.reports.files import GIB
 from hf_stateless.weights.int8.convert import layers_to_quantize
 from hf_stateless.weights.int8.linear import Int8Linear
 
@@ -45,7 +46,6 @@ MODELS = {
     "llama-7b": (4096, 11008, 32, 32),
 }
 BASELINE = "AdamW (fused)"
-GIB = 2**30
 # Exit status of a process that torch told so, and of one that the system killed.
 OUT_OF_MEMORY = (77, -9)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}

@@ -34,7 +34,7 @@ import torch
 from quality_plan import ROWS, SCHEDULE, STUDIES, Beside, Row, Study
 from quality_report import curves, document
 from rate_walk import best_rate, nearest, walk
-from result_files import versions, write_whole
+from result_files import versions
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -45,6 +45,8 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+
+from hf_stateless.reports.files import write_text
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -177,7 +179,7 @@ def cached(row: str, lr: float, seed: int, study: Study, args: argparse.Namespac
     """Return the held-out loss of a run, from its file or by training; infinite where it diverged."""
     file = file_of(configuration(row, lr, seed, study), args.runs)
     if not file.is_file():
-        write_whole(file, json.dumps(run(row, lr, seed, study, args)) + "\n")
+        write_text(file, json.dumps(run(row, lr, seed, study, args)) + "\n")
     loss = json.loads(file.read_text())["eval_loss"]
     print(f"{args.study}: {row}: lr {lr:.2e} seed {seed}: held-out loss {loss or math.inf:.4f}", flush=True)
     return math.inf if loss is None else float(loss)
@@ -222,7 +224,7 @@ def restore(source: Path, runs: Path) -> None:
     for record in json.loads(source.read_text())["records"]:
         file = file_of({key: record[key] for key in configuration("", 0.0, 0, Study())}, runs)
         if not file.is_file():
-            write_whole(file, json.dumps(record) + "\n")
+            write_text(file, json.dumps(record) + "\n")
 
 
 def setup() -> dict[str, Any]:
@@ -238,11 +240,11 @@ def report(output: Path, runs: Path, picture: Path | None) -> None:
     records = read_runs(runs)
     if records:
         lines = ",\n".join(json.dumps(record) for record in records)
-        write_whole(output, f'{{"setup": {json.dumps(setup())},\n"records": [\n{lines}\n]}}\n')
+        write_text(output, f'{{"setup": {json.dumps(setup())},\n"records": [\n{lines}\n]}}\n')
     records = json.loads(output.read_text())["records"]
     text = document(records)
     print(text)
-    write_whole(output.with_suffix(".md"), text)
+    write_text(output.with_suffix(".md"), text)
     if picture:
         curves(records, picture)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...optimizer.options import LAYERWISE
-from ...trainer.optim_args import optimizer_names
+from ...norms.presets import PRESETS, MultiNormPreset
+from ...trainer.optim_args import optimizer_names, plain_name
+from ..files import read_json, write_json
 
 
 SCHEMA_VERSION = 1
 CARD_FILE, DATA_FILE = "README.md", "card_data.json"
-
-TITLES = {"swan": "SWAN", "sinkgd": "SinkGD", "multinorm": "gradient multi-normalization"}
 
 
 @dataclass
@@ -65,9 +62,14 @@ class CardFacts:
     """Other sections of the trainer's own card."""
 
     @property
+    def preset(self) -> MultiNormPreset | None:
+        """What the optimizer is in this package; None for one of another package."""
+        return PRESETS.get(plain_name(self.optimizer))
+
+    @property
     def title(self) -> str:
         """The optimizer's name as a reader knows it."""
-        return TITLES.get(self.optimizer.removesuffix(LAYERWISE), self.optimizer)
+        return self.preset.title if self.preset else self.optimizer
 
     @property
     def stateless(self) -> bool:
@@ -75,9 +77,8 @@ class CardFacts:
         return self.optimizer in optimizer_names()
 
     def save(self, folder: str | Path) -> None:
-        """Write `card_data.json`, beside first and then renamed."""
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
-        write_text(Path(folder) / DATA_FILE, text)
+        """Write `card_data.json` to a temporary file, which then replaces it."""
+        write_json(Path(folder) / DATA_FILE, {"schema_version": SCHEMA_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, folder: str | Path) -> CardFacts:
@@ -86,15 +87,8 @@ class CardFacts:
         Raises:
             ValueError: another version of the schema.
         """
-        values = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
+        values = read_json(Path(folder) / DATA_FILE)
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise ValueError(f"{DATA_FILE}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
         return cls(**values)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it: nobody reads half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

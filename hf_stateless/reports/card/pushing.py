@@ -1,4 +1,4 @@
-"""Save a trained model with its card, and push it to the Hub over a network that may fail."""
+"""Push a trained model with its card to the Hub over a network that may fail, and keep the token out of every file."""
 
 from __future__ import annotations
 
@@ -9,62 +9,56 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from ..command_line import first_line
-from .card import attach_model_card
+from ..files import read_json
 from .facts import CardFacts
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
 NOT_PUSHED = ("_*", "checkpoint-*", "*/checkpoint-*", "*optimizer.pt", "*optimizer.bin", "training_args.bin")
-"""Files that stay at home. `training_args.bin` is a pickle that holds the folders, and the token if one was given."""
+"""Files that are not pushed. `training_args.bin` is a pickle that names the folders of this machine."""
 WAITS = (5.0, 15.0, 45.0)
 """Seconds before each new attempt; within an attempt huggingface_hub repeats most requests by itself."""
 TRANSIENT = (408, 425, 429)
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-class PushError(RuntimeError):
-    """The model is on disk but not on the Hub; the message says why, and the command that pushes it later."""
+class _Token(str):
+    """A token that authenticates as usual, but is pickled as None and shown as dots."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: Any) -> _Token:
+        return self
+
+    def __repr__(self) -> str:
+        return "'...'"
 
 
-def save(trainer: Trainer) -> None:
-    """Save model, trainer state and card in the output folder, without pushing. All processes have to call it.
+def keep_token_out_of_files(args: TrainingArguments) -> None:
+    """Keep `hub_token` out of `training_args.bin`, into which the Trainer pickles its arguments and which it pushes.
 
     Args:
-        trainer: after `train()`.
-
-    Example:
-        >>> import tempfile
-        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-        >>> from hf_stateless.reports.card.pushing import save
-        >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        ...                      num_key_value_heads=2, vocab_size=32)
-        >>> args = TrainingArguments(tempfile.mkdtemp(), optim="sinkgd", use_cpu=True)
-        >>> save(Trainer(LlamaForCausalLM(config), args))
+        args: whose token goes on working for the Trainer's own pushes.
     """
-    args = trainer.args
-    attach_model_card(trainer)
-    asked, args.push_to_hub = args.push_to_hub, False  # else `save_model` pushes, without a second attempt
-    try:
-        trainer.save_model()
-        trainer.save_state()
-    finally:
-        args.push_to_hub = asked
-    if asked:
-        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-    # After the weights, because saving an adapter writes a card of PEFT's.
-    trainer.create_model_card(tags=list(getattr(trainer.model, "model_tags", None) or []))
+    if args.hub_token:
+        args.hub_token = _Token(args.hub_token)
+
+
+class PushError(RuntimeError):
+    """The model is on disk but not on the Hub; the message says why, and the command that pushes it later."""
 
 
 def push(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> CommitInfo | None:
@@ -74,7 +68,7 @@ def push(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> CommitInfo | No
     checkpoints with their `optimizer.pt`; the Trainer pushes them while it trains.
 
     Args:
-        trainer: its output folder holds the model and the card, see `save`.
+        trainer: its output folder holds the model and the card, see `hf_stateless.reports.card.attach.save`.
         waits: seconds before each new attempt; empty for a single one.
 
     Returns:
@@ -116,7 +110,7 @@ def _upload(trainer: Trainer) -> CommitInfo:
 def _public_adapter_config(folder: str) -> bytes | None:
     """Return an adapter's config with the Hub's name of its base model, if the one on disk names a folder."""
     file = Path(folder) / ADAPTER_CONFIG
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     if not os.path.isdir(config.get("base_model_name_or_path") or ""):
         return None
     config["base_model_name_or_path"] = CardFacts.load(folder).base_model

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +11,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
+from ..provenance import published_command, versions, without_folders
+from ..run_facts import adapter_of, base_of, hub_id, option_pairs
 from .footprint import count_parameters, local_shape
 from .meter import Reading, RunMeter, highest
-from .provenance import command_line, versions, without_folders
 from .schema import (
     Cost,
     Counted,
@@ -68,14 +67,16 @@ def build_report(trainer: Trainer, meter: RunMeter, rows: Sequence[Reading], *, 
         predicted={name: predict(meter, top, name) for name in COMPARED},
         cost=Cost(tokens or None, tokens_per_second, seconds_per_step, share, meter.seconds),
         provenance=Provenance(
-            versions(), command_line(), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+            versions(), published_command(), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         ),
         complete=complete,
     )
 
 
 def residual(peak: int, counted: Counted, before_training: int) -> Residual:
-    """Divide what is not counted: on CPU, memory that was free before training and is used in it counts as used.
+    """Divide what is not counted into what was held before training and what training added.
+
+    On CPU, memory that was held before training and is reused in it counts as held before.
 
     Example:
         >>> from hf_stateless.reports.measured.schema import Counted
@@ -136,26 +137,25 @@ def predict(meter: RunMeter, reading: Reading, name: str) -> Prediction:
 
 
 def describe_setup(trainer: Trainer, meter: RunMeter, longest_row: int) -> Setup:
-    """Say what is run: nothing that is private, and of local folders nothing at all."""
+    """Describe the run with nothing private in it; local folders are left out."""
     args = trainer.args
     model: Any = meter.model
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = base_of(model)
     kind = next(c for c in type(base).__mro__ if not issubclass(c, FSDPModule))
     counts = count_parameters(model.parameters())
     cuda, threads = meter.device.type == "cuda", torch.get_num_threads()
-    given = (pair.partition("=")[::2] for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
     return Setup(
         device=torch.cuda.get_device_name(meter.device) if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}",
         device_capacity=torch.cuda.get_device_properties(meter.device).total_memory if cuda else None,
         world_size=args.world_size,
         strategy=strategy(trainer),
         model=kind.__name__,
-        base_model=base_model(base),
+        base_model=hub_id(str(getattr(base, "name_or_path", None) or "")),
         parameters=sum(counts.values()),
         trainable_parameters=sum(p.numel() for p in meter.trained),
         dtypes=counts,
         optimizer=meter.name,
-        optimizer_options={key: without_folders(value) for key, value in given},
+        optimizer_options={key: without_folders(value) for key, value in option_pairs(args.optim_args) if key},
         learning_rate=float(args.learning_rate),
         per_device_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -174,19 +174,12 @@ def strategy(trainer: Trainer) -> str:
     return "DDP" if kind.startswith("MULTI_") else "single" if kind == "NO" else kind
 
 
-def base_model(model: Any) -> str | None:
-    """Return the id on the Hub of the model that is trained further, None for a new or a local one."""
-    name = str(getattr(model, "name_or_path", None) or "")
-    return None if not name or os.path.exists(name) or Path(name).is_absolute() or name.count("/") > 1 else name
-
-
 def _peft(model: Any) -> dict[str, Any] | None:
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, Mapping) or not configs:
+    adapter = adapter_of(model)
+    if adapter is None:
         return None
-    config = next(iter(configs.values()))
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    return {"type": str(kind), **({"r": config.r} if getattr(config, "r", None) else {})}
+    kind, config = adapter
+    return {"type": kind, **({"r": config.r} if getattr(config, "r", None) else {})}
 
 
 def _quantization(model: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run's own tensors take, counted on the rank that asks: each storage once, whatever looks at it."""
+"""Bytes of a run's own tensors on this rank: each storage counts once, however many tensors share it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...weights.int8.weight import Int8Weight
+from ...weights.stored import StoredWeight
 from .schema import Group
 
 
@@ -79,15 +79,8 @@ class Storages:
         return total
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Count the parameters and buffers of a model, tied weights once, quantised ones with their scales.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import weight_bytes
-        >>> weight_bytes(torch.nn.Linear(2, 3))
-        36
-    """
+def stored_weight_bytes(model: nn.Module) -> int:
+    """Count the parameters and buffers of a model, tied weights once, quantised ones with their scales."""
     storages = Storages()
     total = sum(map(storages.add, (*model.parameters(), *model.buffers())))
     # A linear layer of bitsandbytes moves its codes and scales there in its first forward.
@@ -95,14 +88,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def gradient_bytes(params: Iterable[Tensor]) -> int:
-    """Count the gradients that are alive.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import gradient_bytes
-        >>> gradient_bytes(torch.nn.Linear(2, 3).parameters())
-        0
-    """
+    """Count the gradients that are alive."""
     return Storages().add([p.grad for p in params if p.grad is not None])
 
 
@@ -147,21 +133,14 @@ def count_parameters(params: Iterable[Tensor]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for p in params:
         packed = getattr(p, "quant_state", None)  # of bitsandbytes
-        stored = p.codes.dtype if isinstance(p, Int8Weight) else p.dtype
+        stored = p.stored[0].dtype if isinstance(p, StoredWeight) else p.dtype
         dtype = str(stored).removeprefix("torch.") if packed is None else str(packed.quant_type)
         counts[dtype] = counts.get(dtype, 0) + (p.numel() if packed is None else packed.shape.numel())
     return counts
 
 
 def local_shape(p: Tensor) -> Sequence[int]:
-    """Return the shape of the part of a parameter that this rank holds.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import local_shape
-        >>> tuple(local_shape(torch.zeros(2, 3)))
-        (2, 3)
-    """
+    """Return the shape of the part of a parameter that this rank holds."""
     return p.to_local().shape if isinstance(p, DTensor) else p.shape
 
 
@@ -189,7 +168,7 @@ class LiveGradients:
         self._handles = [p.register_post_accumulate_grad_hook(self._see) for p in trained]  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
-        """Take the hooks off; the peak stays."""
+        """Remove the hooks; the peak stays."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

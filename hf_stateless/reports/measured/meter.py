@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .footprint import LiveGradients, count_groups, gradient_bytes, weight_bytes
+from .footprint import LiveGradients, count_groups, gradient_bytes, stored_weight_bytes
 from .probes import Stopwatch, probe_of
 from .schema import Group
 
@@ -43,8 +43,8 @@ class Reading:
 class RunMeter:
     """Follows a training loop through calls at its events.
 
-    Memory is read at the two ends of the optimizer's step and forgotten in between, so that evaluation and saving are
-    in no number. Weights are counted at the start, gradients and state in the first steps and when a report is made.
+    Peaks are read at the end of both halves of a step and reset at their start, so that evaluation and saving are in
+    no number. Weights are counted at the start, gradients and state in the first steps and when a report is made.
 
     Args:
         device: where the model is trained.
@@ -57,12 +57,12 @@ class RunMeter:
         self.probe = probe_of(device)
         self.steps = 0
         self.seconds = 0.0
-        self.recent_peak = 0  # since it was last set to 0
+        self.recent_peak = 0  # whoever logs it sets it back to 0
         self.groups: list[Group] = []
         self._updates = Stopwatch(device)
         self._reading = Reading()
-        self._mark: float | None = None
-        self._first = (0.0, 0, 0.0)
+        self._counted_until: float | None = None
+        self._first_step = (0.0, 0, 0.0)
         self._tokens: int | Tensor = 0
         self._live: LiveGradients | None = None
         self._has_state = False
@@ -73,24 +73,24 @@ class RunMeter:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         reading = self._reading
         reading.start = self.probe.now()
-        reading.weights = weight_bytes(model)
+        reading.weights = stored_weight_bytes(model)
         self._count_state()
         self._has_state = reading.optimizer_state > 0
         reading.before_training = max(0, reading.start - reading.weights - reading.optimizer_state)
         self._faults = self.probe.faults()
         if getattr(getattr(optimizer, "optimizer", optimizer), "layerwise", None):
-            self._live = LiveGradients(self.trained)  # before the optimizer's own hooks, which free what they see
+            self._live = LiveGradients(self.trained)  # before the optimizer's own hooks, which free gradients
 
     def close(self) -> None:
-        """Take off what is hooked to the model."""
+        """Remove the hooks from the model."""
         if self._live:
             self._live.remove()
 
     def begin_step(self) -> None:
         """Begin to watch forward and backward."""
         self.probe.restart()
-        if self._mark is None:
-            self._mark = time.perf_counter()
+        if self._counted_until is None:
+            self._counted_until = time.perf_counter()
 
     def before_update(self) -> None:
         """End forward and backward, begin the optimizer's step."""
@@ -112,11 +112,11 @@ class RunMeter:
     def end_step(self) -> None:
         """End a step; what follows up to the next one counts as time of training, unless `pause` is called."""
         now = time.perf_counter()
-        self.seconds += now - (now if self._mark is None else self._mark)
-        self._mark = now
+        self.seconds += now - (now if self._counted_until is None else self._counted_until)
+        self._counted_until = now
         self.steps += 1
         if self.steps == 1:
-            self._first = (self.seconds, int(self._tokens), self._updates.seconds(wait=True))
+            self._first_step = (self.seconds, int(self._tokens), self._updates.seconds(wait=True))
             self._count_state()
             self._has_state = True
         if self.steps == 2:
@@ -124,7 +124,7 @@ class RunMeter:
 
     def pause(self) -> None:
         """Leave out the time since the last step."""
-        self._mark = None
+        self._counted_until = None
 
     def see(self, batch: Any) -> None:
         """Count the tokens of a training batch, on its device: nothing waits for the number."""
@@ -158,7 +158,7 @@ class RunMeter:
         Args:
             tokens: of all ranks.
         """
-        seconds, first_tokens, updating = self._first if self.steps > 1 else (0.0, 0, 0.0)
+        seconds, first_tokens, updating = self._first_step if self.steps > 1 else (0.0, 0, 0.0)
         seconds = self.seconds - seconds
         share = (self._updates.seconds(wait=True) - updating) / seconds if seconds else 0.0
         own = int(self._tokens)
@@ -177,11 +177,5 @@ class RunMeter:
 
 
 def highest(rows: Sequence[Reading]) -> Reading:
-    """Return the numbers of the rank with the highest peak.
-
-    Example:
-        >>> from hf_stateless.reports.measured.meter import Reading, highest
-        >>> highest([Reading(peak=1), Reading(peak=2, weights=5)]).weights
-        5
-    """
+    """Return the numbers of the rank with the highest peak."""
     return max(rows, key=lambda reading: reading.peak)

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
-from ..predicted.table import COLOURS
-from .schema import GIB, MemoryReport
-
-
-# From the bottom of the pile to its top; of predicted runs the first three and the rest are known.
-_PARTS = {
-    "held before training": "0.78",
-    "weights": COLOURS["weights"],
-    "gradients": COLOURS["gradients"],
-    "optimizer state": COLOURS["optimizer_state"],
-    "activations and temporaries": COLOURS["activations"],
-}
+from ..figures import axes_unit, draw_bars, new_figure, save_figure
+from ..files import GIB
+from .schema import MemoryReport
 
 
 def bars(report: MemoryReport) -> dict[str, dict[str, int]]:
@@ -45,7 +34,7 @@ def bars(report: MemoryReport) -> dict[str, dict[str, int]]:
 
 
 def draw(report: MemoryReport, path: str | Path) -> None:
-    """Draw the memory of a run, beside first and then renamed.
+    """Draw the memory of a run.
 
     Args:
         report: of the run.
@@ -70,76 +59,6 @@ def draw(report: MemoryReport, path: str | Path) -> None:
     axes.set_title(_title(report), fontsize=9.5, loc="left", pad=16 if capacity else 8)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8.5, columnspacing=1.2)
     save_figure(figure, path)
-
-
-def axes_unit(gib: float) -> tuple[str, int]:
-    """Return the unit that suits a size in GiB, and its bytes.
-
-    Example:
-        >>> from hf_stateless.reports.measured.picture import axes_unit
-        >>> axes_unit(3.5), axes_unit(0.02)
-        (('GiB', 1073741824), ('MiB', 1048576))
-    """
-    return ("GiB", GIB) if gib >= 0.1 else ("MiB", 1 << 20)
-
-
-def draw_bars(axes: Any, piles: dict[str, dict[str, int]]) -> None:
-    """Draw piles of parts as horizontal bars, each with its sum behind it.
-
-    Args:
-        axes: of matplotlib.
-        piles: parts in bytes of each bar, by its label.
-    """
-    sums = [sum(parts.values()) for parts in piles.values()]
-    unit, divisor = axes_unit(max(sums) / GIB)
-    left = [0.0] * len(piles)
-    for part, colour in _PARTS.items():
-        sizes = [parts.get(part, 0) / divisor for parts in piles.values()]
-        if any(sizes):
-            # A white edge tells neighbours apart, but would hide a thin part.
-            edge = "white" if max(sizes) * divisor > max(sums) / 100 else "none"
-            style = {"color": colour, "edgecolor": edge, "linewidth": 0.7}
-            axes.barh(range(len(piles)), sizes, left=left, label=part, height=0.62, **style)
-            left = [start + size for start, size in zip(left, sizes, strict=True)]
-    for y, total in enumerate(left):
-        axes.text(total + max(left) / 100, y, f"{total:.3g} {unit}", va="center", fontsize=9)
-    axes.set_xlim(0, max(left) * 1.16)
-    axes.set_yticks(range(len(piles)), list(piles), fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlabel(unit)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def new_figure(figsize: tuple[float, float]) -> Any:
-    """Return a figure of matplotlib without a window.
-
-    Args:
-        figsize: width and height in inches.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError('A picture needs matplotlib: type pip install "hf_stateless[plot]"') from None
-    return Figure(figsize=figsize, layout="constrained")
-
-
-def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure beside its file and rename it.
-
-    Args:
-        figure: of matplotlib.
-        path: picture to write; the ending says the format.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        figure.savefig(beside, dpi=150, facecolor="white")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _title(report: MemoryReport) -> str:

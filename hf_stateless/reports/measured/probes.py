@@ -6,45 +6,16 @@ import contextlib
 import sys
 import time
 from collections import deque
-from typing import Protocol
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
 
-class Probe(Protocol):
-    """Memory of this process on one device, in bytes."""
-
-    kind: str
-    since: str
-    """What `peak` goes back to: `first step`, or `process start` where it cannot be made to forget."""
-
-    def now(self) -> int:
-        """Return what is held."""
-
-    def restart(self) -> None:
-        """Let the peak begin anew."""
-
-    def peaks(self) -> tuple[int, int]:
-        """Return the most that was held since the last restart, and the most that the allocator had taken (or 0)."""
-
-    def faults(self) -> tuple[int, int]:
-        """Return how often the allocator gave memory back to find room, and found none, since the process started."""
-
-
 class ResidentSet:
     """The physical memory of this process, with everything in it: Python, libraries and data too.
 
-    On Linux the kernel keeps the peak and forgets it on request, so that no thread has to sample. Elsewhere the peak
+    On Linux the kernel keeps the peak and resets it on request, so that no thread has to sample. Elsewhere the peak
     is that of the whole process so far, and `since` says so.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.probes import ResidentSet
-        >>> probe = ResidentSet()
-        >>> probe.restart()
-        >>> probe.peaks()[0] > 0 < probe.now()
-        True
     """
 
     kind = "resident set"
@@ -58,7 +29,7 @@ class ResidentSet:
         return int(self._process.memory_info().rss)
 
     def restart(self) -> None:
-        """Let the peak begin anew, where the operating system can."""
+        """Reset the peak, where the operating system can."""
         if self.since == "first step":
             self._forgets()
 
@@ -74,7 +45,7 @@ class ResidentSet:
         return (peak if sys.platform == "darwin" else peak * 1024), 0
 
     def faults(self) -> tuple[int, int]:
-        """Return zeros."""
+        """Return zeros: there is no allocator to ask."""
         return 0, 0
 
     @staticmethod
@@ -107,7 +78,7 @@ class CudaAllocator:
         return torch.cuda.memory_allocated(self._device)
 
     def restart(self) -> None:
-        """Let the peaks begin anew."""
+        """Reset the peaks."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def peaks(self) -> tuple[int, int]:
@@ -121,7 +92,7 @@ class CudaAllocator:
         return stats.get("num_alloc_retries", 0), stats.get("num_ooms", 0)
 
 
-def probe_of(device: torch.device) -> Probe:
+def probe_of(device: torch.device) -> ResidentSet | CudaAllocator:
     """Return what measures the memory of a device: the allocator of a GPU, else the resident set.
 
     Example:
@@ -134,17 +105,7 @@ def probe_of(device: torch.device) -> Probe:
 
 
 class Stopwatch:
-    """Adds up the time between `start` and `stop`; on a GPU by events in its queue, so that nothing waits.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.probes import Stopwatch
-        >>> watch = Stopwatch(torch.device("cpu"))
-        >>> watch.start()
-        >>> watch.stop()
-        >>> 0 < watch.seconds(wait=True) < 60
-        True
-    """
+    """Adds up the time between `start` and `stop`; on a GPU by events in its queue, so that nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

@@ -7,19 +7,19 @@ All sizes are integers in bytes, GiB only where somebody reads them. Each block 
 from __future__ import annotations
 
 import json
-import os
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from ..files import read_json, write_json
+
 
 SCHEMA_VERSION = 1
 """Grows when a key changes its meaning or goes away; new keys may come without it."""
 REPORT_FILE = "memory_report.json"
 PICTURE_FILE = "memory.png"
-GIB = 1 << 30
 
 ASSUMPTIONS = (
     "Predicted: the same run with AdamW, of which only the optimizer's state, the gradients that it has to keep and "
@@ -41,7 +41,7 @@ class Setup:
     model: str
     """Name of the class."""
     base_model: str | None
-    """Id on the Hub of the model that was trained further; a local folder is not told."""
+    """Id on the Hub of the model that was trained further; None for a local folder."""
     parameters: int
     trainable_parameters: int
     dtypes: dict[str, int]
@@ -82,7 +82,7 @@ class Measured:
     kind: str
     """`resident set` or `CUDA allocator`."""
     peak_since: str
-    """`first step`, or `process start` where the operating system cannot forget an old peak."""
+    """`first step`, or `process start` where the operating system cannot reset the peak."""
     steps: int
     """Optimizer steps that were measured, those before a resume included if their report was found."""
     from_step: int
@@ -212,19 +212,13 @@ class MemoryReport:
         return report
 
     def save(self, folder: str | Path) -> Path:
-        """Write `memory_report.json` into a folder, beside first and then renamed: nobody reads half a file.
+        """Write `memory_report.json` into a folder, to a temporary file that then replaces it.
 
         Returns:
             The path of the file.
         """
         path = Path(folder) / REPORT_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{REPORT_FILE}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_json(path, self.to_dict())
         return path
 
     @classmethod
@@ -240,7 +234,7 @@ class MemoryReport:
         """
         file = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            return cls.from_dict(read_json(file))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}: no JSON ({error}); delete it or train again") from None
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""`hf-stateless memory MODEL`: a table of what training a model takes, and the GPUs that have it."""
+"""`hf-stateless memory MODEL`: a table of what training a model takes, and which GPUs have enough memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from typing import Any
 from torch import nn
 
 from ...optimizer.options import LAYERWISE
-from ...weights.int8.weight import Int8Weight
+from ...weights.stored import StoredWeight
 from ..command_line import Parser
+from ..run_facts import base_of, option_pairs
 from .estimate import estimate
-from .model import DTYPES, base_of, build_model, load_config, max_positions
+from .model import DTYPES, build_model, load_config, max_positions
+from .picture import plot
 from .state import is_ours, known_optimizers
-from .table import GPUS, Settings, as_json, as_table, plot
+from .table import GPUS, Settings, as_json, as_table
 
 
 _DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch"
@@ -59,15 +61,10 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0, or 2 after one line on stderr that says what was wrong.
-
-    Example:
-        >>> from hf_stateless.reports.predicted import main
-        >>> main(["no/such/model", "--optim", "nonsense"])
-        2
     """
     try:
         print(_answer(_parser().parse_args(argv)))
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         print(f"hf-stateless memory: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -75,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _answer(args: argparse.Namespace) -> str:
     names = list(dict.fromkeys(_name(name.strip(), args.layerwise) for name in args.optim.split(",")))
-    optim_args = _pairs(args.optim_args)
+    optim_args = _options(args.optim_args)
     gpus = _gpus(args.gpus)
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype}: expected {' or '.join(DTYPES)}.")
@@ -119,11 +116,11 @@ def _of_int8(names: Sequence[str], args: argparse.Namespace) -> list[str]:
     return [name for name in names if is_ours(name)]
 
 
-def _pairs(text: str) -> dict[str, str]:
-    parts = [part.split("=") for part in text.replace(" ", "").split(",") if text]
-    if any(len(part) != 2 or not all(part) for part in parts):
+def _options(text: str) -> dict[str, str]:
+    pairs = option_pairs(text)
+    if not all(key and value and "=" not in value for key, value in pairs):
         raise ValueError(f"--optim-args {text!r}: expected key=value,key=value, such as num_iterations=3.")
-    return {part[0]: part[1] for part in parts}
+    return dict(pairs)
 
 
 def _gpus(text: str | None) -> Sequence[float]:
@@ -148,7 +145,7 @@ def _facts(
     if getattr(config, "quantization_config", None) and settings.dtype != "int8":
         notes.append(f"The quantization that the config names is left out: weights are taken in {settings.dtype}.")
     base = base_of(model)
-    scales = {id(p.scale) for p in model.parameters() if isinstance(p, Int8Weight)}
+    scales = {id(part) for p in model.parameters() if isinstance(p, StoredWeight) for part in p.stored[1:]}
     params = [p for p in model.parameters() if id(p) not in scales]
     path = Path(source).resolve()
     return {

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...optimizer.options import LAYERWISE
-from .model import example_inputs, tensor_bytes, weight_bytes
+from ..command_line import first_line
+from .model import example_inputs, tensor_bytes, weight_bytes_of_rank
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .step import step_temporary, update_temporaries
 from .table import Estimate, Settings
@@ -37,9 +38,10 @@ def estimate(
         >>> from hf_stateless.reports.predicted import Settings, build_model, estimate
         >>> settings = Settings(batch=1, seq=16)
         >>> model = build_model(LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"]), settings)
-        >>> sinkgd, adamw = estimate(model, ["sinkgd", "adamw_torch"], settings)
-        >>> sinkgd.weights == adamw.weights, sinkgd.optimizer_state < adamw.optimizer_state
-        (True, True)
+        >>> for row in estimate(model, ["sinkgd", "adamw_torch"], settings):
+        ...     print(f"{row.optimizer}: weights {row.weights >> 20} MiB, state {row.optimizer_state >> 20} MiB")
+        sinkgd: weights 1272 MiB, state 1000 MiB
+        adamw_torch: weights 1272 MiB, state 2544 MiB
     """
     per_name = _share_out(optimizers, optim_args or {})
     inputs = example_inputs(model, settings)
@@ -64,16 +66,13 @@ def _share_out(optimizers: Sequence[str], optim_args: Mapping[str, Any]) -> dict
 
 
 def _trace(model: nn.Module, inputs: Mapping[str, Tensor], settings: Settings, released: Mapping[int, int]) -> Peak:
-    def settle(p: Tensor) -> tuple[int, int] | None:
-        if id(p) in released:
-            return 0, released[id(p)]
-        return (tensor_bytes([p], settings.fsdp), 0) if settings.fsdp > 1 else None
-
+    """Return what forward and backward hold where some gradients are released and FSDP2 keeps a part of the others."""
+    outcomes = {id(p): (tensor_bytes([p], settings.fsdp), 0) for p in model.parameters()} if settings.fsdp > 1 else {}
+    outcomes.update((key, (0, size)) for key, size in released.items())
     try:
-        return trace_training(model, inputs, settle, settings.device)
+        return trace_training(model, inputs, outcomes, settings.device)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"Forward and backward of {type(model).__name__} cannot be traced: {reason}") from error
+        raise ValueError(f"{type(model).__name__} cannot be traced: {first_line(error)}") from error
 
 
 def _estimate(
@@ -89,29 +88,35 @@ def _estimate(
         temporary = RULES[name].temporary(trained_parameters(model, ranks), device)
     backward = trace(released)
     gradients = tensor_bytes([p for p in model.parameters() if p.requires_grad and id(p) not in released], ranks)
-    always = {
-        "weights": weight_bytes(model, ranks),
-        "optimizer_state": optimizer_state_bytes(model, name, optim_args, ranks),
-    }
-    in_backward = {
-        "gradients": backward.gradients_then,
-        "activations": backward.total - backward.gradients_then,
-        "gathered": _gathered(model) if ranks > 1 else 0,
-    }
-    in_step = {"gradients": gradients, "temporary": temporary}
-    moments = {"backward": {**always, **in_backward}, "step": {**always, **in_step}}
-    moment = max(moments, key=lambda key: sum(moments[key].values()))
+    weights, state = weight_bytes_of_rank(model, ranks), optimizer_state_bytes(model, name, optim_args, ranks)
+    gathered = _gathered(model) if ranks > 1 else 0
+    moment, at_peak = _fullest(weights, state, gathered, backward, {"gradients": gradients, "temporary": temporary})
     return Estimate(
         optimizer=name,
-        **always,
+        weights=weights,
+        optimizer_state=state,
         gradients=max(gradients, backward.gradients) if released else gradients,
         activations=trace({}).activations,
         temporary=max(temporary, *released.values(), 0),
-        gathered=in_backward["gathered"],
-        peak=sum(moments[moment].values()),
+        gathered=gathered,
+        peak=sum(at_peak.values()),
         moment=moment,
-        at_peak=moments[moment],
+        at_peak=at_peak,
     )
+
+
+def _fullest(
+    weights: int, state: int, gathered: int, backward: Peak, in_step: Mapping[str, int]
+) -> tuple[str, Mapping[str, int]]:
+    """Return the fuller of the two moments of a step, and what is held then."""
+    always = {"weights": weights, "optimizer_state": state}
+    in_backward = {
+        "gradients": backward.gradients_then,
+        "activations": backward.total - backward.gradients_then,
+        "gathered": gathered,
+    }
+    moments = {"backward": {**always, **in_backward}, "step": {**always, **in_step}}
+    return max(moments.items(), key=lambda moment: sum(moment[1].values()))
 
 
 def _released(

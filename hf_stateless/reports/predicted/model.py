@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...weights.int8.hf_quantizer import quantize
 from ..command_line import first_line
+from ..run_facts import base_of
 from .state import shard
 from .table import Settings
 from .trace import LiveBytes
@@ -64,7 +65,7 @@ def build_model(config: Any, settings: Settings) -> nn.Module:
         (device(type='meta'), torch.bfloat16)
     """
     try:
-        with torch.device("meta"), LiveBytes():  # which answers where a number is read from a tensor
+        with torch.device("meta"), LiveBytes():  # lets a model read numbers from tensors without contents
             model: Any = _maker(config)(config, dtype=DTYPES[settings.dtype])
             model = quantize(model) if settings.dtype == "int8" else model
             model = _with_lora(model, settings.lora) if settings.lora else model
@@ -143,18 +144,13 @@ def max_positions(model: nn.Module) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def base_of(model: Any) -> Any:
-    """Return the model that PEFT has wrapped, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def weight_bytes(model: nn.Module, ranks: int = 1) -> int:
+def weight_bytes_of_rank(model: nn.Module, ranks: int = 1) -> int:
     """Count the bytes of the parameters and buffers of a model, tied ones once; of parameters the part of one rank.
 
     Example:
         >>> import torch
-        >>> from hf_stateless.reports.predicted.model import weight_bytes
-        >>> weight_bytes(torch.nn.Linear(2, 3))
+        >>> from hf_stateless.reports.predicted.model import weight_bytes_of_rank
+        >>> weight_bytes_of_rank(torch.nn.Linear(2, 3))
         36
     """
     return tensor_bytes((p.detach() for p in model.parameters()), ranks) + tensor_bytes(model.buffers())

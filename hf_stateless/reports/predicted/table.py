@@ -1,16 +1,17 @@
-"""Estimates of training memory as a table, as JSON and as a picture, and the GPUs they fit on."""
+"""Estimates of training memory as a table and as JSON, and the GPUs they fit on."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
+from ...optimizer.options import LAYERWISE
+from ..command_line import aligned
+from ..files import GIB
+from ..provenance import versions
 
-GIB = 1 << 30
+
 SCHEMA_VERSION = 1
 """Version of what `as_json` returns; it grows when a key changes its meaning or goes away."""
 
@@ -25,8 +26,8 @@ GPUS: dict[float, str] = {
     141: "H200",
 }
 """Common cards by their nominal memory."""
-# Of a card's nominal memory, what a run may fill: some is not usable, some lost between allocations; and the CUDA
-# context with its libraries takes its own.
+# A run may fill this share of a card's nominal memory; the rest is not usable or lost between allocations. The CUDA
+# context with its libraries takes its own part.
 USABLE_SHARE, CONTEXT_BYTES = 0.9, GIB
 
 ORIGINS = {
@@ -38,7 +39,7 @@ ORIGINS = {
     "gathered": "predicted",
     "peak": "predicted",
 }
-"""How each number came about: counted from the model's own tensors, or predicted."""
+"""The columns of the table, and how each number came about: counted from the model's own tensors, or predicted."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,9 @@ def as_json(
     for estimate in estimates:
         row = asdict(estimate)
         origins = dict(ORIGINS)
-        if estimate.optimizer.endswith("_layerwise"):
+        if estimate.optimizer.endswith(LAYERWISE):
             origins["gradients"] = "predicted"
         rows.append({**row, "origin": origins, "fits_gib": [gib for gib in gpus if fits(estimate.peak, gib)]})
-    packages = ("hf_stateless", "torch", "transformers")
     return {
         "schema": "hf_stateless.memory_estimate",
         "version": SCHEMA_VERSION,
@@ -121,32 +121,14 @@ def as_json(
         "estimates": rows,
         "gpus": [{"gib": gib, "cards": GPUS.get(gib, "")} for gib in gpus],
         "margin": {"usable_share": USABLE_SHARE, "context_bytes": CONTEXT_BYTES},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": versions(("hf_stateless", "torch", "transformers")),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-_COLUMNS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer_state": "state",
-    "activations": "activations",
-    "temporary": "temporary",
-    "gathered": "gathered",
-    "peak": "peak",
-}
 
 
 def as_table(report: Mapping[str, Any]) -> str:
     """Render what `as_json` returned for a terminal, in GiB, with the origin of every column."""
-    columns = [key for key in _COLUMNS if key != "gathered" or report["settings"]["fsdp"] > 1]
-    rows = [["GiB", *(_COLUMNS[key] for key in columns), "fits", "GPUs"]]
+    columns = [key for key in ORIGINS if key != "gathered" or report["settings"]["fsdp"] > 1]
+    rows = [["GiB", *(key.removeprefix("optimizer_") for key in columns), "fits", "GPUs"]]
     rows.append(["", *(ORIGINS[key] for key in columns), "", ""])
     for row in report["estimates"]:
         numbers = [f"{row[key] / GIB:.2f}" for key in columns]
@@ -155,10 +137,10 @@ def as_table(report: Mapping[str, Any]) -> str:
         fit = f"{smallest:g} GiB and up" if smallest is not None else f"more than {max(known):g} GiB"
         cards = next((gpu["cards"] for gpu in report["gpus"] if gpu["gib"] == smallest), "")
         rows.append([row["optimizer"], *numbers, fit, cards])
-    return "\n".join(["; ".join(_headline(report)), "", *aligned(rows, text=(0, -2, -1)), "", *_legend(report)])
+    return "\n".join(["; ".join(headline(report)), "", *aligned(rows, text=(0, -2, -1)), "", *_legend(report)])
 
 
-def _headline(report: Mapping[str, Any]) -> list[str]:
+def headline(report: Mapping[str, Any]) -> list[str]:
     """Return what the model is and how it is trained, as short phrases."""
     run = report["settings"]
     tokens = f" x {run['seq']} tokens" if report["has_tokens"] else ""
@@ -175,7 +157,7 @@ def _headline(report: Mapping[str, Any]) -> list[str]:
 
 
 def _legend(report: Mapping[str, Any]) -> list[str]:
-    layerwise = any(row["optimizer"].endswith("_layerwise") for row in report["estimates"])
+    layerwise = any(row["optimizer"].endswith(LAYERWISE) for row in report["estimates"])
     return [
         "counted: from the model's own tensors. predicted: nothing was run on a device.",
         "Each column is the most that is held at any time; peak is what is held together at the fullest moment.",
@@ -184,89 +166,3 @@ def _legend(report: Mapping[str, Any]) -> list[str]:
         "the CUDA context.",
         *report["notes"],
     ]
-
-
-def aligned(rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
-    """Return rows of cells as lines of text with equal columns.
-
-    Args:
-        rows: with the heading first.
-        text: numbers of the columns that are aligned to the left.
-
-    Example:
-        >>> from hf_stateless.reports.predicted.table import aligned
-        >>> aligned([["name", "size"], ["a", "1"]], text=[0])
-        ['name  size', 'a        1']
-    """
-    left = {index % len(rows[0]) for index in text}
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        lines.append("  ".join(c.ljust(width) if i in left else c.rjust(width) for i, (c, width) in cells).rstrip())
-    return lines
-
-
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-COLOURS = {
-    "weights": "#0072B2",
-    "gradients": "#56B4E9",
-    "optimizer_state": "#D55E00",
-    "activations": "#009E73",
-    "temporary": "#F0E442",
-    "gathered": "#CC79A7",
-}
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Draw what is held at the peak as stacked bars, one for each optimizer, with the GPUs as lines.
-
-    Args:
-        report: from `as_json`.
-        path: picture to write; the ending says the format.
-
-    Raises:
-        ValueError: matplotlib is not installed, or cannot write this format.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError('A picture needs matplotlib: type pip install "hf_stateless[plot]"') from None
-    rows = report["estimates"]
-    figure = Figure(figsize=(9, 1.9 + 0.45 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(rows)
-    for key, colour in COLOURS.items():
-        sizes = [row["at_peak"].get(key, 0) / GIB for row in rows]
-        if any(sizes):
-            label = _COLUMNS[key].replace("state", "optimizer state")
-            axes.barh(range(len(rows)), sizes, left=left, color=colour, label=label, edgecolor="white", linewidth=0.5)
-            left = [start + size for start, size in zip(left, sizes, strict=True)]
-    for y, total in enumerate(left):
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(total + max(left) / 200, y, f"{total:.2f}", va="center", bbox=box, zorder=3)
-    _capacity_lines(axes, report, min(left), max(left))
-    axes.set_yticks(range(len(rows)), [row["optimizer"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("GiB held at the fullest moment of a step, predicted (dashed: what fits a GPU of that size)")
-    model, size, *run = _headline(report)
-    axes.set_title(f"{model}, {size}\n{', '.join(run)}", fontsize=8, loc="left", pad=20)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--plot {path} cannot be written: {error}") from None
-
-
-def _capacity_lines(axes: Any, report: Mapping[str, Any], smallest: float, largest: float) -> None:
-    """Mark where those GPUs are full that have about as much as the bars take."""
-    width = largest * 1.15
-    axes.set_xlim(0, width)
-    drawn = 2 * width
-    for gpu in sorted(report["gpus"], key=lambda gpu: -gpu["gib"]):
-        limit = USABLE_SHARE * gpu["gib"] - CONTEXT_BYTES / GIB
-        if smallest * 0.6 < limit < width and drawn - limit > 0.09 * width:  # or the labels would overlap
-            drawn = limit
-            axes.axvline(limit, color="0.4", linestyle="--", linewidth=1)
-            axes.text(limit, -0.62, f"{gpu['gib']:g} GiB GPU", ha="right", va="bottom", fontsize=7, color="0.3")

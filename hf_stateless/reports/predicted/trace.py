@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from .fused import fused_kernels
 
 
 @dataclass(frozen=True)
@@ -113,113 +114,26 @@ def _has_no_contents(tensor: Tensor) -> bool:
     return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
 
 
-class _GroupedProduct(torch.autograd.Function):
-    """Products of groups of rows with a matrix each, in shapes only."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrices: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, matrices)
-        return rows.new_empty(rows.shape[0], matrices.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor]:
-        rows, matrices = ctx.saved_tensors
-        return torch.empty_like(rows), torch.empty_like(matrices)
-
-
-@contextlib.contextmanager
-def fused_kernels(device: str) -> Iterator[None]:
-    """Let attention and the products of experts take the memory on the meta device that real devices need.
-
-    The meta device itself would form all attention scores, and knows grouped products in bf16 only. CPUs do form the
-    scores where there is dropout or heads of different sizes, and every device where the mask has a gradient. The
-    functions are replaced for the time of the context: a mode for torch functions would not reach what activation
-    checkpointing runs again in backward.
-
-    Args:
-        device: `cuda` or `cpu`, where the model would run.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.predicted.trace import LiveBytes, fused_kernels
-        >>> q = torch.empty(1, 1, 1024, 8, device="meta")
-        >>> with fused_kernels("cuda"), LiveBytes() as live:
-        ...     _ = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        >>> live.peak.total < 1024 * 1024
-        True
-    """
-    original = F.scaled_dot_product_attention
-    original_grouped: Any = getattr(F, "grouped_mm", None)  # torch 2.9 has none
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        learned_mask = attn_mask is not None and attn_mask.requires_grad
-        missing = query.shape[-1] - value.shape[-1]
-        if query.device.type != "meta" or learned_mask or (device == "cpu" and (dropout_p > 0 or missing)):
-            return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-        padded = F.pad(value, (0, missing)) if missing else value
-        out: Tensor = flash(query, key, padded, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-        return out[..., : value.shape[-1]]
-
-    def grouped_mm(rows: Tensor, matrices: Tensor, **options: Any) -> Any:
-        if rows.device.type == "meta":
-            return _GroupedProduct.apply(rows, matrices)  # type: ignore[no-untyped-call]
-        return original_grouped(rows, matrices, **options)
-
-    replaced = {"scaled_dot_product_attention": (original, attend), "grouped_mm": (original_grouped, grouped_mm)}
-    replaced = {name: pair for name, pair in replaced.items() if pair[0] is not None}
-    for name, (_, new) in replaced.items():
-        setattr(F, name, new)
-    try:
-        yield
-    finally:
-        for name, (old, _) in replaced.items():
-            setattr(F, name, old)
-
-
-Settle = Callable[[Tensor], "tuple[int, int] | None"]
-"""What becomes of the gradient of a parameter once it is complete: the bytes that are kept in its place and the bytes
-that are needed for a moment, or None where it stays."""
-
-
 def trace_training(
-    model: nn.Module, inputs: Mapping[str, Any], settle: Settle = lambda p: None, device: str = "cuda"
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    outcomes: Mapping[int, tuple[int, int]] | None = None,
+    device: str = "cuda",
 ) -> Peak:
     """Predict what forward and backward hold on top of weights and inputs.
 
     Args:
         model: on the meta device.
         inputs: keyword arguments of its forward on the meta device, labels included.
-        settle: what becomes of each gradient; by default it stays.
+        outcomes: what becomes of the gradient of a parameter, by its identity, once it is complete: the bytes that
+            are kept in its place, and the bytes that are needed for a moment. A gradient without an outcome stays.
         device: `cuda` or `cpu`, where the model would run.
-
-    Example:
-        >>> from transformers import LlamaConfig
-        >>> from hf_stateless.reports.predicted import Settings, build_model
-        >>> from hf_stateless.reports.predicted.model import example_inputs
-        >>> from hf_stateless.reports.predicted.trace import trace_training
-        >>> settings = Settings(batch=1, seq=16)
-        >>> model = build_model(LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"]), settings)
-        >>> peak = trace_training(model, example_inputs(model, settings))
-        >>> peak.gradients == sum(2 * p.numel() for p in model.parameters())
-        True
     """
     live, kept = LiveBytes(), []
 
-    def settle_gradient(p: Tensor) -> None:
+    def finish(p: Tensor) -> None:
         live.finish_gradient(p.grad)  # type: ignore[arg-type]
-        outcome = settle(p)
+        outcome = (outcomes or {}).get(id(p))
         if outcome is not None:
             stays, moment = (torch.empty(size, dtype=torch.uint8, device="meta") for size in outcome)
             live.finish_gradient(stays)
@@ -231,7 +145,7 @@ def trace_training(
         cleanup.callback(model.zero_grad)
         for p in model.parameters():
             if p.requires_grad:
-                handle = p.register_post_accumulate_grad_hook(settle_gradient)  # type: ignore[no-untyped-call]
+                handle = p.register_post_accumulate_grad_hook(finish)  # type: ignore[no-untyped-call]
                 cleanup.callback(handle.remove)
         with torch.device("meta"), fused_kernels(device), live:
             model(**inputs).loss.backward()

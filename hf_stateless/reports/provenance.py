@@ -1,4 +1,4 @@
-"""Where a report comes from: command and versions, with nothing in them that is private."""
+"""Where a report comes from: the command and the versions of packages, with nothing private in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -21,18 +21,17 @@ _SEPARATORS = re.compile(r"[\\/]+")
 _ACCOUNTS = {"hub_model_id", "push_to_hub_model_id", "hub_bucket_id", "trackio_space_id"}
 
 
-def command_line(arguments: Sequence[str] | None = None) -> str:
+def published_command(arguments: Sequence[str] | None = None) -> str:
     """Return the command of this process as it may be published.
 
-    Folders outside of the working folder are cut off, tokens and account names are left out, and code that was given
-    with `-c` is not told.
+    Folders outside of the working folder are cut off; tokens, account names and code given with `-c` are left out.
 
     Args:
         arguments: of the command; those of this process when None.
 
     Example:
-        >>> from hf_stateless.reports.measured.provenance import command_line
-        >>> command_line(["/usr/bin/python3", "/mnt/ada/train.py", "--hub_model_id", "ada/m", "--hub_token=hf_x"])
+        >>> from hf_stateless.reports.provenance import published_command
+        >>> published_command(["/usr/bin/python3", "/mnt/ada/train.py", "--hub_model_id", "ada/m", "--hub_token=hf_x"])
         'python train.py --hub_model_id m --hub_token=...'
     """
     program, *rest = sys.orig_argv if arguments is None else arguments
@@ -52,7 +51,7 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
 
 
 def _value(key: str, text: str) -> str:
-    """Return the value of an argument as it may be told."""
+    """Return the value of an argument as it may be published."""
     name = key.lstrip("-").replace("-", "_")
     if text and (_SECRET.search(name) or "organization" in name):
         return "..."
@@ -66,7 +65,7 @@ def without_folders(text: str) -> str:
     """Shorten every absolute path in a text: to what lies below the working folder, or to its last name.
 
     Example:
-        >>> from hf_stateless.reports.measured.provenance import without_folders
+        >>> from hf_stateless.reports.provenance import without_folders
         >>> without_folders('{"train": "/mnt/ada/text/a.txt"} runs/1 meta-llama/Llama-2-7b')
         '{"train": "a.txt"} runs/1 meta-llama/Llama-2-7b'
     """
@@ -87,19 +86,19 @@ def _last_name(place: str) -> str:
     return _SEPARATORS.split(place.rstrip("\\/"))[-1]
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that this process has loaded.
+def versions(packages: Iterable[str] | None = None) -> dict[str, str]:
+    """Return the versions of Python and of packages; `unknown` for one that is not installed.
 
-    Example:
-        >>> from hf_stateless.reports.measured.provenance import versions
-        >>> {"python", "torch", "transformers"} <= versions().keys()
-        True
+    Args:
+        packages: their names; None takes those of `PACKAGES` that this process has loaded.
     """
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        if name in sys.modules:
-            try:
-                found[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
-    return found
+    if packages is None:
+        packages = [name for name in PACKAGES if name in sys.modules]
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(package), "__version__", "unknown"))

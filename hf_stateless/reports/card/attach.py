@@ -1,0 +1,79 @@
+"""Let a trainer write our model card in place of its own, and save a trained model with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+
+from ..files import write_text
+from ..patches import CardWriter
+from .facts import CARD_FILE
+from .pushing import keep_token_out_of_files
+from .render import render_folder
+from .sources import collect
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def attach_model_card(
+    trainer: Trainer,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] | None = None,
+    data: str | None = None,
+    remarks: Sequence[str] | None = None,
+) -> None:
+    """Let the trainer write our model card wherever it writes its own, and push that one.
+
+    It wraps `trainer.create_model_card`, which transformers and TRL call at checkpoints and before they push. The
+    trainer's own card is written first; its tags, metadata, citations and links are taken over. Calling this again
+    only adds what is given. A `hub_token` among the arguments still works, but no file of the run holds it.
+
+    Args:
+        trainer: a `Trainer` of transformers or TRL.
+        base_model: id on the Hub of the model that is trained further, empty for random weights; default: the name
+            it was loaded by.
+        license: default: that of the base model's card.
+        datasets: ids on the Hub of the data sets.
+        data: a sentence about the data.
+        remarks: more sentences, like what was not compared.
+    """
+    keep_token_out_of_files(trainer.args)
+    writer = trainer.create_model_card
+    if not isinstance(writer, CardWriter):
+        writer = trainer.create_model_card = CardWriter(trainer, _write_over_own_card)
+    given = {"base_model": base_model, "license": license, "datasets": datasets, "data": data, "remarks": remarks}
+    writer.given.update({name: value for name, value in given.items() if value is not None})
+
+
+def _write_over_own_card(trainer: Trainer, given: dict[str, Any]) -> None:
+    folder = Path(trainer.args.output_dir)
+    own_card = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True)
+    collect(trainer, own_card, given).save(folder)
+    write_text(folder / CARD_FILE, render_folder(folder))
+
+
+def save(trainer: Trainer) -> None:
+    """Save model, trainer state and card in the output folder, without pushing. All processes have to call it.
+
+    Args:
+        trainer: after `train()`.
+    """
+    args = trainer.args
+    attach_model_card(trainer)
+    asked, args.push_to_hub = args.push_to_hub, False  # otherwise `save_model` pushes, with a single attempt
+    try:
+        trainer.save_model()
+        trainer.save_state()
+    finally:
+        args.push_to_hub = asked
+    if asked:
+        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    # After the weights, because saving an adapter writes a card of PEFT's.
+    trainer.create_model_card(tags=list(getattr(trainer.model, "model_tags", None) or []))

@@ -1,0 +1,125 @@
+"""The sentences and rows of a card's memory section, from the memory report of a run."""
+
+from __future__ import annotations
+
+from math import floor, log10
+from typing import Any
+
+from ..files import GIB
+from ..measured.schema import ASSUMPTIONS, MemoryReport
+
+
+def memory_section(report: MemoryReport, picture: str | None) -> dict[str, Any]:
+    """Return the pieces of the memory report that are sentences or rows."""
+    return {
+        "report": report,
+        "headline": _headline(report),
+        "rows": _rows(report),
+        "setup": _setup(report),
+        "method": _method(report),
+        "assumptions": ASSUMPTIONS,
+        "picture": picture,
+        "alternative_text": _alternative_text(report),
+    }
+
+
+def _headline(report: MemoryReport) -> str:
+    state, peak, own = report.counted.optimizer_state, report.measured.peak.max, report.setup.optimizer
+    text = f"The state of `{own}` took {gib(state)} GiB (counted), the run at its peak {gib(peak)} GiB (measured)."
+    other = report.predicted.get("adamw_torch")
+    if other and not own.startswith("adamw"):
+        text += f" With `adamw_torch` the state would take {gib(other.optimizer_state)} GiB and the peak "
+        text += f"{gib(other.peak)} GiB (predicted)."
+    return text if report.complete else f"{text} Training was not finished when this was written."
+
+
+def _rows(report: MemoryReport) -> list[dict[str, Any]]:
+    """Return the table, one row for each part, with how its numbers came about."""
+    counted, left, others = report.counted, report.residual, list(report.predicted.values())
+    same, left_out = "; the same for the others", [None] * len(others)
+    rows = [
+        ("weights and buffers", [counted.weights] * (1 + len(others)), "counted" + same),
+        ("gradients", [counted.gradients, *(o.gradients for o in others)], "counted; others predicted"),
+        (
+            "optimizer state",
+            [counted.optimizer_state, *(o.optimizer_state for o in others)],
+            "counted; others predicted",
+        ),
+        (
+            "activations and temporaries",
+            [left.activations_and_temporaries, *left_out],
+            "residual: the rest of the peak",
+        ),
+        ("held before training", [left.before_training] * (1 + len(others)), "measured" + same),
+        ("**peak**", [report.measured.peak.max, *(o.peak for o in others)], "measured; others predicted"),
+    ]
+    if report.measured.reserved:
+        rows.append(("reserved on the device", [report.measured.reserved.max, *left_out], "measured"))
+    return [{"name": name, "sizes": sizes, "how": how} for name, sizes, how in rows]
+
+
+def _setup(report: MemoryReport) -> str:
+    setup = report.setup
+    capacity = f" with {gib(setup.device_capacity)} GiB" if setup.device_capacity else ""
+    parts = [
+        f"{setup.device}{capacity}",
+        f"{setup.world_size} process" + ("es" if setup.world_size > 1 else "") + f" ({setup.strategy})",
+        f"{setup.parameters:,} parameters, {setup.trainable_parameters:,} of them trained",
+        " and ".join(dtype.removeprefix("torch.") for dtype in setup.dtypes),
+        f"batch {setup.per_device_batch_size} x {setup.sequence_length} tokens per device"
+        + (f", {setup.gradient_accumulation_steps} micro-batches" if setup.gradient_accumulation_steps > 1 else ""),
+        "gradient checkpointing" if setup.gradient_checkpointing else "no gradient checkpointing",
+    ]
+    parts += [f"{setup.quantization} weights"] if setup.quantization else []
+    cost = report.cost
+    tokens = f"{cost.tokens_per_second:,.0f} tokens a second, " if cost.tokens_per_second else ""
+    seconds = number(cost.seconds_per_step, digits=3)
+    time = f"Measured: {tokens}{seconds} s a step, {cost.optimizer_share:.1%} of it in the optimizer."
+    return f"Setup: {'; '.join(parts)}. {time}"
+
+
+def _method(report: MemoryReport) -> str:
+    measured = report.measured
+    source = {
+        "resident set": "the operating system's peak resident set of the process, Python and libraries included",
+        "CUDA allocator": "the most that torch's CUDA allocator had handed out",
+    }.get(measured.kind, measured.kind)
+    ranks = f", of {report.setup.world_size} processes the one that took most" if report.setup.world_size > 1 else ""
+    return (
+        f"Measured: {source}, since {measured.peak_since}, over {measured.steps} steps{ranks}. "
+        "Counted: bytes of the tensors, each storage once."
+    )
+
+
+def _alternative_text(report: MemoryReport) -> str:
+    own = f"{report.setup.optimizer}: {gib(report.measured.peak.max)} GiB at the peak (measured)"
+    others = [f"{name}: {gib(prediction.peak)} GiB (predicted)" for name, prediction in report.predicted.items()]
+    return "Bars of memory by part. " + "; ".join([own, *others])
+
+
+def gib(size: int | None) -> str:
+    """Return bytes in GiB with three significant digits.
+
+    Example:
+        >>> from hf_stateless.reports.card.memory_section import gib
+        >>> gib(3 << 29), gib(123456), gib(0), gib(None)
+        ('1.50', '0.000115', '0', '')
+    """
+    return "" if size is None else number(size / GIB, digits=3, smallest=0.0)
+
+
+def number(value: float | None, digits: int = 4, smallest: float = 1e-5) -> str:
+    """Return a number with so many significant digits and without an exponent, where that is readable.
+
+    Example:
+        >>> from hf_stateless.reports.card.memory_section import number
+        >>> number(4238.4), number(0.0512345), number(1.0), number(2e-9)
+        ('4238', '0.05123', '1.000', '2e-09')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or abs(value) >= 1e9 or abs(value) < smallest:
+        return f"{value:.{digits}g}"
+    return f"{value:.{max(0, digits - 1 - floor(log10(abs(value))))}f}"

@@ -1,0 +1,86 @@
+"""What the log of a Trainer says on a card: results while it trained, and what held-out data said at last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json
+
+
+EVALUATION_FILE = "evaluation.json"
+"""What the recipes write into the output folder."""
+METRICS = {
+    "loss": "Loss",
+    "perplexity": "Perplexity",
+    "accuracy": "Accuracy",
+    "mean_token_accuracy": "Mean token accuracy",
+    "reward": "Mean reward",
+    "rewards/accuracies": "Reward accuracy",
+}
+LONGEST_TABLE = 12
+
+
+def with_perplexity(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of the log, with the perplexity where it has a held-out loss."""
+    if "eval_loss" not in entry:
+        return dict(entry)
+    return {**entry, "eval_perplexity": exp(min(entry["eval_loss"], 700.0))}
+
+
+def results(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the evaluations with the last training loss before each, or the training log if there are none."""
+    rows, loss = [], None
+    for entry in log:
+        loss = entry.get("loss", loss)
+        known = {name: entry[f"eval_{name}"] for name in METRICS if f"eval_{name}" in entry}
+        if known:
+            held_out = {f"held-out {METRICS[name].lower()}": value for name, value in known.items()}
+            rows.append({"step": entry["step"], **({} if loss is None else {"training loss": loss}), **held_out})
+    if not rows:
+        names = {name: METRICS[name].lower() for name in METRICS if any(name in entry for entry in log)}
+        rows = [
+            {"step": entry["step"], **{text: entry[name] for name, text in names.items() if name in entry}}
+            for entry in log
+            if any(name in entry for name in names)
+        ]
+    every = -(-len(rows) // LONGEST_TABLE) or 1
+    return rows[:-1][::every] + rows[-1:]
+
+
+def evaluation_of(log: list[dict[str, Any]], folder: str, dataset: str) -> list[dict[str, Any]]:
+    """Return the last held-out metrics of the log, and those of `evaluation.json` in the output folder."""
+    entries = [entry for entry in log if "eval_loss" in entry]
+    where = dataset or "held-out part of the training data"
+    before, after = (entries[0] if entries and entries[0]["step"] == 0 else {}), (entries or [{}])[-1]
+    found = [
+        {
+            "type": name,
+            "name": title,
+            "before": before.get(f"eval_{name}"),
+            "value": after[f"eval_{name}"],
+            "dataset": where,
+        }
+        for name, title in METRICS.items()
+        if f"eval_{name}" in after
+    ]
+    file = Path(folder) / EVALUATION_FILE
+    return found + (_compared(read_json(file)) if file.is_file() else [])
+
+
+def _compared(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the metrics of the recipes' `evaluation.json`: means before and after training."""
+    where = f"{evaluation['questions']} held-out questions of {', '.join(evaluation['tasks'])}"
+    return [
+        {
+            "type": name,
+            "name": name.replace("_", " ").capitalize(),
+            "before": evaluation["before"][name]["mean"],
+            "value": figure["mean"],
+            "standard_error": figure["standard_error"],
+            "dataset": f"{where}, {evaluation['decoding']} decoding",
+        }
+        for name, figure in evaluation["after"].items()
+    ]

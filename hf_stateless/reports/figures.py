@@ -1,0 +1,99 @@
+"""What the pictures of reports share: colours, bars of memory, and files that appear whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .files import GIB, replacing
+
+
+# From the bottom of the pile to its top, in Okabe and Ito's colours, which colour-blind readers tell apart.
+PARTS = {
+    "held before training": "0.78",
+    "weights": "#0072B2",
+    "gradients": "#56B4E9",
+    "optimizer state": "#D55E00",
+    "activations": "#009E73",
+    "activations and temporaries": "#009E73",
+    "temporary": "#F0E442",
+    "gathered": "#CC79A7",
+}
+
+
+def axes_unit(gib: float) -> tuple[str, int]:
+    """Return the unit that suits a size in GiB, and its bytes.
+
+    Example:
+        >>> from hf_stateless.reports.figures import axes_unit
+        >>> axes_unit(3.5), axes_unit(0.02)
+        (('GiB', 1073741824), ('MiB', 1048576))
+    """
+    return ("GiB", GIB) if gib >= 0.1 else ("MiB", 1 << 20)
+
+
+def draw_bars(axes: Any, piles: dict[str, dict[str, int]]) -> None:
+    """Draw piles of parts as horizontal bars, each with its sum behind it.
+
+    Args:
+        axes: of matplotlib.
+        piles: of each bar, by its label, the bytes of its `PARTS`.
+    """
+    sums = [sum(parts.values()) for parts in piles.values()]
+    unit, divisor = axes_unit(max(sums) / GIB)
+    left = [0.0] * len(piles)
+    for part, colour in PARTS.items():
+        sizes = [parts.get(part, 0) / divisor for parts in piles.values()]
+        if any(sizes):
+            # A white edge tells neighbours apart, but would hide a thin part.
+            edge = "white" if max(sizes) * divisor > max(sums) / 100 else "none"
+            style = {"color": colour, "edgecolor": edge, "linewidth": 0.7}
+            axes.barh(range(len(piles)), sizes, left=left, label=part, height=0.62, **style)
+            left = [start + size for start, size in zip(left, sizes, strict=True)]
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over lines that are drawn later
+    for y, total in enumerate(left):
+        axes.text(total + max(left) / 100, y, f"{total:.3g} {unit}", va="center", fontsize=9, bbox=box, zorder=3)
+    axes.set_xlim(0, max(left) * 1.16)
+    axes.set_yticks(range(len(piles)), list(piles), fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def new_figure(figsize: tuple[float, float]) -> Any:
+    """Return a figure of matplotlib without a window.
+
+    Args:
+        figsize: width and height in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('A picture needs matplotlib: type pip install "hf_stateless[plot]"') from None
+    return Figure(figsize=figsize, layout="constrained")
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure to a temporary file, which then replaces the picture.
+
+    Args:
+        figure: of matplotlib.
+        path: picture to write; the ending says the format.
+    """
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, facecolor="white")
+
+
+def save_plot(figure: Any, path: str | Path) -> None:
+    """Write the picture that `--plot` asks for.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        save_figure(figure, path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plot {path} cannot be written: {error}") from None

@@ -1,0 +1,129 @@
+"""What the output folder of a finished run says: its losses, and what it took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .files import read_json
+from .measured.schema import REPORT_FILE, MemoryReport
+
+
+STATE_FILE = "trainer_state.json"
+# What the logs call the tokens seen so far: the Trainer, if it is asked to count them, and TRL.
+_TOKEN_KEYS = ("num_input_tokens_seen", "num_tokens")
+
+
+@dataclass
+class Run:
+    """What the output folder of a run says; None where it does not."""
+
+    run: str
+    """Name of the folder."""
+    optimizer: str | None = None
+    steps: int | None = None
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak: int | None = None
+    """Bytes, measured."""
+    optimizer_state: int | None = None
+    """Bytes, counted."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Points of the curves: `step`, `tokens` and `seconds` where known, and `loss` or `eval_loss`."""
+    notes: list[str] = field(default_factory=list)
+    report: MemoryReport | None = None
+
+
+def read_run(folder: Path) -> Run:
+    """Read `trainer_state.json` and `memory_report.json` of an output folder; one of them may be missing.
+
+    Args:
+        folder: output folder; if it holds no state, that of its last checkpoint is taken.
+
+    Raises:
+        ValueError: no such folder, neither file, or a file that cannot be read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from hf_stateless.reports.finished_run import read_run
+        >>> read_run(Path("no/such/run"))
+        Traceback (most recent call last):
+        ...
+        ValueError: no/such/run: no such folder; expected the output_dir of a run
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected the output_dir of a run")
+    run = Run(folder.resolve().name)
+    state, report = _state(folder), None
+    if (folder / REPORT_FILE).is_file():
+        report = MemoryReport.load(folder)
+    if state is None and report is None:
+        raise ValueError(f"{folder}: neither {STATE_FILE} nor {REPORT_FILE}; expected the output_dir of a run")
+    if report is None:
+        run.notes.append(f"no {REPORT_FILE}: hf_stateless.attach_memory_report(trainer) before train() writes it")
+    else:
+        _take_report(run, report)
+    if state is None:
+        run.notes.append(f"no {STATE_FILE}, so no losses: trainer.save_state() after train() writes it")
+    else:
+        _take_state(run, state)
+    return run
+
+
+def _state(folder: Path) -> dict[str, Any] | None:
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[len("checkpoint-") :].isdecimal()]
+    latest = sorted(checkpoints, key=lambda path: int(path.name[len("checkpoint-") :]))[-1:]
+    for place in (folder, *latest):
+        if (place / STATE_FILE).is_file():
+            try:
+                state: dict[str, Any] = read_json(place / STATE_FILE)
+                return {"global_step": state["global_step"], "log_history": state["log_history"]}
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(f"{place / STATE_FILE}: no state of a Trainer") from None
+    return None
+
+
+def _take_report(run: Run, report: MemoryReport) -> None:
+    run.report = report
+    run.optimizer = report.setup.optimizer
+    run.steps = report.measured.from_step + report.measured.steps
+    run.tokens, run.tokens_per_second = report.cost.tokens, report.cost.tokens_per_second
+    run.seconds = report.cost.seconds
+    run.peak, run.optimizer_state = report.measured.peak.max, report.counted.optimizer_state
+    if report.measured.from_step:
+        run.notes.append(f"tokens, seconds and peak are of the steps after {report.measured.from_step} only")
+    if not report.complete:
+        run.notes.append("the memory report was written before the end of training")
+
+
+def _take_state(run: Run, state: Mapping[str, Any]) -> None:
+    logs = state["log_history"]
+    run.steps = state["global_step"]
+    for key in ("loss", "eval_loss"):
+        found = [entry[key] for entry in logs if isinstance(entry.get(key), (int, float))]
+        setattr(run, "train_loss" if key == "loss" else key, found[-1] if found else None)
+    counted = [entry[key] for entry in logs for key in _TOKEN_KEYS if key in entry]
+    run.tokens = int(counted[-1]) if counted and run.tokens is None else run.tokens
+    runtime = sum(entry.get("train_runtime", 0.0) for entry in logs)
+    run.seconds = (runtime or None) if run.seconds is None else run.seconds
+    if run.tokens_per_second is None and run.tokens and run.seconds:
+        run.tokens_per_second = run.tokens / run.seconds
+    for entry in logs:
+        values = {key: entry[key] for key in ("loss", "eval_loss") if isinstance(entry.get(key), (int, float))}
+        if values:
+            run.history.append({"step": entry["step"], **values, **_place(run, entry["step"])})
+
+
+def _place(run: Run, step: int) -> dict[str, float]:
+    """Return tokens and seconds up to a step, as if all steps were alike: curves need no more."""
+    measured = run.report.measured if run.report else None
+    first, steps = (measured.from_step, measured.steps) if measured else (0, run.steps or 0)
+    share = (step - first) / steps if steps and step >= first else None
+    totals = {"tokens": run.tokens, "seconds": run.seconds}
+    return {key: total * share for key, total in totals.items() if total is not None and share is not None}

@@ -1,0 +1,48 @@
+"""What reports, cards and predictions say about any run: the model inside PEFT, its adapter, its id, its options."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def base_of(model: Any) -> Any:
+    """Return the model that PEFT has wrapped, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def adapter_of(model: Any) -> tuple[str, Any] | None:
+    """Return the kind of a model's first PEFT adapter, such as `LORA`, and its config; None where there is none."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping) or not configs:
+        return None
+    config = next(iter(configs.values()))
+    return str(getattr(config.peft_type, "value", config.peft_type)), config
+
+
+def hub_id(name: str) -> str | None:
+    """Return the name of a model if it is an id on the Hub, None for a local path.
+
+    Example:
+        >>> from hf_stateless.reports.run_facts import hub_id
+        >>> hub_id("HuggingFaceTB/SmolLM2-135M"), hub_id("/mnt/ada/model")
+        ('HuggingFaceTB/SmolLM2-135M', None)
+    """
+    return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) else None
+
+
+def option_pairs(optim_args: str | None) -> list[tuple[str, str]]:
+    """Split `optim_args` as the Trainer does; what has no `=` gets an empty value.
+
+    Example:
+        >>> from hf_stateless.reports.run_facts import option_pairs
+        >>> option_pairs("norms=row_l2+col_l2, num_iterations=3")
+        [('norms', 'row_l2+col_l2'), ('num_iterations', '3')]
+    """
+    parts = [part.partition("=") for part in optim_args.replace(" ", "").split(",")] if optim_args else []
+    return [(key, value) for key, _, value in parts]
