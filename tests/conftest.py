@@ -136,3 +136,12 @@ def make_model():
 def any_model(request, make_model):
     """Each tiny model in turn, as (name, model)."""
     return request.param, make_model(request.param)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under `-n` a file stays with one worker, so that processes which its tests share are started once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # files with few tests are often the slow ones
+    return LoadFileScheduling(config, log) if config.option.dist == "load" else None

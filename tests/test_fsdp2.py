@@ -1,6 +1,5 @@
 """Sharded steps on four gloo processes against one process: every cut of a matrix, and what is sent for it."""
 
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import dense
+from rank_processes import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -236,9 +236,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def results():
     """What each of four ranks got, from one start of four processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_ranks(worker, WORLD)
 
 
 def on_one_process(shape, options, kind="plain", count=2):

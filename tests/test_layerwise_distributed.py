@@ -1,7 +1,6 @@
 """Updates in backward on two processes, DDP and FSDP2: as without hooks, and as in one process."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +42,7 @@ from layerwise_fsdp2_runs import (
     run_sharded_norm,
     run_used_in_part,
 )
+from rank_processes import on_ranks
 
 from hf_stateless import StatelessOptimizer
 
@@ -83,9 +83,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def results():
     """What each of two ranks got, from one start of two processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_ranks(worker, WORLD)
 
 
 # ---- DDP

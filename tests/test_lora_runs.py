@@ -1,6 +1,5 @@
 """`lora=product`: runs that resume to the bit, updates in backward, several processes."""
 
-import tempfile
 from pathlib import Path
 
 import peft
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from conftest import VOCAB_SIZE, dense, tiny_inputs
 from lora_pairs import adapted, example, optimizer_of, pair_of
+from rank_processes import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -167,9 +167,7 @@ def stepped(place, steps=3):
 
 
 def test_sharded_pairs_step_as_on_one_process():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(sharded_steps, (folder,), nprocs=WORLD)
-        results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    results = on_ranks(sharded_steps, WORLD)
     expected = stepped(lambda whole: whole)
     for of_rank in results:
         for placed in of_rank.values():

@@ -1,6 +1,5 @@
 """Who whitens what: balance of the owners, and replicas that share the work on whole matrices."""
 
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from conftest import dense
 from hypothesis import given
 from hypothesis import strategies as st
+from rank_processes import on_ranks
 
 from hf_stateless import PRESETS, StatelessOptimizer
 from hf_stateless.ranks import ways
@@ -81,9 +81,7 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def results():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_ranks(worker, WORLD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

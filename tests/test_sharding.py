@@ -1,12 +1,12 @@
 """FSDP2 and DDP on two gloo processes against one process; what cannot be sharded is refused."""
 
 import copy
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from rank_processes import on_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -161,9 +161,7 @@ def cases():
 @pytest.fixture(scope="module")
 def results():
     """What each of two ranks got, from one start of two processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_ranks(worker, WORLD)
 
 
 @pytest.mark.slow

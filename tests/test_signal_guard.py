@@ -6,7 +6,6 @@ import logging
 import math
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import TINY_MODELS, dense
 from documents import ROOT
+from rank_processes import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -243,9 +243,7 @@ SCALES = [1.0] * WARM_UP + [1e-3, 1.0, 0.05, 0.2]
 
 @pytest.fixture(scope="module")
 def results():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (folder,), nprocs=WORLD)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_ranks(run, WORLD)
 
 
 @pytest.mark.parametrize("case", ["sharded", "replicated"])
