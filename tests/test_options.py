@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hf_stateless.optimizer.width import WIDTH_RULES
+from hf_stateless.update.width import WIDTH_RULES
 
 from hf_stateless import NORMS, PRESETS, create_optimizer
 from hf_stateless.norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
