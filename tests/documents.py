@@ -13,7 +13,7 @@ LIMIT = 220
 """Lines that README.md may have: what does not fit is told beside the code."""
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_HEADING = re.compile(r"^(#{1,6}) (.*)$", re.MULTILINE)
+_HEADING = re.compile(r"^##? (.*)$", re.MULTILINE)
 _CARD = re.compile(r"hub_cards/.+/README\.md")
 _NO_TEST = re.compile(r"<!-- no-test:(.*?)-->\s*\Z", re.DOTALL)
 
@@ -72,12 +72,12 @@ def page_with(text):
 
 
 def sections(page):
-    """Each part of a page from one heading to the next, as (heading, text); code blocks have no headings."""
+    """Each part of a page from one `#` or `##` heading to the next, as (heading, text); code has no headings."""
     text = read(page)
     fences = [match.span() for match in _FENCE.finditer(text)]
     heads = [m for m in _HEADING.finditer(text) if not any(start < m.start() < end for start, end in fences)]
     ends = [head.start() for head in heads[1:]] + [len(text)]
-    return [(head.group(2), text[head.start() : end]) for head, end in zip(heads, ends, strict=True)]
+    return [(head.group(1), text[head.start() : end]) for head, end in zip(heads, ends, strict=True)]
 
 
 def section(page, heading):
