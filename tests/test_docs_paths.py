@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from documents import ROOT, blocks, markdown_pages, read, tracked_files
+from documents import ROOT, blocks, guides, markdown_pages, read, tracked_files
 
 
 EXTENSIONS = ["py", "yaml", "yml", "md", "json", "jinja", "toml", "txt", "sh", "png", "cff"]
@@ -46,13 +46,24 @@ def paths_in(text):
 
 @pytest.mark.parametrize("page", markdown_pages())
 def test_links_of_a_page_lead_somewhere(page):
-    folder, text = (ROOT / page).parent, read(page)
-    anchors = {slug(heading) for heading in HEADING.findall(text)}
-    for target in LINK.findall(text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, f"{page} links to the heading {target}, which it does not have"
-        elif "://" not in target:
-            assert (folder / target.split("#")[0]).exists(), f"{page} links to {target}, which is not there"
+    folder = (ROOT / page).parent
+    for target in LINK.findall(read(page)):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        there = folder / file if file else ROOT / page
+        assert there.exists(), f"{page} links to {target}, which is not there"
+        if anchor:
+            anchors = {slug(heading) for heading in HEADING.findall(there.read_text(encoding="utf-8"))}
+            assert anchor in anchors, f"{page} links to the heading {target}, which is not there"
+
+
+@pytest.mark.parametrize("page", [page for page in guides() if page != "README.md"])
+def test_the_readme_leads_to_every_page_and_each_leads_back(page):
+    assert page in {target.split("#")[0] for target in LINK.findall(read("README.md"))}
+    if not page.startswith("hub_cards/"):
+        up = "../" * page.count("/") + "README.md"
+        assert up in LINK.findall(read(page)), f"{page} does not link back to README.md"
 
 
 @pytest.mark.parametrize("page", markdown_pages())

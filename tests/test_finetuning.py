@@ -124,7 +124,7 @@ def test_a_trainer_saves_loads_and_resumes_to_the_bit(kind, tuning, optim, folde
 
 
 def test_a_resume_changes_the_dtype_of_adapters_over_a_quantised_base(folders, tmp_path):
-    """What transformers, TRL and PEFT do with any optimizer; when this fails, `keep_dtype` can go (README too)."""
+    """What transformers, TRL and PEFT do with any optimizer; when this fails, `keep_dtype` can go (the page too)."""
     pytest.importorskip("bitsandbytes")
 
     def dtypes(trainer):

@@ -1,4 +1,4 @@
-"""The fine-tuning benchmark: WordNet's format, the walk over learning rates, and the tables in the README."""
+"""The fine-tuning benchmark: WordNet's format, the walk over learning rates, and the tables on the pages."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from documents import ROOT, read
+from documents import ROOT, page_with
 
 
 pytest.importorskip("trl")
@@ -88,6 +88,6 @@ def test_a_rate_counts_only_when_every_seed_was_run_with_it():
 
 
 @pytest.mark.parametrize("tuning", ["layers", "lora"])
-def test_the_tables_of_the_readme_are_the_results(tuning):
+def test_the_tables_of_the_pages_are_the_results(tuning):
     records = json.loads(RESULTS.read_text())["records"]
-    assert finetuning.table(records, tuning) in read("README.md")
+    assert page_with(finetuning.table(records, tuning))

@@ -1,4 +1,4 @@
-"""What the README says of 8-bit training is what the committed results of the benchmarks say, and these hold."""
+"""What the pages say of memory and 8-bit training is what the results of the benchmarks say, and these hold."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import memory
 import pytest
 import torch
 import yaml
-from documents import ROOT, read
+from documents import ROOT, blocks, guides, page_with, read, section
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_stateless import create_optimizer, quantize
@@ -43,7 +43,7 @@ def test_the_resident_set_is_below_the_promised_part_of_adamw():
     assert int8["state_gib"] == 0
 
 
-def test_the_table_of_resident_sets_in_the_readme_is_the_measurement():
+def test_the_table_of_resident_sets_on_the_page_is_the_measurement():
     rows = []
     for title, name in {"AdamW, bf16": memory.BASELINE, "bf16": BF16, "int8": INT8}.items():
         record = by_optimizer()[name]
@@ -51,7 +51,18 @@ def test_the_table_of_resident_sets_in_the_readme_is_the_measurement():
         ratios = f"{record['ratio_above_libraries']:.3f} | {record['peak_gib']:.3f} | {record['ratio']:.3f}"
         title = title if name == memory.BASELINE else f"`sinkgd_layerwise`, {title}"
         rows.append(f"| {title} | {record['weights_gib']:.3f} | {above:.3f} | {ratios} |")
-    assert "\n".join(rows) in read("README.md")
+    assert page_with("\n".join(rows))
+
+
+def test_the_table_of_float32_resident_sets_on_the_page_is_the_measurement():
+    rows = []
+    for record in results("memory-cpu.json")["records"]:
+        name, _, options = record["optimizer"].partition(", ")
+        title = name if name.startswith("AdamW") else f"`{name}`" + (f", `{options}`" if options else "")
+        time = f" {record['time_ratio']:.3f}" if "time_ratio" in record else ""
+        numbers = f"{record['peak_gib']:.3f} | {record['ratio']:.3f} | {record['gradients_gib']:.3f}"
+        rows.append(f"| {title} | {numbers} |{time} |")
+    assert page_with("\n".join(rows))
 
 
 def test_an_8_bit_model_is_made_layer_by_layer_and_trains():
@@ -95,17 +106,46 @@ def test_8_bits_with_stochastic_rounding_end_within_2_percent_of_bf16_and_neares
         assert losses["sinkgd, int8"][seed] < 1.02 * bf16 < losses["sinkgd, int8 nearest"][seed]
     same = {key: {record[key] for record in records} for key in ("model", "steps", "learning_rate", "layers")}
     assert all(len(values) == 1 for values in same.values())
-    assert finetuning.weights_table(records) in read("README.md")
+    assert page_with(finetuning.weights_table(records))
 
 
-def test_the_table_of_gpus_in_the_readme_is_the_prediction():
+def test_the_tables_of_gpus_on_the_pages_are_the_predictions():
     models = results("gpu-table.json")["models"]
     assert set(models) == set(gpu_table.MODELS)
-    assert gpu_table.table(models) in read("README.md")
+    assert results("gpu-table.json")["setup"]["optim_args"] == gpu_table.OPTIM_ARGS
+    assert gpu_table.table(models, "swan_layerwise") in section("README.md", "Does it fit?")
+    assert page_with(gpu_table.table(models, "sinkgd_layerwise"))
     peaks = models["Llama-2-7B"]["peaks"]
     assert peaks["`sinkgd_layerwise`, int8"] < 9 * GIB
-    assert f"{peaks['`sinkgd_layerwise`, int8'] / GIB:.2f} GiB" in read("README.md")
-    assert f"{peaks['`sinkgd_layerwise`, bf16'] / GIB:.2f} GiB" in read("README.md")
+    for name in ("swan_layerwise", "sinkgd_layerwise"):
+        bf16, int8 = (peaks[f"`{name}`, {stored}"] / GIB for stored in ("bf16", "int8"))
+        assert page_with(f"| `{name}` | {bf16:.2f} | {int8:.2f} |")
+
+
+def test_what_the_command_prints_for_7b_is_what_the_page_shows():
+    page = page_with("hf-stateless memory meta-llama/Llama-2-7b-hf")
+    (shown,) = [block.code.splitlines() for block in blocks(page, "text")]
+    settings = Settings(checkpointing=True)
+    names = [line.split()[0] for line in shown[2:]]
+    assert len(names) >= 5
+    estimates = estimate(build_model(gpu_table.config_of("Llama-2-7B"), settings), names, settings)
+    for line, found in zip(shown[2:], estimates, strict=True):
+        assert line.split()[0] == found.optimizer
+        parts = (found.weights, found.gradients, found.optimizer_state, found.activations, found.temporary, found.peak)
+        told = [float(number) for number in re.findall(r"\d+\.\d\d", line)]
+        assert told == pytest.approx([part / GIB for part in parts], rel=0.03, abs=0.02), line
+
+
+def test_whitening_a_vocabulary_takes_more_memory_than_the_state_it_saves_as_the_page_says():
+    settings = Settings(seq=gpu_table.SEQUENCE, checkpointing=True)
+    model = build_model(gpu_table.config_of("Llama-3.1-8B"), settings)
+    stateless, adamw = (
+        estimate(model, ["swan_layerwise"], settings, {"release": "all", "embeddings": kind})[0].peak / GIB
+        for kind in ("stateless", "adamw")
+    )
+    assert stateless > adamw
+    told = re.search(r"predicted at ([\d.]+) GiB with it and at ([\d.]+) GiB without", "".join(map(read, guides())))
+    assert [float(told[1]), float(told[2])] == pytest.approx([stateless, adamw], rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", pytest.param("Llama-2-7B", marks=pytest.mark.slow)])

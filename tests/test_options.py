@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from hf_stateless.update.width import WIDTH_RULES
 
 from hf_stateless import NORMS, PRESETS, create_optimizer
 from hf_stateless.norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
@@ -19,6 +18,7 @@ from hf_stateless.optimizer.options import (
 )
 from hf_stateless.optimizer.rules import complete_group, told_options
 from hf_stateless.trainer.optim_args import is_layerwise, optimizer_names, parse_options, plain_name, valid_keys
+from hf_stateless.update.width import WIDTH_RULES
 
 
 NAMES = optimizer_names()

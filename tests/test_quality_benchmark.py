@@ -1,4 +1,4 @@
-"""The quality benchmark: its plan, the walk over learning rates, real tiny runs, and the tables in the README."""
+"""The quality benchmark: its plan, the walk over learning rates, real tiny runs, and the tables on the pages."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import rate_walk
 import torch
 import weight_formats
 from datasets import Dataset
-from documents import ROOT, read
+from documents import ROOT, guides, page_with, read, section, sections, tracked_files
 from quality_plan import ROWS, STUDIES, AdamWFactory, MuonFactory, Study
 
 from hf_stateless import PRESETS
@@ -152,9 +152,19 @@ def test_a_table_has_the_best_row_first_and_marks_what_diverged():
     runs = [("adamw", 1e-3, 3.0), ("adamw", 2e-3, 2.5), ("adamw", 4e-3, None), ("swan", 4e-3, 2.25)]
     records = [{**base, "row": row, "learning_rate": lr, "eval_loss": loss} for row, lr, loss in runs]
     table = quality_report.tables(records)["small"].splitlines()
-    assert table[2].startswith("| swan | 2.250 | 1 | 4.0e-03 | not run, not run | 8.00 |")
-    assert table[3].startswith("| adamw | 2.500 | 1 | 2.0e-03 | 3.000, inf |")
-    assert "4.0e-03: 2x" in quality_report.tables(records)["learning rates"]
+    assert table[2].startswith("| swan | 2.250 | 1 |  | 4.0e-03 | not run | not run | 8.00 |")
+    assert table[3].startswith("| AdamW | 2.500 | 1 |  | 2.0e-03 | 3.000 | inf | 8.00 |")
+    assert quality_report.tables(records)["learning rates"].splitlines()[2] == "| small | 2.0e-03 |  |  | 2x |  |"
+
+
+def test_a_row_is_called_by_words_and_the_spread_of_its_seeds_has_a_cell():
+    base = {**STUDIES["small"].values(), "state_bytes": 80, "parameters": 10, "learning_rate": 1e-3}
+    runs = [("adamw, rates apart, rest 8x", seed, 2.0 + seed / 4) for seed in (0, 1)]
+    table = quality_report.tables([{**base, "row": row, "seed": seed, "eval_loss": x} for row, seed, x in runs])[
+        "small"
+    ]
+    words = "AdamW, own rate for matrices, 8x rate for embeddings, head, norms"
+    assert table.splitlines()[2].startswith(f"| {words} | 2.125 | 2 | 0.250 | 1.0e-03 |")
 
 
 LARGEST = ("largest, python", "largest, english")
@@ -167,13 +177,18 @@ def records():
 
 def test_the_tables_are_those_of_the_runs(records):
     assert read("recipes/benchmarks/results/quality-cpu.md") == quality_report.document(records)
-    readme = read("README.md")
-    shown = {name for name, table in quality_report.tables(records).items() if table in readme}
-    assert shown == {"summary", "long", "learning rates"}
+    tables = quality_report.tables(records)
+    for name in (quality_report.SCHEDULE, quality_report.CONSTANT, "long", "learning rates"):
+        assert page_with(tables[name])
+    assert quality_report.short(records) in section("README.md", "Is it as good as AdamW?")
 
 
-def test_every_loss_that_the_readme_tells_is_one_of_a_run_or_a_mean(records):
-    section = read("README.md").split("## Does it train better?")[1].split("What the papers report")[0]
+def test_every_loss_that_the_pages_tell_is_one_of_a_run_or_a_mean(records):
+    page = page_with(quality_report.tables(records)[quality_report.SCHEDULE])
+    parts = {
+        "page": section(page, "Quality"),
+        "readme": section("README.md", "Is it as good as AdamW?") + section("README.md", "Which learning rate?"),
+    }
     means = [
         rate_walk.best_rate(same)[1].values()
         for study in STUDIES
@@ -181,12 +196,34 @@ def test_every_loss_that_the_readme_tells_is_one_of_a_run_or_a_mean(records):
     ]
     known = {f"{sum(losses) / len(losses):.3f}" for losses in means}
     known |= {f"{record['eval_loss']:.3f}" for record in records if record["eval_loss"] is not None}
-    told = set(re.findall(r"\b[3-9]\.\d{3}\b", section))
-    assert len(told) > 40
-    assert told <= known
+    told = {name: set(re.findall(r"\b[3-9]\.\d{3}\b", text)) for name, text in parts.items()}
+    assert len(told["page"]) > 40
+    assert len(told["readme"]) > 15
+    assert told["page"] | told["readme"] <= known
 
 
-def test_swan_with_its_default_ends_below_adamw_at_the_largest_size_as_the_readme_says(records):
+def test_the_loss_of_sinkgd_without_state_stands_wherever_that_pair_is_shown(records):
+    """In the same part of a page as any table, command or example of it, and in the files that have it."""
+    rows = quality_report.by_row(quality_report.of_study(records, "small"))
+    ends = {
+        row: f"{sum(best.values()) / len(best):.3f}" for row in rows for best in [rate_walk.best_rate(rows[row])[1]]
+    }
+    stateless = (
+        f"ended at {ends['sinkgd, stateless embeddings']}, where AdamW ended at {ends['adamw']} in the same study"
+    )
+    sentence = f"`sinkgd` with `embeddings=stateless` {stateless}."
+    pair = re.compile(r"sinkgd.*embeddings=stateless|embeddings=stateless.*sinkgd", re.DOTALL)
+    shown = [(page, title) for page in guides() for title, text in sections(page) if pair.search(text)]
+    assert len(shown) >= 5
+    silent = [(page, title) for page, title in shown if sentence not in dict(sections(page))[title]]
+    assert silent == [], f"beside that pair has to stand: {sentence}"
+    plain = sentence.replace("`", "")
+    files = [name for name in tracked_files() if name.endswith((".yaml", ".yml")) and pair.search(read(name))]
+    assert files
+    assert [name for name in files if plain not in re.sub(r"\n# *", " ", read(name))] == []
+
+
+def test_swan_with_its_default_ends_below_adamw_at_the_largest_size_as_the_page_says(records):
     """The default with the schedule, against the best of AdamW with it and at a constant rate, on the first seed."""
     ends = {}
     for study in LARGEST:
@@ -202,22 +239,26 @@ def test_swan_with_its_default_ends_below_adamw_at_the_largest_size_as_the_readm
         ends[study] = [default, *baselines]
     swan, adamw, apart = ([f"{ends[study][i]:.3f}" for study in LARGEST] for i in range(3))
     told = f"`swan` ends at {swan[0]} and {swan[1]} in the two largest studies: below plain AdamW ({adamw[0]} and "
-    told += f"{adamw[1]}) and below AdamW with rates apart ({apart[0]} and {apart[1]}), each with its better schedule."
-    assert told in read("README.md")
+    told += f"{adamw[1]}) and below AdamW with its own rate for matrices ({apart[0]} and {apart[1]}), "
+    told += "each with its better schedule."
+    assert page_with(told)
 
 
 def test_the_summary_shows_both_schedules_and_what_is_missing():
     base = {**STUDIES["small"].values(), "seed": 0, "state_bytes": 80, "parameters": 10, "learning_rate": 1e-3}
     runs = [("swan", 2.0), ("swan, constant rate", 1.5), ("adamw", 3.0), ("muon", 2.5)]
-    summary = quality_report.tables([{**base, "row": row, "eval_loss": loss} for row, loss in runs])["summary"]
-    assert summary.splitlines()[0] == "| Optimizer | small |"
-    assert "| adamw | 3.000 / not run |" in summary
-    assert "| swan | 2.000 / 1.500 |" in summary
+    tables = quality_report.tables([{**base, "row": row, "eval_loss": loss} for row, loss in runs])
+    schedule, constant = tables[quality_report.SCHEDULE], tables[quality_report.CONSTANT]
+    assert schedule.splitlines()[0] == constant.splitlines()[0] == "| Optimizer | small |"
+    assert "| AdamW | 3.000 |" in schedule
+    assert "| swan | 2.000 |" in schedule
+    assert "| AdamW | not run |" in constant
+    assert "| swan | 1.500 |" in constant
 
 
-def test_the_table_of_weight_formats_in_the_readme_is_that_of_the_runs():
+def test_the_table_of_weight_formats_on_the_page_is_that_of_the_runs():
     records = json.loads((RESULTS / "weight-formats-cpu.json").read_text())["records"]
-    assert weight_formats.table(records) in read("README.md")
+    assert page_with(weight_formats.table(records))
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -131,7 +131,7 @@ def packs_for_cpu(layer):
 def test_gradients_after_an_evaluation_are_those_without_it(base, folder, tmp_path, request):
     """Where the CPU has AVX512-BF16, an evaluation repacks 4-bit weights, and backward no longer passes through them.
 
-    It is so in bitsandbytes 0.50, with any optimizer; when the mark fails, it is repaired, and the README can say so.
+    It is so in bitsandbytes 0.50, with any optimizer; when the mark fails, it is repaired, and the page can say so.
     """
     if base == "nf4" and any(map(packs_for_cpu, quantised_layers(adapted(folder, base)))):
         request.applymarker(pytest.mark.xfail(strict=True, reason="bitsandbytes repacks 4-bit weights in evaluation"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY_MODELS, dense
-from documents import ROOT
+from documents import ROOT, page_with
 from rank_processes import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -259,3 +259,20 @@ def test_processes_decide_as_a_single_one(case, results):
 
 def test_processes_that_differ_by_a_rounding_error_decide_alike(results):
     assert results[0]["edge"] == results[1]["edge"] > FRACTION
+
+
+def test_the_table_on_the_page_is_that_of_the_runs():
+    records = json.loads((SCRIPT.parent / "results" / "zero-signal-cpu.json").read_text())["records"]
+    runs = {
+        "100 informative groups": ("sinkgd", 0),
+        "with 400 empty groups in between": ("sinkgd", 400),
+        "the same with `min_signal=0.1`": ("sinkgd, guarded", 400),
+    }
+    rows = []
+    for title, (optimizer, empty) in runs.items():
+        same = [
+            r for r in records if (r["optimizer"], r["empty_steps"], r["learning_rate"]) == (optimizer, empty, 3e-3)
+        ]
+        ends = {r["seed"]: f"{r['after']:.2f}" for r in same}
+        rows.append(f"| {title} | {ends[0]} | {ends[1]} |")
+    assert page_with("\n".join(rows))

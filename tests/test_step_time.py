@@ -1,4 +1,4 @@
-"""The benchmark of the step's time: counted bytes, a real tiny run, and what the README says of the results."""
+"""The benchmark of the step's time: counted bytes, a real tiny run, and what the pages say of the results."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ import pytest
 import step_time
 import step_time_rows
 import torch
-from documents import ROOT, read
+from documents import ROOT, page_with, section
 from step_time_rows import BASELINE, ROWS, SLOW, Row
 
 
@@ -125,8 +125,8 @@ def test_bad_numbers_are_refused_in_one_line(monkeypatch, capsys, words, message
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_tables_of_the_readme_are_the_results(name):
-    assert step_time.table(json.loads((RESULTS / name).read_text())["records"]) in read("README.md")
+def test_the_tables_of_the_page_are_the_results(name):
+    assert page_with(step_time.table(json.loads((RESULTS / name).read_text())["records"]))
 
 
 @pytest.mark.parametrize("name", TABLES[:2])
@@ -138,11 +138,16 @@ def test_sinkgd_on_a_cpu_takes_at_most_twice_fused_adamw_in_the_results(name):
     assert max(r["ratio"] for r in records) <= 2
 
 
-def test_the_shares_in_the_readme_are_the_results():
+def test_the_shares_that_the_pages_tell_are_the_results():
     records = json.loads((RESULTS / "step-time-share-cpu.json").read_text())["records"]
+    told = {}
     for row in (BASELINE, "sinkgd", "swan"):
         shares = [100 * r["share_of_training_step"] for r in records if r["optimizer"] == row]
-        assert f"{min(shares):.2g} to {max(shares):.2g} %" in read("README.md")
+        told[row] = f"{min(shares):.2g} to {max(shares):.2g} %"
+        assert page_with(f"| {row} | {told[row]} |")
+    limits = section("README.md", "Limits")
+    assert f"takes {told['swan']} of a training step" in limits
+    assert f"That of `sinkgd` takes {told['sinkgd']}." in limits
 
 
 def test_slow_rows_are_rows():

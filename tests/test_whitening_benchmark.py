@@ -1,4 +1,4 @@
-"""The whitening benchmark: real gradients, the paper's iteration, and the table in the README."""
+"""The whitening benchmark: real gradients, the paper's iteration, and the table on its page."""
 
 import json
 
@@ -7,7 +7,7 @@ import reference
 import torch
 import whitening as benchmark
 from conftest import dense, relative_error
-from documents import ROOT, read
+from documents import ROOT, page_with
 
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results" / "whitening-cpu.json"
@@ -55,9 +55,9 @@ def test_float16_products_have_a_cosine_of_0_999_on_gradients_of_training(traine
         assert cosine(benchmark.newton_schulz(grad, ns_dtype="float16"), exact) >= 0.999
 
 
-def test_the_table_of_the_readme_is_the_results():
+def test_the_table_on_the_page_is_the_results():
     results = json.loads(RESULTS.read_text())
-    assert benchmark.table(results["records"]) in read("README.md")
+    assert page_with(benchmark.table(results["records"]))
     assert results["setup"]["threads"] == 1
 
 

@@ -36,7 +36,7 @@ class MultiNormPreset:
     num_iterations: int
     """How often the chain runs (L in the paper)."""
     lr_scale: float
-    """Factor on the learning rate of matrices; see the README for how it was chosen."""
+    """Factor on the learning rate of matrices; see trainer/README.md for how it was chosen."""
     title: str
     """What readers call it."""
     paper: str

@@ -5,7 +5,7 @@ float32), keep nothing, and do not rescale their output: `norms.spectral` does t
 the smaller side, so a batch of equal shapes is one batch of matmuls.
 
 These are *different* maps, not faster versions of one: on real gradients the result is set by how much an iteration
-amplifies small singular values (see the table in the README).
+amplifies small singular values (see the table in norms/README.md).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ The real step runs on tensors that have shapes but no data, on a process group t
 the rank that sends most is shown. Bytes are what a ring sends: 2 (N-1)/N of an all-reduce, (N-1)/N of the result of an
 all-gather, and of an all-to-all what is for others. Only the linear layers are counted: AdamW of the rest adds one
 all-reduce of flags. FSDP2 itself gathers the weights twice and scatters the gradients once, which stands beside it.
+The table stands in hf_stateless/ranks/README.md.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ Weights are float32 unless the row says otherwise: bf16, or bf16 with the linear
 both are written with stochastic rounding, the row "nearest" with rounding to nearest.
 
 Each run is a JSON file in `--runs`, named by its configuration: what is there is not run again, so that a broken sweep
-goes on, and several processes may work on different rows. `--report` gathers the files and prints the tables.
+goes on, and several processes may work on different rows. `--report` gathers the files and prints the tables: those of
+recipes/README.md, and that of 8-bit weights in hf_stateless/weights/README.md.
 """
 
 from __future__ import annotations

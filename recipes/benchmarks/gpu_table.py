@@ -1,11 +1,14 @@
-"""The largest model of a list that trains on each size of GPU, with AdamW, SinkGD, and SinkGD on 8-bit weights.
+"""The largest model of a list that trains on each size of GPU, with AdamW, and with SWAN and SinkGD, bf16 and 8 bits.
 
     python recipes/benchmarks/gpu_table.py --output recipes/benchmarks/results/gpu-table.json
     python recipes/benchmarks/gpu_table.py --report recipes/benchmarks/results/gpu-table.json
 
 Every weight is trained, on one GPU: one sequence of 2048 tokens, bf16, activation checkpointing. The peaks are
 predicted, as `hf-stateless memory` does it, from the shapes below; nothing is downloaded or allocated. A model fits
-where its peak and 1 GiB for the CUDA context stay below 90 % of the card's memory.
+where its peak and 1 GiB for the CUDA context stay below 90 % of the card's memory. Two tables are printed: that of
+`swan_layerwise` stands in README.md, that of `sinkgd_layerwise` in hf_stateless/weights/README.md.
+
+SWAN leaves embeddings and heads to AdamW: whitening matrices as large as these takes more memory than AdamW's moments.
 """
 
 from __future__ import annotations
@@ -46,10 +49,16 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], int, int, int, int, int, int, bo
 # Title of a column: optimizer, and how weights are stored.
 WAYS: dict[str, tuple[str, str]] = {
     "AdamW, bf16": ("adamw_torch_fused", "bf16"),
+    "`swan_layerwise`, bf16": ("swan_layerwise", "bf16"),
+    "`swan_layerwise`, int8": ("swan_layerwise", "int8"),
     "`sinkgd_layerwise`, bf16": ("sinkgd_layerwise", "bf16"),
     "`sinkgd_layerwise`, int8": ("sinkgd_layerwise", "int8"),
 }
-OPTIM_ARGS = {"embeddings": "stateless", "release": "all"}  # of sinkgd_layerwise
+OPTIM_ARGS = {
+    "adamw_torch_fused": {},
+    "swan_layerwise": {"release": "all"},
+    "sinkgd_layerwise": {"embeddings": "stateless", "release": "all"},
+}
 
 
 def config_of(name: str) -> PreTrainedConfig:
@@ -75,23 +84,29 @@ def predict(name: str) -> dict[str, Any]:
         settings = Settings(dtype=dtype, seq=SEQUENCE, checkpointing=True)
         model = build_model(config_of(name), settings)
         parameters = sum(p.numel() for p in model.parameters())  # in the end those of bf16, without scales
-        optims = {optim: way for way, (optim, stored) in WAYS.items() if stored == dtype}
-        for found in estimate(model, list(optims), settings, OPTIM_ARGS):
-            peaks[optims[found.optimizer]] = found.peak
+        for way, (optim, stored) in WAYS.items():
+            if stored == dtype:
+                peaks[way] = estimate(model, [optim], settings, OPTIM_ARGS[optim])[0].peak
     return {"parameters": parameters, "peaks": {way: peaks[way] for way in WAYS}}
 
 
-def table(models: dict[str, dict[str, Any]]) -> str:
-    """Render a Markdown table: for each card the model with most parameters that fits."""
-    lines = ["| GPU | " + " | ".join(WAYS) + " |", "|---|" + "---|" * len(WAYS)]
+def table(models: dict[str, dict[str, Any]], optimizer: str) -> str:
+    """Render a Markdown table of AdamW and one of ours: for each card the model with most parameters that fits."""
+    ways = [way for way, (optim, _) in WAYS.items() if optim in ("adamw_torch_fused", optimizer)]
+    lines = ["| GPU | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
     by_size = sorted(models, key=lambda name: models[name]["parameters"])
     for gib in CARDS:
         cells = []
-        for way in WAYS:
+        for way in ways:
             fitting = [name for name in by_size if fits(models[name]["peaks"][way], gib)]
             cells.append(f"{fitting[-1]} ({models[fitting[-1]]['peaks'][way] / GIB:.1f})" if fitting else "none")
         lines.append(f"| {gib} GiB | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def tables(models: dict[str, dict[str, Any]]) -> str:
+    """Render the table of each optimizer of this package."""
+    return "\n\n".join(table(models, optim) for optim in OPTIM_ARGS if optim.endswith("_layerwise"))
 
 
 def main() -> None:
@@ -101,13 +116,13 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="print the table of such a file")
     args = parser.parse_args()
     if args.report:
-        print(table(json.loads(args.report.read_text())["models"]))
+        print(tables(json.loads(args.report.read_text())["models"]))
         return
     models = {}
     for name in MODELS:
         print(f"{name} ...", flush=True)
         models[name] = predict(name)
-    print(table(models))
+    print(tables(models))
     if args.output:
         setup = {
             "how": f"predicted; batch 1 x {SEQUENCE}, activation checkpointing, every weight trained",

@@ -9,8 +9,9 @@ On CPU the peak is the largest resident set of the process, libraries included; 
 printed beside it. glibc is told to give back freed blocks of 1 MiB and more at once: it would else keep up to 0.1 GiB
 of them, more in one run than in the next. On CUDA the peak is `max_memory_allocated`. Weights are random, steps are
 real ones on random tokens, clipped as the Trainer does. A row that does not fit says so, as AdamW on 7B on a small
-card, and the ratios are then left out. `--time` alternates steps with and without hooks in one
-process and prints the median of their ratio.
+card, and the ratios are then left out. `--time` alternates steps with and without hooks in one process and prints the
+median of their ratio. The tables stand in hf_stateless/optimizer/README.md and, with `--int8`, in
+hf_stateless/weights/README.md.
 """
 
 from __future__ import annotations

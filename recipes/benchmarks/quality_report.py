@@ -1,9 +1,10 @@
-"""Tables and curves of the runs of `quality.py`."""
+"""Tables and curves of the runs of `quality.py`: for README.md in this folder, and `short` for that at the top."""
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,23 @@ from rate_walk import best_rate
 
 Records = Sequence[Mapping[str, Any]]
 HEADER = (
-    "| Optimizer | Held-out loss | Seeds: spread | Best learning rate | Loss at half and double that | "
-    "Bytes of state |\n|---|---:|---:|---:|---:|---:|"
+    "| Optimizer | Held-out loss | Seeds | Spread | Best learning rate | Loss at half that | Loss at double that | "
+    "Bytes of state |\n|---|---:|---:|---:|---:|---:|---:|---:|"
 )
+SCHEDULE, CONSTANT = "summary, warm-up and cosine", "summary, constant rate"
+SHORT = {"small": "Small, 200 steps", "long": "Small, 600 steps", "largest, english": "Larger, English"}
+"""The studies of the short table, and what they are called in it."""
+
+
+def label(row: str) -> str:
+    """Return the name of a row in words; the plan has short names, since they are typed.
+
+    Example:
+        >>> label("adamw, rates apart, rest 8x")
+        'AdamW, own rate for matrices, 8x rate for embeddings, head, norms'
+    """
+    words = re.sub("^adamw", "AdamW", re.sub("^muon", "Muon", row)).replace("rates apart", "own rate for matrices")
+    return re.sub(r"rest (\d+)x", r"\1x rate for embeddings, head, norms", words)
 
 
 def of_study(records: Records, name: str) -> list[dict[str, Any]]:
@@ -34,10 +49,12 @@ def by_row(records: Records) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def tables(records: Records) -> dict[str, str]:
-    """Return a Markdown table for each study that has runs, best optimizer first, and two that go over all studies."""
+    """Return a Markdown table for each study that has runs, best optimizer first, and three over all studies."""
     found = {name: runs for name in STUDIES if (runs := of_study(records, name))}
-    result = {name: table(runs) for name, runs in found.items()}
-    return {"summary": summary(found), **result, "learning rates": rates_table(found)} if found else result
+    if not found:
+        return {}
+    summaries = {SCHEDULE: summary(found, lambda row: row), CONSTANT: summary(found, at_constant_rate)}
+    return {**summaries, **{name: table(runs) for name, runs in found.items()}, "learning rates": rates_table(found)}
 
 
 def document(records: Records) -> str:
@@ -51,18 +68,28 @@ def in_summary(rows: Iterable[str]) -> bool:
     return {"muon", "swan"} <= set(rows)
 
 
-def summary(found: Mapping[str, Records]) -> str:
-    """Render the best loss of the main rows in the studies that have them: with the schedule / at a constant rate."""
+def summary(found: Mapping[str, Records], form: Callable[[str], str]) -> str:
+    """Render the best loss of the main rows, in the form that is asked for, in the studies that have them."""
+    shown = {study: study for study, records in found.items() if in_summary(by_row(records))}
+    return _losses(found, shown, {row: form(row) for row in MAIN})
+
+
+def short(records: Records) -> str:
+    """Render the best losses of the main rows in three studies, with warm-up and cosine."""
+    return _losses({name: of_study(records, name) for name in SHORT}, SHORT, {row: row for row in MAIN})
+
+
+def _losses(found: Mapping[str, Records], studies: Mapping[str, str], rows: Mapping[str, str]) -> str:
+    """Render losses under the titles of the studies; `rows` maps what a row is called to the row of the plan."""
     best = {
-        study: {row: statistics.mean(best_rate(same)[1].values()) for row, same in by_row(records).items()}
-        for study, records in found.items()
+        study: {row: statistics.mean(best_rate(same)[1].values()) for row, same in by_row(found[study]).items()}
+        for study in studies
     }
-    shown = [study for study, losses in best.items() if in_summary(losses)]
-    lines = ["| Optimizer | " + " | ".join(shown) + " |", "|---|" + "---:|" * len(shown)]
-    for row in MAIN:
-        pairs = [[best[study].get(name) for name in (row, at_constant_rate(row))] for study in shown]
-        cells = [" / ".join("not run" if loss is None else f"{loss:.3f}" for loss in pair) for pair in pairs]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    studies = {study: title for study, title in studies.items() if set(rows.values()) & set(best[study])}
+    lines = ["| Optimizer | " + " | ".join(studies.values()) + " |", "|---|" + "---:|" * len(studies)]
+    for title, row in rows.items():
+        cells = [f"{best[study][row]:.3f}" if row in best[study] else "not run" for study in studies]
+        lines.append(f"| {label(title)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -73,20 +100,21 @@ def table(records: Records) -> str:
         best, losses, means = best_rate(same)
         beside = [f"{means[lr]:.3f}" if lr in means else "not run" for lr in (best / 2, best * 2)]
         loss = statistics.mean(losses.values())
-        spread = f"{len(losses)}: {max(losses.values()) - min(losses.values()):.3f}" if len(losses) > 1 else "1"
+        spread = f"{max(losses.values()) - min(losses.values()):.3f}" if len(losses) > 1 else ""
+        cells = [label(row), f"{loss:.3f}", str(len(losses)), spread, f"{best:.1e}", *beside]
         state = statistics.median(record["state_bytes"] for record in same) / same[0]["parameters"]
-        lines.append((loss, f"| {row} | {loss:.3f} | {spread} | {best:.1e} | {', '.join(beside)} | {state:.2f} |"))
+        lines.append((loss, f"| {' | '.join(cells)} | {state:.2f} |"))
     return "\n".join([HEADER, *(line for _, line in sorted(lines))])
 
 
 def rates_table(found: Mapping[str, Records]) -> str:
     """Render the best learning rates of the main rows over the studies, as multiples of AdamW's."""
     rows = MAIN[1:]
-    lines = ["| Study | AdamW | " + " | ".join(rows) + " |", "|---|---:|" + "---:|" * len(rows)]
+    lines = ["| Study | AdamW | " + " | ".join(map(label, rows)) + " |", "|---|---:|" + "---:|" * len(rows)]
     for name, records in found.items():
         best = {row: best_rate(same)[0] for row, same in by_row(records).items()}
         if "adamw" in best:
-            cells = [f"{best[row]:.1e}: {best[row] / best['adamw']:.2g}x" if row in best else "" for row in rows]
+            cells = [f"{best[row] / best['adamw']:.2g}x" if row in best else "" for row in rows]
             lines.append(f"| {name} | {best['adamw']:.1e} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -13,7 +13,8 @@ as a part of what copying a large tensor reaches in the same round (its reads an
 pass 100 %: a CPU may move more bytes a second through one tensor than from one tensor to another.
 
 `--train_step N` also times forward and backward of the model on a few sequences, without activation checkpointing,
-scaled to N tokens, and tells which part of a training step of so many tokens the optimizer's step is.
+scaled to N tokens, and tells which part of a training step of so many tokens the optimizer's step is. The tables stand
+in README.md beside this file.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     python recipes/benchmarks/weight_formats.py --report recipes/benchmarks/results/weight-formats-cpu.json
 
 Each run is `recipes/pretrain.py` with its default recipe (SinkGD) and another format of the weights; rounding to
-nearest stands beside as the control that stalls. What is in `--runs` already is not run again.
+nearest stands beside as the control that stalls. What is in `--runs` already is not run again. The table stands in
+hf_stateless/weights/README.md.
 """
 
 from __future__ import annotations

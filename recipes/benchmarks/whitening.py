@@ -8,6 +8,7 @@ library, row-standardised as in SWAN: badly conditioned as in any training, and 
 Times are those of one square and one wide matrix (on CUDA of a batch of `--batch` alike); all methods take their turn
 in each round, and the ratio to the paper's iteration written down plainly in float32 is taken within a round. On CPU,
 time is that of the thread. The cosine is the lowest over the four square or the three other matrices of the layer.
+The table stands in README.md beside this file.
 """
 
 from __future__ import annotations

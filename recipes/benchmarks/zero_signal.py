@@ -7,6 +7,7 @@ share of the steps (`--empty`) all completions get the same reward up to a noise
 that the gradient is about a hundredth of its usual size there: AdamW's moments keep its step small, while a normalised
 update has its full size, in a random direction. Shown is the share of right words before and after, sampled from the
 model: with the informative groups alone and with the empty ones in between, with the guard (`min_signal`) and without.
+The table stands in hf_stateless/optimizer/README.md.
 """
 
 from __future__ import annotations
