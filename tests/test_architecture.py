@@ -8,9 +8,9 @@ import sys
 
 import pytest
 from documents import ROOT, read, tracked_files
+from private_parts import PRIVATE_PARTS
 
 import hf_stateless
-from hf_stateless.trainer.private_parts import PRIVATE_PARTS
 
 
 PACKAGE = "hf_stateless"
@@ -248,7 +248,7 @@ def test_every_private_use_of_another_package_is_listed(path):
     source = read(path)
     uses = set(private_uses(source, set(own_names(ast.parse(source)))))
     listed = {name for row in rows_of(path) for name in names_of(row)}
-    assert uses <= listed, f"{path} uses {sorted(uses - listed)}: add a row to hf_stateless/trainer/private_parts.py"
+    assert uses <= listed, f"{path} uses {sorted(uses - listed)}: add a row to tests/private_parts.py"
 
 
 @pytest.mark.parametrize("row", PRIVATE_PARTS, ids=lambda row: row.part)

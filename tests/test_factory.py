@@ -13,7 +13,7 @@ from transformers.trainer_optimizer import OptimizerContext
 
 import hf_stateless
 from hf_stateless import PRESETS, MultiNormFactory, SinkGDFactory, StatelessOptimizer, SwanFactory, create_optimizer
-from hf_stateless.optimizer.options import EMBEDDINGS
+from hf_stateless.optimizer.options import embeddings
 from hf_stateless.trainer.handler import handle
 from hf_stateless.trainer.partition import partition_parameters
 
@@ -84,7 +84,7 @@ def test_matrices_come_first_so_that_their_learning_rate_is_the_logged_one(any_m
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
-@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+@pytest.mark.parametrize("embeddings", embeddings())
 def test_groups_hold_every_trainable_parameter_once(any_model, embeddings):
     _, model = any_model
     optimizer = create_optimizer(model, "swan", lr=1e-3, weight_decay=0.1, embeddings=embeddings)
@@ -96,7 +96,7 @@ def test_groups_hold_every_trainable_parameter_once(any_model, embeddings):
         assert [id(names[name]) for name in group["param_names"]] == [id(p) for p in group["params"]]
 
 
-@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+@pytest.mark.parametrize("embeddings", embeddings())
 def test_embeddings_option_chooses_the_rule_of_tables(make_model, embeddings):
     rules = {
         "adamw": {"embedding": "adamw", "head": "adamw", "rest": "adamw"},
@@ -243,7 +243,7 @@ def test_learning_rate_that_is_negative_or_not_finite_is_refused(make_model, lr)
 MALFORMED = [
     ("num_iteration=3", "Did you mean 'num_iterations'"),
     ("num_iterations=2.5", "num_iterations='2.5' is not an integer of at least 1"),
-    ("ns_steps=3", "belongs to the norm 'spectral'"),
+    ("ns_steps=3", "belongs to a whitening such as 'spectral'"),
     ("lr_scale=nan", "lr_scale='nan' is not a number"),
     ("norms=sign", "belongs to optim='multinorm'"),
     ("num_iterations", "is not key=value"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import hf_stateless
 from hf_stateless import PRESETS, StatelessOptimizer, create_optimizer
 from hf_stateless.optimizer.momentum import momentum_bytes, momentum_direction_, momentum_state
-from hf_stateless.optimizer.options import EMBEDDINGS, MOMENTUM_DTYPES
+from hf_stateless.optimizer.options import MOMENTUM_DTYPES, embeddings
 from hf_stateless.weights.noise import rounding_key
 
 
@@ -246,7 +246,7 @@ def test_layerwise_steps_are_those_of_the_plain_optimizer_to_the_bit(key, name, 
     assert all(torch.equal(value, others[i][key]) for i in states for key, value in states[i].items())
 
 
-@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+@pytest.mark.parametrize("embeddings", embeddings())
 def test_it_goes_with_every_treatment_of_embeddings_and_with_a_width_rule(embeddings, make_model):
     if embeddings == "adamw_8bit":
         pytest.importorskip("bitsandbytes")

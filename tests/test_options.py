@@ -8,12 +8,12 @@ from hf_stateless import NORMS, PRESETS, create_optimizer
 from hf_stateless.norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
 from hf_stateless.optimizer.option_kinds import FRACTION
 from hf_stateless.optimizer.options import (
-    EMBEDDINGS,
     LORA,
     MOMENTUM_DTYPES,
     OPTIONS,
     BelongsTo,
     Option,
+    embeddings,
     option_table,
 )
 from hf_stateless.optimizer.rules import complete_group, told_options
@@ -32,7 +32,7 @@ VALUES = {
     "ns_beta": [("0.5", 0.5)],
     "ns_dtype": [(name, name) for name in NS_DTYPES],
     "center": [("true", True), ("False", False), ("0", 0)],
-    "embeddings": [(name, name) for name in EMBEDDINGS],
+    "embeddings": [(name, name) for name in embeddings()],
     "lora": [(name, name) for name in LORA],
     "adamw_lr": [("1e-3", 1e-3)],
     "adamw_beta1": [("0.8", 0.8), ("0", 0)],
@@ -124,7 +124,7 @@ def test_unknown_key_is_answered_with_the_valid_ones_and_the_nearest(name):
 def test_whitening_keys_without_whitening_are_explained(name, norms, key):
     message = message_of(name, {key: "1"} | ({"norms": norms} if norms else {}))
     chain = norms or "row_l2+col_l2"
-    assert message.endswith(f"({key} belongs to the norm 'spectral', which is not in the chain {chain}.)")
+    assert message.endswith(f"({key} belongs to a whitening such as 'spectral', and the chain {chain} has none.)")
 
 
 def test_release_is_explained_to_the_other_names():
@@ -160,7 +160,7 @@ WRONG = [
     ("adamw_beta2", ["1.0", True], r"a number in [0, 1)"),
     ("adamw_eps", ["-1e-8", "nan"], "a number of at least 0"),
     ("stochastic_rounding", ["yes", "", "2", None], "true or false"),
-    ("embeddings", ["adam", "", None, ["adamw"]], " | ".join(EMBEDDINGS)),
+    ("embeddings", ["adam", "", None, ["adamw"]], " | ".join(embeddings())),
     ("momentum", ["1", "-0.1", "nan", True, "yes"], "a number in [0, 1)"),
     ("momentum_dtype", ["fp32", "8", "", None], " | ".join(MOMENTUM_DTYPES)),
     ("width_rule", ["mup", "", None, 2], " | ".join(WIDTH_RULES)),

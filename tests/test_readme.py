@@ -16,7 +16,7 @@ from push_worker import tiny_tokenizer
 import hf_stateless
 from hf_stateless import NORMS, PRESETS
 from hf_stateless.norms.whitening import WHITENINGS
-from hf_stateless.optimizer.options import EMBEDDINGS, OPTIONS
+from hf_stateless.optimizer.options import OPTIONS, embeddings
 from hf_stateless.trainer.optim_args import optimizer_names, valid_keys
 from hf_stateless.update.width import WIDTH_RULES
 
@@ -172,7 +172,7 @@ def code(cell):
         ("Norm", set(NORMS)),
         ("Key", {key for name in optimizer_names() for key in valid_keys(name)}),
         ("Whitening", set(WHITENINGS)),
-        ("`embeddings=`", set(EMBEDDINGS)),
+        ("`embeddings=`", set(embeddings())),
         ("`width_rule=`", set(WIDTH_RULES) - {"none"}),
     ],
 )

@@ -16,13 +16,13 @@ from importlib.metadata import version
 import pytest
 import torch
 import transformers
+from private_parts import PRIVATE_PARTS
 from transformers import HfArgumentParser, Trainer, TrainingArguments, trainer, trainer_optimizer
 from transformers.trainer_optimizer import OptimizerContext
 from transformers.training_args import OptimizerNames
 
 import hf_stateless
 from hf_stateless.trainer import names as registration
-from hf_stateless.trainer.private_parts import PRIVATE_PARTS
 
 
 # TRL 1.16 sets `gradient_checkpointing`, which transformers 5.23 warns about

@@ -222,7 +222,7 @@ def test_each_name_gives_its_chain(name, optim_args, expected, make_model, argum
     [
         ({"optim_args": "lr_scal=0.1"}, "Unknown key 'lr_scal' .*Did you mean 'lr_scale'"),
         ({"optim_args": "num_iterations=five"}, "num_iterations='five' is not an integer"),
-        ({"optim_args": "ns_steps=5"}, "ns_steps belongs to the norm 'spectral'"),
+        ({"optim_args": "ns_steps=5"}, "ns_steps belongs to a whitening such as 'spectral'"),
         ({"optim_target_modules": ["no_such_layer"]}, "matched no trainable matrix.*q_proj"),
     ],
     ids=["unknown key", "wrong type", "key of another chain", "no matching module"],

@@ -14,10 +14,20 @@ class Kind:
 
     parse: Callable[[Any], Any]
     """Reads text and Python values; what it cannot read is a ValueError, TypeError or KeyError."""
-    expected: str
-    """What a refusal says that it expected."""
-    choices: tuple[str, ...] = ()
-    """The words that may be written, where it is one of some."""
+    values: str = ""
+    """Which values there are, in words."""
+    names: Callable[[], Sequence[str]] = tuple
+    """The words that may be written, where it is one of some; asked when they are needed."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that may be written, if it is one of some."""
+        return tuple(self.names())
+
+    @property
+    def expected(self) -> str:
+        """What a refusal says that it expected."""
+        return self.values or " | ".join(self.choices)
 
 
 def _integer(text: Any) -> int:
@@ -59,15 +69,6 @@ def _chain(text: Any) -> tuple[str, ...]:
     return norms
 
 
-def _one_of(choices: Sequence[str]) -> Callable[[Any], str]:
-    def parse(text: Any) -> str:
-        if text not in choices:
-            raise ValueError
-        return str(text)
-
-    return parse
-
-
 COUNT = Kind(_positive_integer, "an integer of at least 1")
 WHOLE = Kind(_integer, "an integer of at least 0")
 NUMBER = Kind(_number, "a number of at least 0")
@@ -76,12 +77,19 @@ SWITCH = Kind(_boolean, "true or false")
 CHAIN = Kind(_chain, "norm projections joined by +, like row_l2+spectral")
 
 
-def choice(names: Sequence[str]) -> Kind:
-    """Return the kind of an option that is one of some words.
+def choice(names: Sequence[str] | Callable[[], Sequence[str]]) -> Kind:
+    """Return the kind of an option that is one of some words, or of those that a function returns.
 
     Example:
         >>> from hf_stateless.optimizer.option_kinds import choice
         >>> choice(("matrices", "all")).expected
         'matrices | all'
     """
-    return Kind(_one_of(names), " | ".join(names), tuple(names))
+    known = names if callable(names) else lambda: names
+
+    def parse(text: Any) -> str:
+        if text not in known():
+            raise ValueError
+        return str(text)
+
+    return Kind(parse, names=known)

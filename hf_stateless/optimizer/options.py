@@ -19,12 +19,23 @@ LAYERWISE = "_layerwise"
 """What names end with whose matrices are updated in backward."""
 LORA = ("separate", "product")
 """How LoRA adapters are updated; the first is the default."""
-EMBEDDINGS = ("adamw", "adamw_8bit", "stateless", "sinkhorn_momentum")
-"""What updates embeddings and heads; the first is the default."""
 MOMENTUM_DTYPES = ("int8", "bfloat16", "float32")
 """How the momentum of matrices is stored; the first is the default."""
 EVERY_RULE = "every rule"
 """Among the groups of an option: the groups of all rules have it."""
+
+
+def embeddings() -> tuple[str, ...]:
+    """Return what may update embeddings and heads, the default first: rules for tables, or `stateless`.
+
+    Example:
+        >>> from hf_stateless.optimizer.options import embeddings
+        >>> embeddings()
+        ('adamw', 'adamw_8bit', 'sinkhorn_momentum', 'stateless')
+    """
+    from .rules import RULES  # which read their options here
+
+    return (*(name for name, rule in RULES.items() if rule.for_tables), "stateless")
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,8 @@ class BelongsTo:
 
     optim: str = ""
     """An optimizer name, with or without `_layerwise`."""
-    norm: str = ""
-    """A norm of the chain."""
+    whitening: bool = False
+    """True: chains with a whitening only."""
     release: bool | None = None
     """True: layer-wise names only. False: the other names only."""
     option: str = ""
@@ -43,7 +54,7 @@ class BelongsTo:
     def __str__(self) -> str:
         parts = [
             f"`{self.optim}`" if self.optim else "",
-            f"chains with `{self.norm}`" if self.norm else "",
+            "chains with a whitening, as `spectral`" if self.whitening else "",
             "" if self.release is None else f"names {'with' if self.release else 'without'} `{LAYERWISE}`",
             f"runs with `{self.option}`" if self.option else "",
         ]
@@ -72,7 +83,7 @@ class Option:
     """The default in words."""
 
 
-_SPECTRAL = BelongsTo(norm="spectral")
+_WHITENING = BelongsTo(whitening=True)
 _ROWS = (
     Option(
         "norms",
@@ -104,7 +115,7 @@ _ROWS = (
         "newton_schulz",
         choice(list(WHITENING_DEFAULTS)),
         "how `spectral` is computed",
-        belongs_to=_SPECTRAL,
+        belongs_to=_WHITENING,
         groups={"multinorm": "newton_schulz"},
     ),
     Option(
@@ -112,7 +123,7 @@ _ROWS = (
         None,
         COUNT,
         "iterations of the whitening",
-        belongs_to=_SPECTRAL,
+        belongs_to=_WHITENING,
         groups={"multinorm": None},
         default_text="of the whitening",
     ),
@@ -121,7 +132,7 @@ _ROWS = (
         None,
         NUMBER,
         "step size of the whitening",
-        belongs_to=_SPECTRAL,
+        belongs_to=_WHITENING,
         groups={"multinorm": None},
         default_text="of the whitening",
     ),
@@ -130,7 +141,7 @@ _ROWS = (
         None,
         choice(NS_DTYPES),
         "what `newton_schulz` computes its products in (float16 on GPUs)",
-        belongs_to=_SPECTRAL,
+        belongs_to=_WHITENING,
         groups={"multinorm": None},
         default_text=f"`{NS_DTYPES[0]}`",
     ),
@@ -143,8 +154,8 @@ _ROWS = (
     ),
     Option(
         "embeddings",
-        EMBEDDINGS[0],
-        choice(EMBEDDINGS),
+        "adamw",
+        choice(embeddings),
         "what updates embeddings and heads (`stateless` takes norms and biases along: nothing holds state)",
     ),
     Option(
@@ -201,7 +212,7 @@ _ROWS = (
         False,
         SWITCH,
         "under DDP each process whitens some of the matrices and shares the updates",
-        belongs_to=BelongsTo(norm="spectral", release=False),
+        belongs_to=BelongsTo(whitening=True, release=False),
         groups={"multinorm": False},
         on_card=False,
         default_text="`true` in the Trainer on several processes, else `false`",

@@ -76,6 +76,8 @@ class Rule:
     """From which value of `release` on it is updated in backward: `matrices`, `all`, or `never`."""
     has_moments: Callable[[Mapping[str, Any]], bool] = lambda group: True
     """Whether gradients go into averages, which one that is not finite would spoil for good."""
+    decays: bool = True
+    """Whether the weight decay of the run reaches its groups."""
     for_tables: bool = False
     """Whether `embeddings=` may name it for embeddings and heads."""
 

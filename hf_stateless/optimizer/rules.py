@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..norms.chain import Chain
 from .adamw import ADAMW, ADAMW_8BIT
 from .lora_product import LORA_PRODUCT
 from .multinorm import MULTINORM
@@ -84,7 +85,7 @@ def told_options(group: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in RULES[algorithm].options if name not in _OF_WEIGHTS]
     for option in OPTIONS.values():
         to = option.belongs_to
-        used = (not to.norm or to.norm in group.get("norms", ())) and (not to.option or group.get(to.option))
+        used = (not to.whitening or Chain.of(group).whitens) and (not to.option or group.get(to.option))
         if option.on_card and used and not option.groups.keys().isdisjoint((algorithm, EVERY_RULE)):
             names.append(option.name)
     return {name: group[name] for name in names if group.get(name) not in (None, 0, "none")}

@@ -14,6 +14,7 @@ from ..optimizer.lora_product import product_chain
 from ..optimizer.optimizer import StatelessOptimizer
 from ..optimizer.options import EVERY_RULE, group_values
 from ..optimizer.release import is_released
+from ..optimizer.rules import RULES
 from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
 from .optim_args import Options, parse_options
@@ -57,7 +58,7 @@ def parameter_groups(
         if id(entry.parameter) in in_8_bits and entry.role not in ("matrix", "adapter"):
             _refuse_int8(entry)
         rule = _rule(entry, options, lr)
-        decay = weight_decay if entry.decay and rule["algorithm"] != "sinkhorn_momentum" else 0.0
+        decay = weight_decay if entry.decay and RULES[rule["algorithm"]].decays else 0.0
         # Grouped by whether a parameter may decay, not by the value, which a resumed run may change; pairs of LoRA
         # factors in the same groups whether they are updated together or not, so that it may change that too.
         scaling = entry.pair.scaling if entry.pair and "norms" in rule else None

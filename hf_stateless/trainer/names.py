@@ -2,7 +2,7 @@
 
 transformers checks `optim` against the enum `OptimizerNames`, and since 5.2.0 (transformers#43738) the Trainer looks
 the optimizer up in the table `_OPTIMIZER_HANDLERS`; this file adds to both (transformers#31875 and transformers#34358
-asked for less). What each private part is for stands at the function that touches it, and in `private_parts.py`.
+asked for less). What each private part is for stands at the function that touches it, and in `tests/private_parts.py`.
 Delete the file when transformers has a public way.
 """
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..norms.chain import check_norms
+from ..norms.chain import Chain, check_norms
 from ..norms.presets import PRESETS
 from ..norms.whitening import WHITENING_DEFAULTS
 from ..optimizer.options import LAYERWISE, OPTIONS, Option
@@ -137,7 +137,8 @@ def _norms(name: str, given: Mapping[str, Any]) -> tuple[str, ...]:
 def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the default of every option, by what else was given; a checkpoint thereby says what was run."""
     preset, norms = PRESETS[plain_name(name)], given["norms"]
-    lr_scale = (preset if "spectral" in norms else PRESETS["sinkgd"]).lr_scale
+    whitens = Chain(norms).whitens
+    lr_scale = (preset if whitens else PRESETS["sinkgd"]).lr_scale
     if given.get("momentum"):
         lr_scale /= 2  # averaged steps point the same way for longer: the best rate was half of that without, or less
     values = {option.name: option.default for option in OPTIONS.values() if option.name != "center"}
@@ -145,7 +146,7 @@ def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values["lr_scale_beside"] = given.get("lr_scale", _SCALE_BESIDE)
     if is_layerwise(name):
         values["release"] = "matrices"
-    return values | (_whitening_defaults(name, given) if "spectral" in norms else {})
+    return values | (_whitening_defaults(name, given) if whitens else {})
 
 
 def _whitening_defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,8 +170,8 @@ def _parse(name: str, key: str, value: Any) -> Any:
 def _misplaced(option: Option, name: str, norms: Sequence[str]) -> str:
     """Return why an option means nothing for a name and a chain; empty where it does."""
     key, to, plain = option.name, option.belongs_to, plain_name(name)
-    if to.norm and to.norm not in norms:
-        return f"{key} belongs to the norm {to.norm!r}, which is not in the chain {'+'.join(norms)}."
+    if to.whitening and not Chain(tuple(norms)).whitens:
+        return f"{key} belongs to a whitening such as 'spectral', and the chain {'+'.join(norms)} has none."
     if to.release is False and is_layerwise(name):
         return f"{key} needs all gradients at once, which layer-wise updates free: take optim={plain!r}."
     if to.release and not is_layerwise(name):

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...optimizer.options import LAYERWISE
+from ...optimizer.release import is_released
+from ...trainer.optim_args import is_layerwise
 from ..command_line import first_line
 from .model import example_inputs, tensor_bytes, weight_bytes_of_rank
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
@@ -123,10 +124,10 @@ def _released(
     groups: Sequence[Mapping[str, Any]], name: str, optim_args: Mapping[str, Any], device: str
 ) -> Mapping[int, int]:
     """Return, for each parameter that is updated in backward, the bytes that its update needs, by identity."""
-    if not (groups and name.endswith(LAYERWISE)):
+    if not (groups and is_layerwise(name)):
         return {}
-    everything = optim_args.get("release") == "all"
-    return update_temporaries([g for g in groups if everything or g["algorithm"] == "multinorm"], device)
+    release = optim_args.get("release", "matrices")
+    return update_temporaries([g for g in groups if is_released(g["algorithm"], release)], device)
 
 
 def _gathered(model: nn.Module) -> int:
