@@ -24,12 +24,6 @@ def smallest_sum(size: int) -> float:
     """Return the sum of squares below which a row or column of a given length counts as zero.
 
     Above `size` / float32's maximum, so that `size` / sum stays finite: infinity times a zero entry would be NaN.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.norms.sinkhorn import smallest_sum
-        >>> smallest_sum(64), 4096 / smallest_sum(4096) < torch.finfo(torch.float32).max
-        (1e-36, True)
     """
     return max(_SMALLEST_SUM, size * 4e-39)
 
@@ -162,13 +156,6 @@ def scalings_by_blocks(grad: Tensor, num_iterations: float, blocks: list[slice])
         grad: (m, n) gradient in any floating dtype.
         num_iterations: L, as for `sinkhorn_scalings`.
         blocks: from `row_blocks`.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.norms.sinkhorn import scalings_by_blocks, sinkhorn_scalings
-        >>> G = torch.randn(6, 4)
-        >>> r, c = scalings_by_blocks(G, 5, [slice(0, 4), slice(4, 6)])
-        >>> torch.testing.assert_close((r, c), sinkhorn_scalings(G, 5))
     """
     grad = grad.detach()
     m, n = grad.shape
@@ -222,14 +209,7 @@ def sr_sinkhorn(grad: Tensor, num_iterations: float = 5, *, dtype: torch.dtype |
 
 
 def scale_rows_(grad: Tensor, row: Tensor, out: Tensor) -> Tensor:
-    """Write diag(r) G into a buffer of at least float32: of order one whatever the scale of G, unlike G diag(c).
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.norms.sinkhorn import scale_rows_
-        >>> scale_rows_(torch.ones(1, 2), torch.tensor([2.0]), torch.empty(1, 2))
-        tensor([[2., 2.]])
-    """
+    """Write diag(r) G into a buffer of at least float32: of order one whatever the scale of G, unlike G diag(c)."""
     if grad.dtype == out.dtype:
         return torch.mul(grad, row.unsqueeze(-1), out=out)
     return out.copy_(grad).mul_(row.unsqueeze(-1))  # a product of mixed dtypes is three times slower on CPU

@@ -189,8 +189,9 @@ def nsds(grad: Tensor, *, ns_steps: int = 2, ns_beta: float = 0.4) -> Tensor:
     Example:
         >>> import torch
         >>> from hf_stateless.norms.whitening import nsds
-        >>> nsds(torch.eye(2)).shape
-        torch.Size([2, 2])
+        >>> nsds(torch.diag(torch.tensor([4.0, 3.0])), ns_steps=10).round(decimals=2)
+        tensor([[0.7100, 0.0000],
+                [0.0000, 0.7100]])
 
     References:
         SWAN, https://huggingface.co/papers/2412.13148, the NSDS variant.

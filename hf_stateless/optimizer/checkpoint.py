@@ -49,14 +49,7 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
 
 
 def as_saved(saved: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-    """Return the state of a parameter in the dtypes that it was saved in, which torch does not keep.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.optimizer.checkpoint import as_saved
-        >>> as_saved({"codes": torch.ones(2, dtype=torch.int8)}, torch.ones(2))["codes"].dtype
-        torch.int8
-    """
+    """Return the state of a parameter in the dtypes that it was saved in, which torch does not keep."""
     return {name: value.to(param.device, copy=value.numel() == 1) for name, value in saved.items()}
 
 
@@ -65,10 +58,6 @@ def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapp
 
     Raises:
         ValueError: with what differs and how to go on.
-
-    Example:
-        >>> from hf_stateless.optimizer.checkpoint import check_same_groups
-        >>> check_same_groups([{"algorithm": "adamw", "params": [0]}], [{"algorithm": "adamw", "params": [0]}])
     """
     if any("algorithm" not in group for group in saved):
         raise ValueError(

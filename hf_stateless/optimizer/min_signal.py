@@ -27,12 +27,6 @@ def new_history(param: Tensor) -> Tensor:
 
     A tensor among the optimizer's state, since of a FULL checkpoint FSDP2 gives the plain values of a group to the
     first rank only.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.optimizer.min_signal import new_history
-        >>> new_history(torch.ones(2)).shape
-        torch.Size([64])
     """
     return torch.zeros(_WINDOW, device=param.device)
 

@@ -28,13 +28,7 @@ _BLOCK = 1 << 22
 
 
 def has_momentum(group: Mapping[str, Any]) -> bool:
-    """Tell whether the matrices of a parameter group are updated by an average of their gradients.
-
-    Example:
-        >>> from hf_stateless.optimizer.momentum import has_momentum
-        >>> has_momentum({"norms": ("sign",), "momentum": 0.0})
-        False
-    """
+    """Tell whether the matrices of a parameter group are updated by an average of their gradients."""
     return "norms" in group and bool(group.get("momentum"))
 
 

@@ -19,14 +19,7 @@ _IN_FLIGHT = 2
 
 
 def are_replicas(parameters: Iterable[Tensor]) -> bool:
-    """Tell whether gradients have to be averaged: there are other processes, and FSDP2 does not do it.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.ranks.averaging import are_replicas
-        >>> are_replicas([torch.ones(2)])
-        False
-    """
+    """Tell whether gradients have to be averaged: there are other processes, and FSDP2 does not do it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return torch.distributed.get_world_size() > 1 and not any(is_sharded(p) for p in parameters)

@@ -18,7 +18,7 @@ from .placement import Split
 def assign_owners(costs: Sequence[int], load: list[int]) -> list[int]:
     """Choose the owner of each of some matrices that are computed at the same time.
 
-    The next dearest goes to the rank that has the least of these, and among equals to the one that has had the least
+    The most expensive remaining matrix goes to the least loaded rank; among equals, to the one that has had the least
     to do so far.
 
     Args:
@@ -166,13 +166,7 @@ def shared_updates(
 
 
 def whitening_cost(shape: tuple[int, ...]) -> int:
-    """Return what whitening a matrix or a stack of them costs, in multiplications of the smaller side's Gram matrix.
-
-    Example:
-        >>> from hf_stateless.ranks.owners import whitening_cost
-        >>> whitening_cost((3, 2, 5))
-        60
-    """
+    """Return what whitening a matrix or a stack costs: multiplications of the smaller side's Gram matrix."""
     return _numel(shape) * min(shape[-2:]) if len(shape) > 1 else _numel(shape)
 
 

@@ -1,7 +1,7 @@
 """How a parameter is spread over ranks: what this rank holds, what the others hold, and who they are.
 
 Under FSDP2 a parameter is a `DTensor` of which each rank holds some rows, while row norms, column norms and whitening
-are defined on whole matrices. The rooms below `distributed` restore the whole from these descriptions.
+are defined on whole matrices. `ways.py` and `owners.py` rebuild whole matrices from these descriptions.
 """
 
 from __future__ import annotations
@@ -56,12 +56,6 @@ def split_of(param: Tensor) -> Split | None:
     """Describe how a parameter is cut, or return None where it is not cut along exactly one dimension.
 
     Its gradient has to be cut in the same way. Further mesh dimensions may replicate it (HSDP).
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.ranks.placement import split_of
-        >>> split_of(torch.ones(2)) is None
-        True
     """
     grad = param.grad
     if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
@@ -84,38 +78,17 @@ def split_of(param: Tensor) -> Split | None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether this is a DTensor, of which a rank may hold only a part.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.ranks.placement import is_sharded
-        >>> is_sharded(torch.ones(2))
-        False
-    """
+    """Tell whether this is a DTensor, of which a rank may hold only a part."""
     return isinstance(tensor, DTensor)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return the rows that this rank holds; a plain tensor is returned as it is.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.ranks.placement import local_shard
-        >>> local_shard(torch.ones(2)).shape
-        torch.Size([2])
-    """
+    """Return the rows that this rank holds; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_matrix(tensor: Tensor) -> Tensor:
-    """Return the gathered tensor (a collective on all ranks of its mesh); a plain tensor is returned as it is.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.ranks.placement import whole_matrix
-        >>> whole_matrix(torch.ones(2)).shape
-        torch.Size([2])
-    """
+    """Return the gathered tensor (a collective on all ranks of its mesh); a plain tensor is returned as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
     sendable = tensor.to(tensor.device_mesh.device_type)  # what is offloaded to the CPU cannot be sent from there
@@ -124,14 +97,7 @@ def whole_matrix(tensor: Tensor) -> Tensor:
 
 
 def part_of(update: Tensor, param: Tensor) -> Tensor:
-    """Return the part of a whole update that belongs to this rank's shard of the parameter, without communication.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.ranks.placement import part_of
-        >>> part_of(torch.ones(2), torch.zeros(2)).shape
-        torch.Size([2])
-    """
+    """Return the part of a whole update that belongs to this rank's shard of the parameter, without communication."""
     if not isinstance(param, DTensor):
         return update
     replicated = DTensor.from_local(update, param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False)
@@ -144,14 +110,6 @@ def whole_if_tiny(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[
 
     DTensor has no rule for some operations on an empty shard; so small a parameter can be updated whole by every
     rank, which keeps its own part of the parameter and of the state in the end.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.ranks.placement import whole_if_tiny
-        >>> W = torch.ones(2)
-        >>> with whole_if_tiny(W, W, W) as (weight, _, _):
-        ...     weight is W
-        True
     """
     split = split_of(param)
     if split is None or 0 not in split.part(split.ranks - 1):
@@ -164,14 +122,7 @@ def whole_if_tiny(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[
 
 
 def shard_number(param: Tensor) -> int:
-    """Number the distinct shards of a parameter, so that rounding noise is equal on replicas and differs on shards.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.ranks.placement import shard_number
-        >>> shard_number(torch.zeros(2))
-        0
-    """
+    """Number the distinct shards of a parameter, so that rounding noise is equal on replicas and differs on shards."""
     number = 0
     if isinstance(param, DTensor):
         for dim, placement in enumerate(param.placements):
@@ -229,9 +180,9 @@ def check_gradients(params: Sequence[Tensor]) -> list[tuple[bool, bool]]:
     if not params:
         return []
     # A group may mix plain tensors with DTensors, and devices.
-    spokesman = next((p for p in params if isinstance(p, DTensor)), params[0])
-    flags = torch.stack([_finite_and_zero(local_shard(p.grad)).to(spokesman.device) for p in params])  # type: ignore[arg-type]
-    finite, zero = _on_all_ranks(flags, spokesman).bool().unbind(1)
+    one = next((p for p in params if isinstance(p, DTensor)), params[0])
+    flags = torch.stack([_finite_and_zero(local_shard(p.grad)).to(one.device) for p in params])  # type: ignore[arg-type]
+    finite, zero = _on_all_ranks(flags, one).bool().unbind(1)
     return list(zip(finite.tolist(), zero.logical_not().tolist(), strict=True))
 
 

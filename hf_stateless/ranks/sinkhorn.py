@@ -136,14 +136,7 @@ def iterate(batches: Sequence[ShardedMatrices], num_iterations: Sequence[int]) -
 
 
 def keep_squares(held: int, grads: Sequence[Tensor]) -> bool:
-    """Tell whether the squares of these gradients may be kept, beside so many elements that are kept already.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.ranks.sinkhorn import keep_squares
-        >>> keep_squares(0, [torch.ones(2, 2)]), keep_squares(1 << 40, [torch.ones(2, 2)])
-        (True, False)
-    """
+    """Tell whether the squares of these gradients may be kept, beside so many elements that are kept already."""
     return 4 * (held + sum(grad.numel() for grad in grads)) <= _KEPT_BYTES
 
 

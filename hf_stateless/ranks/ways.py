@@ -61,8 +61,9 @@ def shares_whitening(group: Mapping[str, Any]) -> bool:
     Args:
         group: a parameter group with `split_whitening` and the fields of a chain.
     """
-    wanted = bool(group["split_whitening"]) and Chain.of(group).whitens
-    return wanted and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not (group["split_whitening"] and dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size() > 1 and Chain.of(group).whitens
 
 
 class Alone:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from torch import Tensor
-
 
 _Item = TypeVar("_Item")
 # Bytes of gradient that are stacked into one batch on an accelerator: bounds the temporaries of a step.
@@ -43,28 +41,3 @@ def bounded(items: Sequence[_Item], size: Callable[[_Item], int], limit: int) ->
             part = []
     if part:
         yield part
-
-
-def of_one_shape(
-    active: Iterable[tuple[int, Tensor]], unbounded: Callable[[list[Tensor]], bool] = lambda _: False
-) -> Iterator[list[tuple[int, Tensor]]]:
-    """Put matrices of one shape together on an accelerator, where a loop over small ones waits for kernel launches.
-
-    Args:
-        active: positions and parameters that have gradients.
-        unbounded: tells whether parameters of one shape may all be one batch, because nothing is stacked.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.update.batches import of_one_shape
-        >>> W = torch.ones(2, 2)
-        >>> W.grad = torch.ones(2, 2)
-        >>> [len(batch) for batch in of_one_shape([(0, W), (1, W)])]
-        [1, 1]
-    """
-    for same in alike(active, lambda e: (e[1].shape, e[1].dtype, e[1].device, e[1].grad.dtype)):  # type: ignore[union-attr]
-        if unbounded([p for _, p in same]):
-            yield same
-            continue
-        limit = 0 if same[0][1].device.type == "cpu" else BATCH_BYTES
-        yield from bounded(same, lambda entry: entry[1].nbytes, limit)

@@ -20,14 +20,7 @@ from .layout import Layout
 
 
 class Workspace:
-    """Float buffers that the matrices of one step share: fresh pages for each would cost more than the arithmetic.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.update.write import Workspace
-        >>> Workspace().take("squares", torch.ones(2, 3, dtype=torch.bfloat16)).dtype
-        torch.float32
-    """
+    """Float buffers that the matrices of one step share: fresh pages for each would cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}

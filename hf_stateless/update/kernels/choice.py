@@ -42,15 +42,6 @@ def choose(weights: Sequence[Tensor], grads: Sequence[Tensor], chain: Chain, lay
 
     Raises:
         ValueError: the variable has another value, or asks for Triton where it cannot run.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.norms.chain import Chain
-        >>> from hf_stateless.update.kernels.choice import choose
-        >>> from hf_stateless.update.layout import LAYOUTS
-        >>> W = torch.ones(2, 2)
-        >>> print(choose([W], [W], Chain(), LAYOUTS["out_in"]))  # too small to compile anything for
-        None
     """
     if not chain.is_sinkhorn:
         return None
@@ -86,12 +77,6 @@ def use_triton(tensors: Iterable[Tensor]) -> bool:
 
     Raises:
         ValueError: the variable has another value, or asks for Triton where it cannot run.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.update.kernels.choice import use_triton
-        >>> use_triton([torch.ones(2)])
-        False
     """
     choice = os.environ.get(VARIABLE, "")
     if choice not in _CHOICES:

@@ -38,14 +38,6 @@ def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, num
         grads: their gradients.
         layout: how the weights are stored.
         num_iterations: L.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.update.kernels.cpu_sinkgd import fits
-        >>> from hf_stateless.update.layout import LAYOUTS
-        >>> W = torch.ones(2, 2)
-        >>> fits([W], [W], LAYOUTS["out_in"], 5)  # too small to compile anything for
-        False
     """
     return (
         layout.plain

@@ -28,16 +28,7 @@ _LONG_ROWS, _TURNED = (8, 1024), (64, 64)
 
 
 def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, num_iterations: float) -> bool:
-    """Tell whether the kernels can update these weights of one shape; the torch twin takes the others.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.update.kernels.sinkgd import fits
-        >>> from hf_stateless.update.layout import LAYOUTS
-        >>> W = torch.ones(2, 2, dtype=torch.float64)
-        >>> fits([W], [W], LAYOUTS["out_in"], 5), fits([W.float()], [W.float()], LAYOUTS["out_in"], 5)
-        (False, True)
-    """
+    """Tell whether the kernels can update these weights of one shape; the torch twin takes the others."""
     return (
         layout.scales
         and num_iterations == round(num_iterations) >= 1
