@@ -48,7 +48,7 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
         logger.warning("The checkpoint was written with %s=%r; this run goes on with %r.", key, saved, value)
 
 
-def as_saved(saved: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+def with_saved_dtypes(saved: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
     """Return the state of a parameter in the dtypes that it was saved in, which torch does not keep."""
     return {name: value.to(param.device, copy=value.numel() == 1) for name, value in saved.items()}
 

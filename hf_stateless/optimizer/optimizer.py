@@ -15,7 +15,7 @@ from ..update.batches import alike
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
 from ..weights.noise import NoiseCache
-from .checkpoint import apply_options, as_saved, check_same_groups, options_of
+from .checkpoint import apply_options, check_same_groups, options_of, with_saved_dtypes
 from .min_signal import guarded, log_held, measure_signal, new_history, refuse_release, strong
 from .momentum import fit_momentum_, has_momentum
 from .release import RELEASES, Release, unhook
@@ -120,7 +120,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         if self.release:
             self.release.finish()
         entries = [self.entry(index) for index, p, _ in self._located() if p.grad is not None and p.numel()]
-        self._update(self._strong(entries))
+        self._update(self._without_weak_gradients(entries))
         for index in self._unread.read():
             self._warn_skipped(index)
         self.workspace = Workspace()
@@ -128,10 +128,10 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
     def _update(self, entries: list[Entry]) -> None:
         """Update parameters by their rules, all of one rule together: ranks meet in as few collectives as possible."""
-        for same in alike(self._usable(entries), lambda entry: entry.group["algorithm"]):
+        for same in alike(self._without_bad_gradients(entries), lambda entry: entry.group["algorithm"]):
             RULES[same[0].group["algorithm"]].update(same, self)
 
-    def _usable(self, entries: list[Entry]) -> list[Entry]:
+    def _without_bad_gradients(self, entries: list[Entry]) -> list[Entry]:
         """Leave out gradients that must not reach a moment: not finite, or under momentum of a matrix, zero."""
         checked = [entry for entry in entries if RULES[entry.group["algorithm"]].has_moments(entry.group)]
         out = set()
@@ -142,7 +142,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
                 out.add(entry.index)
         return [entry for entry in entries if entry.index not in out]
 
-    def _strong(self, entries: list[Entry]) -> list[Entry]:
+    def _without_weak_gradients(self, entries: list[Entry]) -> list[Entry]:
         """Leave out what `min_signal` holds back."""
         of_matrices = guarded(self.param_groups)
         grads = [p.grad for p, _ in of_matrices if p.grad is not None]
@@ -285,5 +285,5 @@ class StatelessOptimizer(torch.optim.Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for i, p in zip(saved["params"], group["params"], strict=True):
                 if i in state_dict["state"]:
-                    self.state[p].update(as_saved(state_dict["state"][i], p))
+                    self.state[p].update(with_saved_dtypes(state_dict["state"][i], p))
                     fit_momentum_(self.state[p], p, group)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...weights.noise import RoundingKey
 from ...weights.stored import StoredWeight
-from .launch import DTYPES, element, on_device, pointer_table, start, up_to
+from .launch import DTYPES, element, on_device, pointer_table, power_of_two, start
 
 
 # Weights that a program holds in float32, and its groups at most.
@@ -85,8 +85,8 @@ def launch_int8(
     (m, n), groups = update.shape, weights[0].stored[1].shape[1]
     row, column, states = vectors
     length = n // groups
-    block_length = up_to(length, 1 << 30)
-    block_groups = up_to(m * groups, max(1, min(_TILE // block_length, _GROUPS)))
+    block_length = power_of_two(length, 1 << 30)
+    block_groups = power_of_two(m * groups, max(1, min(_TILE // block_length, _GROUPS)))
     programs = -(-m * groups // block_groups)
     start(
         apply_int8, (part.stop - part.start) * programs,

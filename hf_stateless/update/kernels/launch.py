@@ -58,12 +58,12 @@ def aligned(tensors: Sequence[Tensor]) -> bool:
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
-def up_to(size: int, limit: int) -> int:
+def power_of_two(size: int, limit: int) -> int:
     """Return the smallest power of two of at least `size`, at most `limit`.
 
     Example:
-        >>> from hf_stateless.update.kernels.launch import up_to
-        >>> up_to(5, 64), up_to(500, 64)
+        >>> from hf_stateless.update.kernels.launch import power_of_two
+        >>> power_of_two(5, 64), power_of_two(500, 64)
         (8, 64)
     """
     return min(1 << (size - 1).bit_length(), limit)

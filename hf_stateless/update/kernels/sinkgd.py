@@ -14,7 +14,7 @@ from ...weights.stored import StoredWeight
 from ..batches import alike
 from ..layout import Layout
 from .int8 import launch_int8
-from .launch import DTYPES, aligned, element, on_device, pointer_table, start, up_to
+from .launch import DTYPES, aligned, element, on_device, pointer_table, power_of_two, start
 
 
 # Bytes of gradient that go through all iterations before the next ones start: they stay in a GPU's level-2 cache
@@ -116,7 +116,7 @@ class _Batch:
         new, count = grads[0].new_empty, len(weights) * self.stack
         self.row = new(count, self.m, dtype=torch.float32)
         self.column = new(count, self.n, dtype=torch.float32)
-        self.column_tile = up_to(self.n, 64)
+        self.column_tile = power_of_two(self.n, 64)
         self.states = new(count, -(-self.n // self.column_tile), dtype=torch.int32)
 
     def update_(self, keys: Tensor | None, step_size: float | Tensor, decay: float | Tensor) -> Tensor:
@@ -138,12 +138,12 @@ class _Batch:
         turned = grad.stride(-1) != 1 and grad.stride(-2) == 1
         whole = not turned and n <= _LONGEST_ROW
         if whole:
-            block_n = up_to(n, _LONGEST_ROW)
-            block_m = up_to(m, max(1, _TILE // block_n))
+            block_n = power_of_two(n, _LONGEST_ROW)
+            block_m = power_of_two(m, max(1, _TILE // block_n))
             tiles = max(1, min(_PROGRAM // (n * block_m), -(-m // block_m)))
         else:
             most_m, most_n = _TURNED if turned else _LONG_ROWS
-            block_m, block_n, tiles = up_to(m, most_m), up_to(n, most_n), 1
+            block_m, block_n, tiles = power_of_two(m, most_m), power_of_two(n, most_n), 1
         blocks = -(-m // (block_m * tiles))
         partials = self.row.new_empty(count * blocks, n)
         strides = (grad.stride(0), grad.stride(1), grad.stride(2))
@@ -164,7 +164,7 @@ class _Batch:
             start(
                 finish_columns, count * self.states.shape[1],
                 partials, self.row, self.column, self.states, first, m, n, float(m), smallest_sum(m), blocks,
-                self.states.shape[1], **ends, BLOCK_M=up_to(blocks, 32), BLOCK_N=self.column_tile, num_warps=4,
+                self.states.shape[1], **ends, BLOCK_M=power_of_two(blocks, 32), BLOCK_N=self.column_tile, num_warps=4,
             )  # fmt: skip
 
     def _apply(
@@ -181,10 +181,10 @@ class _Batch:
         weights = [_as_stack(weight, self.layout) for weight in self.weights]
         grad, weight, m, n = self.grads[0], weights[0], self.m, self.n
         if weight.stride(-1) != 1 and weight.stride(-2) == 1:
-            block_m, block_n = up_to(m, _TURNED[0]), up_to(n, _TURNED[1])
+            block_m, block_n = power_of_two(m, _TURNED[0]), power_of_two(n, _TURNED[1])
         else:
-            block_n = up_to(n, 1024)
-            block_m = up_to(m, _TILE // 2 // block_n)
+            block_n = power_of_two(n, 1024)
+            block_m = power_of_two(m, _TILE // 2 // block_n)
         tiles_m, tiles_n = -(-m // block_m), -(-n // block_n)
         start(
             apply_scaled, count * tiles_m * tiles_n,
