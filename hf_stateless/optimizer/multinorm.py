@@ -25,7 +25,7 @@ def update(entries: list[Entry], host: Host) -> None:
             entry.group,
             key=key,
             average=_average(entry, host.noise),
-            shared=not entry.alone and shares_whitening(entry.group),
+            shared=not entry.in_backward and shares_whitening(entry.group),
         )
         for entry, key in zip(entries, keys_of(entries, host.noise), strict=True)
     ]

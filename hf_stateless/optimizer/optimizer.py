@@ -195,21 +195,21 @@ class StatelessOptimizer(torch.optim.Optimizer):
         Args:
             indices: positions, counted over all groups; on all ranks the same in the same order.
         """
-        entries = [self.entry(index, alone=True) for index in indices]
+        entries = [self.entry(index, in_backward=True) for index in indices]
         self._update([entry for entry in entries if entry.param.numel()])
         # Allocating fresh pages is slow on CPU, so its buffers last until `step()`; a GPU's allocator keeps them.
         if all(entry.param.device.type != "cpu" for entry in entries):
             self.workspace = Workspace()
 
-    def entry(self, index: int, *, alone: bool = False) -> Entry:
+    def entry(self, index: int, *, in_backward: bool = False) -> Entry:
         """Return a parameter by its position, with its state, made where there is none.
 
         Args:
             index: position, counted over all groups.
-            alone: it is updated in backward, where replicas cannot share the work.
+            in_backward: it is updated in backward, where replicas cannot share the work.
         """
         group, p = self._locate(index)
-        return Entry(index, p, group, self._state(p, group), alone)
+        return Entry(index, p, group, self._state(p, group), in_backward)
 
     def name_of(self, index: int) -> str:
         """Return the name of a parameter for messages.

@@ -25,7 +25,7 @@ class Entry:
     param: Tensor
     group: dict[str, Any]
     state: dict[str, Tensor]
-    alone: bool = False
+    in_backward: bool = False
     """Whether it is updated in backward, where replicas cannot share the work on it."""
 
     @property
@@ -48,7 +48,7 @@ class Host(Protocol):
     def count(self, entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> None:
         """Count the step of each parameter whose gradient was finite, and warn of the others."""
 
-    def entry(self, index: int, *, alone: bool = False) -> Entry:
+    def entry(self, index: int, *, in_backward: bool = False) -> Entry:
         """Return a parameter by its position, whether it has a gradient or not."""
 
 

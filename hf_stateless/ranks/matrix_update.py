@@ -1,4 +1,4 @@
-"""The update of one matrix: what it is computed from, and how this rank's part is written."""
+"""One matrix on its way: what its update is computed from, and how this rank's part of it is written."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class MatrixUpdate:
 
     @cached_property
     def direction(self) -> Tensor:
-        """What is normalised, in the shape of the parameter."""
+        """What is normalised, in the shape of the parameter; reading it first moves the average that momentum keeps."""
         return self.average() if self.average else self.gradient
 
     def forget_direction(self) -> None:
@@ -56,14 +56,14 @@ class MatrixUpdate:
         self.__dict__.pop("direction", None)
 
     @property
-    def grad(self) -> Tensor:
+    def part(self) -> Tensor:
         """This rank's part of the direction."""
         return local_shard(self.direction)
 
     @property
     def matrix(self) -> Tensor:
         """This rank's part of the direction as (..., out_features, in_features)."""
-        return self.layout.as_matrix(self.grad)
+        return self.layout.as_matrix(self.part)
 
     @property
     def is_sharded(self) -> bool:

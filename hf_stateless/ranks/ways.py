@@ -8,7 +8,7 @@ that all of them meet in the same collectives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..norms.chain import Chain
-from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
 from ..update.batches import BATCH_BYTES, alike, bounded
-from ..update.kernels.choice import choose
 from ..update.write import Workspace
+from .alone import Alone
 from .matrix_update import MatrixUpdate
 from .owners import Exchange, assign_owners, same_on_replicas, shared_updates, whitening_cost
 from .placement import Split, whole_matrix
@@ -66,77 +65,6 @@ def shares_whitening(group: Mapping[str, Any]) -> bool:
     return dist.get_world_size() > 1 and Chain.of(group).whitens
 
 
-class Alone:
-    """This rank has the whole matrix: nothing is sent. A kernel takes it, or torch."""
-
-    def takes(self, update: MatrixUpdate) -> bool:
-        return not update.is_sharded and not update.shared
-
-    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
-        for same in alike(updates, lambda update: (id(update.group), update.param.dtype, update.shape_class)):
-            for batch in self._batches(same):
-                self._update(batch, workspace)
-                for update in batch:
-                    update.forget_direction()
-
-    def _batches(self, same: list[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
-        """Cut updates of one shape into batches: kernels take any number, torch on a GPU stacks up to a limit."""
-        first = same[0]
-        if not first.average and choose([u.weight for u in same], [u.grad for u in same], first.chain, first.layout):
-            yield same
-        else:
-            limit = 0 if first.weight.device.type == "cpu" else BATCH_BYTES
-            yield from bounded(same, lambda update: update.param.nbytes, limit)
-
-    def _update(self, batch: list[MatrixUpdate], workspace: Workspace) -> None:
-        first = batch[0]
-        kernel = choose([u.weight for u in batch], [u.grad for u in batch], first.chain, first.layout)
-        if kernel:
-            batch = self._by_kernel(kernel, batch)
-        if (kernel or len(batch) == 1) and first.chain.is_sinkhorn and first.layout.scales:
-            for update in batch:
-                self._by_vectors(update, workspace)
-        elif batch:
-            self._by_chain(batch)
-
-    def _by_kernel(self, kernel: Any, batch: list[MatrixUpdate]) -> list[MatrixUpdate]:
-        """Let a kernel update a batch, and return what it has left alone."""
-        first, keys = batch[0], [update.key for update in batch]
-        step_size, decay = first.factors(on_device=True)
-        verdicts = kernel(
-            [update.weight for update in batch],
-            [update.grad for update in batch],
-            None if None in keys else keys,
-            step_size=step_size,
-            decay=decay,
-            layout=first.layout,
-            num_iterations=int(first.chain.num_iterations),
-        )
-        for update, verdict in zip(batch, verdicts, strict=True):
-            update.finite = verdict
-        return [update for update in batch if update.finite is None]
-
-    def _by_vectors(self, update: MatrixUpdate, workspace: Workspace) -> None:
-        """Apply the SinkGD step of one matrix from its two vectors, without forming the normalised gradient."""
-        grad, num_iterations = update.matrix, update.chain.num_iterations
-        blocks = row_blocks(grad)
-        if len(blocks) > 1:
-            row, column = scalings_by_blocks(grad, num_iterations, blocks)
-        else:
-            row, column = sinkhorn_scalings(grad, num_iterations, scratch=workspace.take("scratch", grad))
-        size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
-        update.write_scaled(row, column, size, workspace)
-
-    def _by_chain(self, batch: list[MatrixUpdate]) -> None:
-        """Normalise matrices of one shape as one batch."""
-        matrices = [update.matrix for update in batch]
-        stacked = matrices[0].unsqueeze(0) if len(batch) == 1 else torch.stack(matrices)
-        normalized = batch[0].chain.normalize(stacked)
-        sizes = torch.linalg.vector_norm(normalized.flatten(1), dim=1).tolist()
-        for update, matrix, size in zip(batch, normalized, sizes, strict=True):
-            update.write(update.layout.back(matrix, update.grad.shape), size)
-
-
 class Sinkhorn:
     """SR-Sinkhorn on parts of matrices: one all-reduce per iteration for all of them, of vectors and flags."""
 
@@ -152,7 +80,7 @@ class Sinkhorn:
         stacks = [
             stack
             for of_class in alike(updates, lambda update: update.shape_class)
-            for stack in bounded(of_class, _whole_bytes, BATCH_BYTES if of_class[0].grad.device.type != "cpu" else 0)
+            for stack in bounded(of_class, _whole_bytes, BATCH_BYTES if of_class[0].part.device.type != "cpu" else 0)
         ]
         for stack in stacks:
             matrices, first = [update.matrix for update in stack], stack[0]
@@ -179,7 +107,7 @@ class Local:
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         for of_class in alike(updates, lambda update: update.shape_class):
             split = _split(of_class[0])
-            parts = [update.normalized(update.grad) if update.grad.numel() else update.grad for update in of_class]
+            parts = [update.normalized(update.part) if update.part.numel() else update.part for update in of_class]
             sizes = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts])
             sizes = sizes.to(split.device)
             dist.all_reduce(sizes, group=split.group)
@@ -206,9 +134,9 @@ class Owned:
     def _exchange(self, updates: Sequence[MatrixUpdate], load: list[int]) -> None:
         owners = assign_owners([whitening_cost(tuple(update.param.shape)) for update in updates], load)
         exchange = Exchange([_split(update) for update in updates], owners)
-        whole = exchange.to_owners([update.grad for update in updates])
+        whole = exchange.to_owners([update.part for update in updates])
         normalized = _normalize([updates[i] for i in exchange.mine], whole)
-        parts, sizes = exchange.to_parts(normalized, [update.grad for update in updates])
+        parts, sizes = exchange.to_parts(normalized, [update.part for update in updates])
         for update, part, size in zip(updates, parts, sizes, strict=True):
             update.write(part, size)
 
@@ -221,7 +149,7 @@ class Replicated:
 
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         group = dist.group.WORLD
-        grads = [update.grad for update in updates]
+        grads = [update.part for update in updates]
         if group is None or not same_on_replicas(grads, group):
             Alone().run(updates, workspace)
             return
@@ -271,4 +199,4 @@ def _split(update: MatrixUpdate) -> Split:
 
 def _whole_bytes(update: MatrixUpdate) -> int:
     """Return the size of the whole gradient: the same number on all ranks, whatever they hold of it."""
-    return update.param.numel() * update.grad.element_size()
+    return update.param.numel() * update.part.element_size()

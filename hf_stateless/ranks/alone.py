@@ -1,0 +1,90 @@
+"""The update of matrices that a rank has as a whole: on one GPU, under DDP, and of what FSDP2 does not shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
+from ..update.batches import BATCH_BYTES, alike, bounded
+from ..update.kernels.choice import Kernel, choose
+from ..update.write import Workspace
+from .matrix_update import MatrixUpdate
+
+
+class Alone:
+    """The way of a matrix that this rank has as a whole: nothing is sent. A kernel takes it, or torch."""
+
+    def takes(self, update: MatrixUpdate) -> bool:
+        """Tell whether an update can go this way."""
+        return not update.is_sharded and not update.shared
+
+    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+        """Apply the updates; `finite` is set."""
+        for same in alike(updates, lambda update: (id(update.group), update.param.dtype, update.shape_class)):
+            for batch in self._batches(same):
+                self._update(batch, workspace)
+                for update in batch:
+                    update.forget_direction()
+
+    def _batches(self, same: list[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
+        """Cut updates of one shape into batches: kernels take any number, torch on a GPU stacks up to a limit.
+
+        With momentum directions are copies, of which only some may be there at once, so no kernel is asked here.
+        """
+        first = same[0]
+        if not first.average and choose([u.weight for u in same], [u.part for u in same], first.chain, first.layout):
+            yield same
+        else:
+            limit = 0 if first.weight.device.type == "cpu" else BATCH_BYTES
+            yield from bounded(same, lambda update: update.param.nbytes, limit)
+
+    def _update(self, batch: list[MatrixUpdate], workspace: Workspace) -> None:
+        first = batch[0]
+        kernel = choose([u.weight for u in batch], [u.part for u in batch], first.chain, first.layout)
+        # A kernel may leave weights to torch: those that its arithmetic cannot hold.
+        left = self._by_kernel(kernel, batch) if kernel else batch
+        one_by_one = kernel or len(left) == 1
+        if one_by_one and first.chain.is_sinkhorn and first.layout.scales:
+            for update in left:
+                self._by_vectors(update, workspace)
+        elif left:
+            self._by_chain(left)
+
+    def _by_kernel(self, kernel: Kernel, batch: list[MatrixUpdate]) -> list[MatrixUpdate]:
+        """Let a kernel update a batch, and return what it has left alone."""
+        first, keys = batch[0], [update.key for update in batch]
+        step_size, decay = first.factors(on_device=True)
+        verdicts = kernel(
+            [update.weight for update in batch],
+            [update.part for update in batch],
+            None if None in keys else keys,
+            step_size=step_size,
+            decay=decay,
+            layout=first.layout,
+            num_iterations=int(first.chain.num_iterations),
+        )
+        for update, verdict in zip(batch, verdicts, strict=True):
+            update.finite = verdict
+        return [update for update in batch if update.finite is None]
+
+    def _by_vectors(self, update: MatrixUpdate, workspace: Workspace) -> None:
+        """Apply the SinkGD step of one matrix from its two vectors, without forming the normalised gradient."""
+        grad, num_iterations = update.matrix, update.chain.num_iterations
+        blocks = row_blocks(grad)
+        if len(blocks) > 1:
+            row, column = scalings_by_blocks(grad, num_iterations, blocks)
+        else:
+            row, column = sinkhorn_scalings(grad, num_iterations, scratch=workspace.take("scratch", grad))
+        size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
+        update.write_scaled(row, column, size, workspace)
+
+    def _by_chain(self, batch: list[MatrixUpdate]) -> None:
+        """Normalise matrices of one shape as one batch."""
+        matrices = [update.matrix for update in batch]
+        stacked = matrices[0].unsqueeze(0) if len(batch) == 1 else torch.stack(matrices)
+        normalized = batch[0].chain.normalize(stacked)
+        sizes = torch.linalg.vector_norm(normalized.flatten(1), dim=1).tolist()
+        for update, matrix, size in zip(batch, normalized, sizes, strict=True):
+            update.write(update.layout.back(matrix, update.part.shape), size)
