@@ -152,7 +152,6 @@ def test_work_in_chunks_equals_work_at_once(algorithm, dtype, monkeypatch):
 
 def test_8bit_moments_without_bitsandbytes_say_what_to_type(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    hf_stateless.optimizer.adamw._codebook.cache_clear()
     weight = torch.nn.Parameter(dense(4, 4))
     weight.grad = dense(4, 4)
     optimizer = StatelessOptimizer([{"params": [weight], "algorithm": "adamw_8bit"}])

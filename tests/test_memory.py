@@ -171,3 +171,24 @@ def test_an_estimate_says_what_its_peak_is_made_of():
 @pytest.mark.parametrize(("peak", "gib", "answer"), [(21, 24, False), (20, 24, True), (6, 8, True), (7, 8, False)])
 def test_a_gpu_fits_with_a_tenth_and_one_gib_to_spare(peak, gib, answer):
     assert fits(peak * GIB, gib) is answer
+
+
+@pytest.mark.parametrize("embeddings", ["adamw", "adamw_8bit", "sinkhorn_momentum", "stateless"])
+def test_a_prediction_leaves_nothing_behind_that_a_run_could_meet(embeddings):
+    if embeddings == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+
+    def trained():
+        model = real_model("small_llama", "bf16")
+        optimizer = hf_stateless.create_optimizer(model, "sinkgd", lr=1e-2, embeddings=embeddings)
+        tokens = torch.arange(64).view(2, 32)
+        for _ in range(2):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    expected = trained()
+    settings = Settings(dtype="bf16", batch=2, seq=32, device="cpu")
+    estimate(meta_model("small_llama", settings), ["sinkgd"], settings, {"embeddings": embeddings})
+    assert all(torch.equal(p, q) for p, q in zip(trained(), expected, strict=True))

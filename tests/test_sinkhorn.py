@@ -10,7 +10,7 @@ from updates import multinorm_update_
 
 from hf_stateless.norms import sinkhorn
 from hf_stateless.norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings, sr_sinkhorn
-from hf_stateless.weights.noise import NoiseCache, RoundingKey
+from hf_stateless.weights.noise import RoundingKey, TensorCache
 
 
 def log_normal(size, sigma, seed):
@@ -319,7 +319,7 @@ def test_large_matrices_are_updated_by_blocks_as_small_ones_are_whole(weight_dty
 
     def updated(of):
         weight = dense(37, 16).to(weight_dtype)
-        key = [RoundingKey(torch.tensor([7], dtype=torch.int32), NoiseCache())]
+        key = [RoundingKey(torch.tensor([7], dtype=torch.int32), TensorCache())]
         step = {"lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.1, "layout": "out_in"}
         finite = multinorm_update_([weight], [of], key, **step, norms=("row_l2", "col_l2"), num_iterations=5)
         return weight, finite

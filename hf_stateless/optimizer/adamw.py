@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from ..ranks.placement import local_shard
 from ..update.batches import alike
-from ..weights.noise import RoundingKey
+from ..weights.noise import RoundingKey, TensorCache
 from ..weights.rounding import round_vectors, write_rounded_
 from .options import OPTIONS
 from .rule import Entry, Host, Rule, keys_of
@@ -65,6 +64,7 @@ def adamw_update_(
     grads: list[Tensor],
     states: list[dict[str, Tensor]],
     keys: Sequence[RoundingKey | None],
+    cache: TensorCache | None = None,
     **hyper: float,
 ) -> None:
     r"""AdamW by torch's own fused kernel; bf16 weights with rounding keys and 8-bit moments go through float32 chunks.
@@ -78,6 +78,7 @@ def adamw_update_(
         grads: their gradients.
         states: of `adamw_state`, updated in place.
         keys: a rounding key for each parameter, or None for those that are rounded to nearest.
+        cache: of the optimizer, for the values of 8-bit codes; a new one when None.
         hyper: `lr`, `beta1`, `beta2`, `eps`, `weight_decay`.
 
     Example:
@@ -93,7 +94,7 @@ def adamw_update_(
         AdamW, https://huggingface.co/papers/1711.05101, Algorithm 2; 8-bit moments,
         https://huggingface.co/papers/2110.02861, section 2.
     """
-    grads = [grad.contiguous() for grad in grads]
+    grads, cache = [grad.contiguous() for grad in grads], cache or TensorCache()
     # The fused kernel of CPUs reads memory in order whatever the strides say.
     in_chunks = [
         "exp_avg_absmax" in state or (key is not None and p.dtype == torch.bfloat16) or not p.is_contiguous()
@@ -111,7 +112,7 @@ def adamw_update_(
             in_chunks = [chunked and i not in same for i, chunked in enumerate(in_chunks)]
     for i, chunked in enumerate(in_chunks):
         if chunked:
-            _adamw_in_chunks_(params[i], grads[i], states[i], keys[i], hyper)
+            _adamw_in_chunks_(params[i], grads[i], states[i], keys[i], cache, hyper)
 
 
 def _is_small_vector(param: Tensor, state: Mapping[str, Tensor], key: RoundingKey | None) -> bool:
@@ -150,7 +151,12 @@ def _torch_adamw(
 
 
 def _adamw_in_chunks_(
-    param: Tensor, grad: Tensor, state: dict[str, Tensor], key: RoundingKey | None, hyper: Mapping[str, float]
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    key: RoundingKey | None,
+    cache: TensorCache,
+    hyper: Mapping[str, float],
 ) -> None:
     if param.numel() == 0:  # a rank's shard may be empty
         return
@@ -164,35 +170,39 @@ def _adamw_in_chunks_(
     for index, start in enumerate(range(0, count, chunk)):
         part = {name: t[start : start + chunk] for name, t in rows.items()}
         exact, exact_grad = part["param"].to(wide), part["grad"].to(wide)
-        moments = {name: _load_moment(part, name).to(wide).contiguous() for name in ("exp_avg", "exp_avg_sq")}
+        moments = {name: _load_moment(part, name, cache).to(wide).contiguous() for name in ("exp_avg", "exp_avg_sq")}
         state["step"].copy_(start_step)
         _torch_adamw([exact], [exact_grad], [moments["exp_avg"]], [moments["exp_avg_sq"]], [state["step"]], hyper)
         write_rounded_(part["param"], exact, None if key is None else key + 2 * index)
         # The first moment moves by a tenth each step, which rounding to nearest follows.
-        _store_moment_(part, "exp_avg", moments["exp_avg"], None)
-        _store_moment_(part, "exp_avg_sq", moments["exp_avg_sq"], None if key is None else key + (2 * index + 1))
+        _store_moment_(part, "exp_avg", moments["exp_avg"], None, cache)
+        _store_moment_(
+            part, "exp_avg_sq", moments["exp_avg_sq"], None if key is None else key + (2 * index + 1), cache
+        )
     if not param.is_contiguous():  # then its rows were a copy
         param.copy_(rows["param"].view(param.shape))
 
 
-def _load_moment(part: Mapping[str, Tensor], name: str) -> Tensor:
+def _load_moment(part: Mapping[str, Tensor], name: str, cache: TensorCache) -> Tensor:
     if f"{name}_absmax" not in part:
         return part[name]
     from bitsandbytes.functional import dequantize_blockwise
 
-    codes, code = _whole_blocks(part[name]), _codebook(name == "exp_avg", part[name].device)
+    codes, code = _whole_blocks(part[name]), cache.get(_codebook, name == "exp_avg", part[name].device)
     absmax = part[f"{name}_absmax"].reshape(-1)
     value: Tensor = dequantize_blockwise(codes.view(-1), absmax=absmax, code=code, blocksize=_BLOCK)
     return value.view(codes.shape)[:, : part[name].shape[1]]
 
 
-def _store_moment_(part: Mapping[str, Tensor], name: str, value: Tensor, key: RoundingKey | None) -> None:
+def _store_moment_(
+    part: Mapping[str, Tensor], name: str, value: Tensor, key: RoundingKey | None, cache: TensorCache
+) -> None:
     if f"{name}_absmax" not in part:
         write_rounded_(part[name], value, key)
         return
     from bitsandbytes.functional import quantize_blockwise
 
-    padded, code = _whole_blocks(value.float()), _codebook(name == "exp_avg", value.device)
+    padded, code = _whole_blocks(value.float()), cache.get(_codebook, name == "exp_avg", value.device)
     codes, quant = quantize_blockwise(padded.view(-1), code=code, blocksize=_BLOCK)
     part[name].copy_(codes.view(padded.shape)[:, : value.shape[1]])
     part[f"{name}_absmax"].copy_(quant.absmax.view_as(part[f"{name}_absmax"]))
@@ -202,7 +212,6 @@ def _whole_blocks(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % _BLOCK))
 
 
-@cache
 def _codebook(signed: bool, device: torch.device) -> Tensor:
     """Return the 256 values of bitsandbytes' dynamic 8-bit type."""
     try:
@@ -224,7 +233,8 @@ def _update(entries: list[Entry], host: Host) -> None:
             [local_shard(entry.param) for entry in same],
             [local_shard(entry.grad) for entry in same],
             [{name: local_shard(t) for name, t in entry.state.items()} for entry in same],
-            keys_of(same, host.noise),
+            keys_of(same, host.cache),
+            host.cache,
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,

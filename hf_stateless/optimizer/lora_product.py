@@ -58,7 +58,7 @@ def _update(entries: list[Entry], host: Host) -> None:
         firsts = dict.fromkeys(entry.index - position[id(entry.param)] % 2 for entry in same)
         pairs = [(host.entry(first), host.entry(first + 1)) for first in firsts]
         verdicts = update_pairs_(
-            [Pair((a.param, b.param), keys_of((a, b), host.noise)) for a, b in pairs], same[0].group
+            [Pair((a.param, b.param), keys_of((a, b), host.cache)) for a, b in pairs], same[0].group
         )
         for pair, finite in zip(pairs, verdicts, strict=True):
             host.count(pair, (finite, finite))

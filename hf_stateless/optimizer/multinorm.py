@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ranks.matrix_update import MatrixUpdate
 from ..ranks.ways import apply_, shares_whitening
-from ..weights.noise import NoiseCache
+from ..weights.noise import TensorCache
 from .momentum import has_momentum, momentum_bytes, momentum_direction_, momentum_state
 from .rule import Entry, Host, Rule, counter, key_of, keys_of
 
@@ -24,20 +24,20 @@ def update(entries: list[Entry], host: Host) -> None:
             entry.grad,
             entry.group,
             key=key,
-            average=_average(entry, host.noise),
+            average=_average(entry, host.cache),
             shared=not entry.in_backward and shares_whitening(entry.group),
         )
-        for entry, key in zip(entries, keys_of(entries, host.noise), strict=True)
+        for entry, key in zip(entries, keys_of(entries, host.cache), strict=True)
     ]
     apply_(updates, host.workspace)
     host.count(entries, [update.finite for update in updates])
 
 
-def _average(entry: Entry, noise: NoiseCache) -> Callable[[], Tensor] | None:
+def _average(entry: Entry, cache: TensorCache) -> Callable[[], Tensor] | None:
     """Return what takes the gradient into its average and gives the direction, or None without momentum."""
     if not has_momentum(entry.group):
         return None
-    key, momentum = key_of(entry, noise), entry.group["momentum"]
+    key, momentum = key_of(entry, cache), entry.group["momentum"]
     return partial(momentum_direction_, entry.param, entry.grad, entry.state, key, momentum)
 
 

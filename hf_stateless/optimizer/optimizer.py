@@ -14,7 +14,7 @@ from ..ranks.placement import check_gradients
 from ..update.batches import alike
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
-from ..weights.noise import NoiseCache
+from ..weights.noise import TensorCache
 from .checkpoint import apply_options, check_same_groups, options_of, with_saved_dtypes
 from .min_signal import guarded, log_held, measure_signal, new_history, refuse_release, strong
 from .momentum import fit_momentum_, has_momentum
@@ -89,7 +89,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
     def _make_tools(self) -> None:
         """Make what is shared by steps and never saved."""
-        self.noise, self.workspace, self._unread = NoiseCache(), Workspace(), UnreadFlags()
+        self.cache, self.workspace, self._unread = TensorCache(), Workspace(), UnreadFlags()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ranks.placement import shard_number
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
-from ..weights.noise import NoiseCache, RoundingKey, rounding_keys
+from ..weights.noise import RoundingKey, TensorCache, rounding_keys
 from ..weights.stored import is_rounded
 
 
@@ -43,7 +43,7 @@ class Host(Protocol):
     """What a rule may use of the optimizer."""
 
     workspace: Workspace
-    noise: NoiseCache
+    cache: TensorCache
 
     def count(self, entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> None:
         """Count the step of each parameter whose gradient was finite, and warn of the others."""
@@ -82,26 +82,26 @@ class Rule:
     """Whether `embeddings=` may name it for embeddings and heads."""
 
 
-def keys_of(entries: Sequence[Entry], noise: NoiseCache) -> list[RoundingKey | None]:
+def keys_of(entries: Sequence[Entry], cache: TensorCache) -> list[RoundingKey | None]:
     """Return the rounding keys of parameters that are rounded stochastically, None for the others.
 
     They are the same on all replicas, and different for each shard and each step.
     """
     rounded = [e for e in entries if e.group["stochastic_rounding"] and is_rounded(e.param)]
-    keys = dict(zip((e.index for e in rounded), _keys(rounded, noise), strict=True))
+    keys = dict(zip((e.index for e in rounded), _keys(rounded, cache), strict=True))
     return [keys.get(e.index) for e in entries]
 
 
-def key_of(entry: Entry, noise: NoiseCache) -> RoundingKey | None:
+def key_of(entry: Entry, cache: TensorCache) -> RoundingKey | None:
     """Return the rounding key for what a parameter keeps, whatever its own dtype; None for rounding to nearest."""
-    return _keys([entry], noise)[0] if entry.group["stochastic_rounding"] else None
+    return _keys([entry], cache)[0] if entry.group["stochastic_rounding"] else None
 
 
-def _keys(entries: Sequence[Entry], noise: NoiseCache) -> list[RoundingKey]:
+def _keys(entries: Sequence[Entry], cache: TensorCache) -> list[RoundingKey]:
     if not entries:
         return []
     seeds = [int(e.group["seed"]) + 0x01000193 * shard_number(e.param) for e in entries]
-    return rounding_keys(seeds, [e.index for e in entries], [e.step.to(e.param.device) for e in entries], noise)
+    return rounding_keys(seeds, [e.index for e in entries], [e.step.to(e.param.device) for e in entries], cache)
 
 
 def counter(param: Tensor) -> Tensor:

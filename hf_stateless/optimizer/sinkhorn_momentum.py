@@ -75,7 +75,7 @@ def sinkhorn_momentum_update_(
 
 
 def _update(entries: list[Entry], host: Host) -> None:
-    for entry, key in zip(entries, keys_of(entries, host.noise), strict=True):
+    for entry, key in zip(entries, keys_of(entries, host.cache), strict=True):
         options = {name: entry.group[name] for name in ("lr", "weight_decay", *_OPTIONS)}
         with whole_if_tiny(entry.param, entry.grad, entry.state["momentum_buffer"]) as (weight, grad, buffer):
             sinkhorn_momentum_update_(weight, grad, buffer, key, **options)

@@ -48,7 +48,7 @@ class MatrixUpdate:
 
     @cached_property
     def direction(self) -> Tensor:
-        """What is normalised, in the shape of the parameter; reading it first moves the average that momentum keeps."""
+        """What is normalised, in the shape of the parameter; reading it moves the average that momentum keeps."""
         return self.average() if self.average else self.gradient
 
     def forget_direction(self) -> None:

@@ -44,15 +44,15 @@ def _mix_int(x: int) -> int:
     return x ^ (x >> 16)
 
 
-class NoiseCache:
-    """What the noise of many steps has in common: hashes of positions, one set for each shape and device.
+class TensorCache:
+    """Tensors that many steps have in common, such as the hashes of positions for each shape and device.
 
     An optimizer has one, and hands it on with the keys that it makes.
 
     Example:
         >>> import torch
-        >>> from hf_stateless.weights.noise import NoiseCache
-        >>> cache = NoiseCache()
+        >>> from hf_stateless.weights.noise import TensorCache
+        >>> cache = TensorCache()
         >>> cache.get(torch.ones, 2) is cache.get(torch.ones, 2)
         True
     """
@@ -76,7 +76,7 @@ class RoundingKey:
 
     value: Tensor
     """One int32, on the device of the parameter."""
-    cache: NoiseCache
+    cache: TensorCache
     """What is shared with other steps."""
 
     def __add__(self, offset: int) -> RoundingKey:
@@ -84,7 +84,7 @@ class RoundingKey:
         return RoundingKey(self.value + offset, self.cache)
 
 
-def rounding_key(seed: int, index: int, step: Tensor, cache: NoiseCache | None = None) -> RoundingKey:
+def rounding_key(seed: int, index: int, step: Tensor, cache: TensorCache | None = None) -> RoundingKey:
     """Return the key of one parameter in one step, on the device of `step`, without reading it back from a GPU.
 
     Args:
@@ -104,7 +104,7 @@ def rounding_key(seed: int, index: int, step: Tensor, cache: NoiseCache | None =
 
 
 def rounding_keys(
-    seeds: Sequence[int], indices: Sequence[int], steps: Sequence[Tensor], cache: NoiseCache | None = None
+    seeds: Sequence[int], indices: Sequence[int], steps: Sequence[Tensor], cache: TensorCache | None = None
 ) -> list[RoundingKey]:
     """Return the keys of several parameters; those on one GPU are computed together in a fixed number of launches.
 
@@ -120,7 +120,7 @@ def rounding_keys(
         >>> rounding_keys([0, 0], [1, 2], [torch.ones(1)] * 2)[1].value == rounding_key(0, 2, torch.ones(1)).value
         tensor([True])
     """
-    cache = cache or NoiseCache()
+    cache = cache or TensorCache()
     devices = {step.device for step in steps}
     if len(devices) > 1 or next(iter(devices)).type == "cpu":
         values = [_key_value(*one) for one in zip(seeds, indices, steps, strict=True)]
