@@ -10,7 +10,7 @@ from layerwise_runs import assert_same, each_name, each_release, make, weights_o
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_stateless import PRESETS, StatelessOptimizer, multi_normalize
-from hf_stateless.trainer.factory import handle
+from hf_stateless.trainer.handler import handle
 
 
 # transformers renames gradient checkpointing to activation checkpointing; both names work, and PEFT uses the old one.

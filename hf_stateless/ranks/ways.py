@@ -171,7 +171,8 @@ class Gathered:
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         for update in updates:
             normalized = update.normalized(whole_matrix(update.direction))
-            update.write(normalized, float(torch.linalg.vector_norm(normalized)), whole=True)
+            (size,) = torch.linalg.vector_norm(normalized).reshape(1).tolist()
+            update.write(normalized, size, whole=True)
 
 
 WAYS: tuple[Way, ...] = (Alone(), Sinkhorn(), Local(), Owned(), Replicated(), Gathered())
