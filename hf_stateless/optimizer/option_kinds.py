@@ -20,40 +20,24 @@ class Kind:
     """The words that may be written, where it is one of some; asked when they are needed."""
 
     @property
-    def choices(self) -> tuple[str, ...]:
-        """The words that may be written, if it is one of some."""
-        return tuple(self.names())
-
-    @property
     def expected(self) -> str:
         """What a refusal says that it expected."""
-        return self.values or " | ".join(self.choices)
+        return self.values or " | ".join(self.names())
+
+
+def _numbers(read: Callable[[Any], float], values: str, *, least: int = 0, below: float = math.inf) -> Kind:
+    def parse(text: Any) -> float:
+        value = read(text)
+        if not least <= value < below or isinstance(text, bool):
+            raise ValueError
+        return value
+
+    return Kind(parse, values)
 
 
 def _integer(text: Any) -> int:
     value = int(text)
-    if value < 0 or str(value) != str(text).strip():
-        raise ValueError
-    return value
-
-
-def _positive_integer(text: Any) -> int:
-    value = _integer(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def _number(text: Any) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf or isinstance(text, bool):
-        raise ValueError
-    return value
-
-
-def _fraction(text: Any) -> float:
-    value = _number(text)
-    if value >= 1:
+    if str(value) != str(text).strip():
         raise ValueError
     return value
 
@@ -69,22 +53,16 @@ def _chain(text: Any) -> tuple[str, ...]:
     return norms
 
 
-COUNT = Kind(_positive_integer, "an integer of at least 1")
-WHOLE = Kind(_integer, "an integer of at least 0")
-NUMBER = Kind(_number, "a number of at least 0")
-FRACTION = Kind(_fraction, "a number in [0, 1)")
+COUNT = _numbers(_integer, "an integer of at least 1", least=1)
+WHOLE = _numbers(_integer, "an integer of at least 0")
+NUMBER = _numbers(float, "a number of at least 0")
+FRACTION = _numbers(float, "a number in [0, 1)", below=1)
 SWITCH = Kind(_boolean, "true or false")
 CHAIN = Kind(_chain, "norm projections joined by +, like row_l2+spectral")
 
 
 def choice(names: Sequence[str] | Callable[[], Sequence[str]]) -> Kind:
-    """Return the kind of an option that is one of some words, or of those that a function returns.
-
-    Example:
-        >>> from hf_stateless.optimizer.option_kinds import choice
-        >>> choice(("matrices", "all")).expected
-        'matrices | all'
-    """
+    """Return the kind of an option that is one of some words, or of those that a function returns."""
     known = names if callable(names) else lambda: names
 
     def parse(text: Any) -> str:

@@ -22,17 +22,11 @@ LORA = ("separate", "product")
 MOMENTUM_DTYPES = ("int8", "bfloat16", "float32")
 """How the momentum of matrices is stored; the first is the default."""
 EVERY_RULE = "every rule"
-"""Among the groups of an option: the groups of all rules have it."""
+"""Among the groups of an option, and as `algorithm`: what the groups of all rules have."""
 
 
 def embeddings() -> tuple[str, ...]:
-    """Return what may update embeddings and heads, the default first: rules for tables, or `stateless`.
-
-    Example:
-        >>> from hf_stateless.optimizer.options import embeddings
-        >>> embeddings()
-        ('adamw', 'adamw_8bit', 'sinkhorn_momentum', 'stateless')
-    """
+    """Return what may update embeddings and heads, the default first: rules for tables, or `stateless`."""
     from .rules import RULES  # which read their options here
 
     return (*(name for name, rule in RULES.items() if rule.for_tables), "stateless")
@@ -52,13 +46,14 @@ class BelongsTo:
     """Another option, without which this one changes nothing; it may be given all the same."""
 
     def __str__(self) -> str:
-        parts = [
-            f"`{self.optim}`" if self.optim else "",
-            "chains with a whitening, as `spectral`" if self.whitening else "",
-            "" if self.release is None else f"names {'with' if self.release else 'without'} `{LAYERWISE}`",
-            f"runs with `{self.option}`" if self.option else "",
-        ]
-        return ", ".join(part for part in parts if part) or "all"
+        parts = {
+            f"`{self.optim}`": self.optim,
+            "chains with a whitening, as `spectral`": self.whitening,
+            f"names with `{LAYERWISE}`": self.release,
+            f"names without `{LAYERWISE}`": self.release is False,
+            f"runs with `{self.option}`": self.option,
+        }
+        return ", ".join(part for part, holds in parts.items() if holds) or "all"
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,8 @@ class Option:
     kind: Kind
     meaning: str
     """One line for the documentation."""
+    default_text: str = ""
+    """The default in words."""
     belongs_to: BelongsTo = BelongsTo()
     groups: Mapping[str, Any] = field(default_factory=dict)
     """The rules whose groups hold the value, each with the default of groups that are made by hand."""
@@ -79,71 +76,52 @@ class Option:
     """The roles of parameters whose groups get the value, where not all do; the others keep the rule's default."""
     on_card: bool = True
     """Whether a model card tells it: not what changes the noise or the work, but not the method."""
-    default_text: str = ""
-    """The default in words."""
 
 
-_WHITENING = BelongsTo(whitening=True)
+_OF_WHITENING: dict[str, Any] = {"belongs_to": BelongsTo(whitening=True), "groups": {"multinorm": None}}
 _ROWS = (
     Option(
         "norms",
         None,
         CHAIN,
         "the chain of norm projections, from left to right",
-        belongs_to=BelongsTo(optim="multinorm"),
-        groups={"multinorm": ("row_l2", "col_l2"), "lora_product": ("spectral",)},
-        default_text="of the preset: `row_l2+spectral`",
+        "of the preset: `row_l2+spectral`",
+        BelongsTo(optim="multinorm"),
+        {"multinorm": ("row_l2", "col_l2"), "lora_product": ("spectral",)},
     ),
     Option(
         "num_iterations",
         None,
         COUNT,
         "how often the chain runs",
+        "of the preset",
         groups={"multinorm": 5, "lora_product": 1},
-        default_text="of the preset",
     ),
     Option(
         "lr_scale",
         None,
         NUMBER,
         "factor on the learning rate of what is updated without moments",
+        "of the preset, half of it with `momentum`; 0.2 for `lora=product` and beside the matrices",
         groups={"multinorm": 0.4, "lora_product": 0.2},
-        default_text="of the preset, half of it with `momentum`; 0.2 for `lora=product` and beside the matrices",
     ),
     Option(
         "whitening",
         "newton_schulz",
         choice(list(WHITENING_DEFAULTS)),
         "how `spectral` is computed",
-        belongs_to=_WHITENING,
+        belongs_to=BelongsTo(whitening=True),
         groups={"multinorm": "newton_schulz"},
     ),
-    Option(
-        "ns_steps",
-        None,
-        COUNT,
-        "iterations of the whitening",
-        belongs_to=_WHITENING,
-        groups={"multinorm": None},
-        default_text="of the whitening",
-    ),
-    Option(
-        "ns_beta",
-        None,
-        NUMBER,
-        "step size of the whitening",
-        belongs_to=_WHITENING,
-        groups={"multinorm": None},
-        default_text="of the whitening",
-    ),
+    Option("ns_steps", None, COUNT, "iterations of the whitening", "of the whitening", **_OF_WHITENING),
+    Option("ns_beta", None, NUMBER, "step size of the whitening", "of the whitening", **_OF_WHITENING),
     Option(
         "ns_dtype",
         None,
         choice(NS_DTYPES),
         "what `newton_schulz` computes its products in (float16 on GPUs)",
-        belongs_to=_WHITENING,
-        groups={"multinorm": None},
-        default_text=f"`{NS_DTYPES[0]}`",
+        f"`{NS_DTYPES[0]}`",
+        **_OF_WHITENING,
     ),
     Option(
         "center",
@@ -165,39 +143,31 @@ _ROWS = (
         "how LoRA factors A and B are normalised, each on its own or by what they do to B A",
     ),
     Option(
-        "adamw_lr",
-        None,
-        NUMBER,
-        "learning rate of the AdamW part; the scheduler acts on it too",
-        default_text="the learning rate",
+        "adamw_lr", None, NUMBER, "learning rate of the AdamW part; the scheduler acts on it too", "the learning rate"
     ),
     Option(
         "adamw_beta1",
         0.9,
         FRACTION,
         "decay of the first moment of the AdamW part",
-        default_text="`adam_beta1` of the Trainer, `0.9` without one",
+        "`adam_beta1` of the Trainer, `0.9` without one",
     ),
     Option(
         "adamw_beta2",
         0.999,
         FRACTION,
         "decay of the second moment of the AdamW part",
-        default_text="`adam_beta2` of the Trainer, `0.999` without one",
+        "`adam_beta2` of the Trainer, `0.999` without one",
     ),
     Option(
         "adamw_eps",
         1e-8,
         NUMBER,
         "what keeps the AdamW part from dividing by zero",
-        default_text="`adam_epsilon` of the Trainer, `1e-8` without one",
+        "`adam_epsilon` of the Trainer, `1e-8` without one",
     ),
     Option(
-        "stochastic_rounding",
-        True,
-        SWITCH,
-        "round updates of bf16 weights stochastically",
-        groups={EVERY_RULE: True},
+        "stochastic_rounding", True, SWITCH, "round updates of bf16 weights stochastically", groups={EVERY_RULE: True}
     ),
     Option(
         "seed",
@@ -212,10 +182,10 @@ _ROWS = (
         False,
         SWITCH,
         "under DDP each process whitens some of the matrices and shares the updates",
-        belongs_to=BelongsTo(whitening=True, release=False),
-        groups={"multinorm": False},
+        "`true` in the Trainer on several processes, else `false`",
+        BelongsTo(whitening=True, release=False),
+        {"multinorm": False},
         on_card=False,
-        default_text="`true` in the Trainer on several processes, else `false`",
     ),
     Option(
         "min_signal",
@@ -255,8 +225,8 @@ _ROWS = (
         None,
         choice(("matrices", "all")),
         "what is updated in backward",
-        belongs_to=BelongsTo(release=True),
-        default_text="`matrices`",
+        "`matrices`",
+        BelongsTo(release=True),
     ),
 )
 OPTIONS: dict[str, Option] = {option.name: option for option in _ROWS}
@@ -265,9 +235,6 @@ OPTIONS: dict[str, Option] = {option.name: option for option in _ROWS}
 
 def group_defaults(rule: str) -> dict[str, Any]:
     """Return the options that groups of a rule hold, with the defaults of groups that are made by hand.
-
-    Args:
-        rule: the `algorithm` of a group, or `EVERY_RULE` for what all groups hold.
 
     Example:
         >>> from hf_stateless.optimizer.options import group_defaults
@@ -278,19 +245,7 @@ def group_defaults(rule: str) -> dict[str, Any]:
 
 
 def group_values(rule: str, options: object, role: str) -> dict[str, Any]:
-    """Return what a group of a rule takes from the options of a run.
-
-    Args:
-        rule: the `algorithm` of the group, or `EVERY_RULE` for what all groups hold.
-        options: the values, as attributes.
-        role: of the parameters of the group.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> from hf_stateless.optimizer.options import EVERY_RULE, group_values
-        >>> group_values(EVERY_RULE, SimpleNamespace(stochastic_rounding=False, seed=3), "matrix")
-        {'stochastic_rounding': False, 'seed': 3}
-    """
+    """Return what a group of a rule takes from the options of a run."""
     rows = [option for option in OPTIONS.values() if rule in option.groups and role in (option.roles or (role,))]
     return {option.name: getattr(options, option.name) for option in rows}
 
@@ -306,6 +261,7 @@ def option_table() -> str:
     lines = ["| Key | Default | Meaning | Belongs to |", "|---|---|---|---|"]
     for option in OPTIONS.values():
         default = option.default_text or f"`{str(option.default).lower()}`"
-        choices = ": " + ", ".join(f"`{name}`" for name in option.kind.choices) if option.kind.choices else ""
-        lines.append(f"| `{option.name}` | {default} | {option.meaning}{choices} | {option.belongs_to} |")
+        names = ", ".join(f"`{name}`" for name in option.kind.names())
+        meaning = f"{option.meaning}: {names}" if names else option.meaning
+        lines.append(f"| `{option.name}` | {default} | {meaning} | {option.belongs_to} |")
     return "\n".join(lines)

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _stop(f"got {got}, expected a script or -m MODULE; type: python -m hf_stateless.run --help", status=2)
     try:
         if first == "-m":
-            _run_module(*rest)
+            module, sys.argv = rest[0], ["-m", *rest[1:]]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)  # sets sys.argv[0] to the file of the module
         else:
             _run_script(first, *rest)
     except SystemExit:
@@ -57,12 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             _stop(str(error), status=1)
         _show_from(trace)
         raise
-
-
-def _run_module(name: str, *arguments: str) -> None:
-    """Run a module as `python -m name` does; `runpy` sets `sys.argv[0]` to the file of the module."""
-    sys.argv = ["-m", *arguments]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _run_script(path: str, *arguments: str) -> None:

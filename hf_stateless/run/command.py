@@ -7,12 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 
 AUTOLOAD = Path(__file__).resolve().parent / "autoload"
+# Each is loaded when it is called: torch takes seconds.
+SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "memory": lambda argv: import_module("..reports.predicted.command", __package__).main(argv),
+    "compare": lambda argv: import_module("..reports.compare", __package__).main(argv),
+    "export": lambda argv: import_module(".export", __package__).main(argv),
+}
 
 _RUN_USAGE = """\
 usage: hf-stateless run COMMAND [ARGUMENT ...]
@@ -33,16 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status; `run` does not return, since the command takes the place of this process.
-
-    Example:
-        >>> from hf_stateless.run.command import main
-        >>> main(["--version"])  # doctest: +ELLIPSIS
-        hf-stateless ...
-        0
     """
     first, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if first in ("-h", "--help"):
-        print(_usage(), end="")
+        print("usage: hf-stateless run COMMAND [ARGUMENT ...]")
+        for name in SUBCOMMANDS:
+            print(f"       hf-stateless {name} [ARGUMENT ...]")
+        print("       hf-stateless --version\n\nMore about one of them: hf-stateless run --help")
         return 0
     if first == "--version":
         print(f"hf-stateless {version('hf_stateless')}")
@@ -83,42 +87,9 @@ def _run(command: list[str]) -> int:
 
 
 def python_path(existing: str) -> str:
-    """Return a PYTHONPATH with the folder `autoload` in front and everything that was there behind it.
-
-    Args:
-        existing: the value so far, empty when there is none.
-    """
+    """Return a PYTHONPATH with the folder `autoload` in front and everything that was there behind it."""
     folders = existing.split(os.pathsep) if existing else []
     return os.pathsep.join([str(AUTOLOAD), *(folder for folder in folders if folder != str(AUTOLOAD))])
-
-
-def _memory(argv: list[str]) -> int:
-    from ..reports.predicted.command import main
-
-    return main(argv)
-
-
-def _compare(argv: list[str]) -> int:
-    from ..reports.compare import main
-
-    return main(argv)
-
-
-def _export(argv: list[str]) -> int:
-    from .export import main
-
-    return main(argv)
-
-
-# Each is loaded when it is called: torch takes seconds.
-SUBCOMMANDS = {"memory": _memory, "compare": _compare, "export": _export}
-
-
-def _usage() -> str:
-    lines = ["usage: hf-stateless run COMMAND [ARGUMENT ...]"]
-    lines += [f"       hf-stateless {name} [ARGUMENT ...]" for name in SUBCOMMANDS]
-    lines += ["       hf-stateless --version", "", "More about one of them: hf-stateless run --help"]
-    return "\n".join(lines) + "\n"
 
 
 def _error(message: str, *, status: int = 2) -> int:

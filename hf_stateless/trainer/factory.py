@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -35,13 +35,6 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the ordered groups of a model, matrices first, each with the rule and the options it is updated by.
 
-    Args:
-        model: the model that is trained.
-        options: from `hf_stateless.trainer.optim_args.parse_options`.
-        lr: learning rate.
-        weight_decay: decoupled decay of the parameters that the Trainer decays.
-        target_modules: which modules are matrices, see `partition_parameters`.
-
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from hf_stateless.trainer.factory import parameter_groups
@@ -56,7 +49,12 @@ def parameter_groups(
     in_8_bits = {id(layer.weight) for _, layer in int8_layers(model)}
     for entry in partition_parameters(model, target_modules):
         if id(entry.parameter) in in_8_bits and entry.role not in ("matrix", "adapter"):
-            _refuse_int8(entry)
+            # AdamW would need float weights and moments.
+            raise ValueError(
+                f"{entry.name} is stored in 8 bits but is no matrix here (its role is {entry.role}), and AdamW cannot "
+                "update 8-bit weights: leave out optim_target_modules, freeze it, or keep it in float by "
+                f"Int8TrainingConfig(modules_to_not_convert=[{entry.name.removesuffix('.weight')!r}])."
+            )
         rule = _rule(entry, options, lr)
         decay = weight_decay if entry.decay and RULES[rule["algorithm"]].decays else 0.0
         # Grouped by whether a parameter may decay, not by the value, which a resumed run may change; pairs of LoRA
@@ -68,16 +66,6 @@ def parameter_groups(
         group["param_names"].append(entry.name)
         group.update(rule, weight_decay=decay, **group_values(EVERY_RULE, options, entry.role))
     return list(groups.values())
-
-
-def _refuse_int8(entry: PartitionedParameter) -> NoReturn:
-    """Refuse an 8-bit weight that no chain of norms updates: AdamW would need float weights and moments."""
-    module = entry.name.removesuffix(".weight")
-    raise ValueError(
-        f"{entry.name} is stored in 8 bits but is no matrix here (its role is {entry.role}), and AdamW cannot "
-        f"update 8-bit weights: leave out optim_target_modules, freeze it, or keep it in float by "
-        f"Int8TrainingConfig(modules_to_not_convert=[{module!r}])."
-    )
 
 
 def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str, Any]:
@@ -157,10 +145,10 @@ def create_optimizer(
         >>> optimizer.param_groups[0]["num_iterations"]
         3
     """
-    groups, release = checked_groups(
+    arguments = optimizer_arguments(
         model, name, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules
     )
-    optimizer = StatelessOptimizer(groups, lr=lr, **release_arguments(model, release))
+    optimizer = StatelessOptimizer(**arguments, lr=lr)
     optimizer.train()
     return optimizer
 
@@ -202,7 +190,7 @@ def create_lora_optimizer(model: nn.Module, name: str = "swan", *, lr: float, **
     return create_optimizer(model, name, lr=lr, **options)
 
 
-def checked_groups(
+def optimizer_arguments(
     model: nn.Module,
     name: str,
     given: Mapping[str, Any],
@@ -210,19 +198,11 @@ def checked_groups(
     lr: float,
     weight_decay: float,
     target_modules: str | Sequence[str] | None,
-) -> tuple[list[dict[str, Any]], str | None]:
-    """Return the groups and what is released in backward, after all checks and with the table logged.
+) -> dict[str, Any]:
+    """Return what `StatelessOptimizer` is made from, after all checks and with the table logged.
 
-    Args:
-        model: the model that is trained; where updates are done in backward, it is made ready for DDP.
-        name: as for `create_optimizer`, and so are the other arguments.
-        given: option values by key, text or Python values.
-        lr: learning rate.
-        weight_decay: decoupled decay.
-        target_modules: which modules are matrices.
-
-    Raises:
-        ValueError: what `create_optimizer` refuses.
+    Where updates are done in backward, the model is made ready for DDP. The arguments are those of `create_optimizer`;
+    option values may be text. What that refuses is refused here.
     """
     options = parse_options(name, given)
     lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
@@ -236,9 +216,10 @@ def checked_groups(
             len(alone),
             ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else ""),
         )
-    if options.release:
-        _prepare_release(model, groups, options.release)
-    return groups, options.release
+    if not options.release:
+        return {"params": groups}
+    _prepare_release(model, groups, options.release)
+    return {"params": groups, "release": options.release, "order": [name for name, _ in model.named_parameters()]}
 
 
 def _finite(what: str, value: Any) -> float:
@@ -261,16 +242,6 @@ def _prepare_release(model: nn.Module, groups: list[dict[str, Any]], release: st
     released = [g for g in groups if is_released(g["algorithm"], release)]
     keep_out_of_ddp(model, [p for group in released for p in group["params"]])
     count_released_gradients_in_clipping()
-
-
-def release_arguments(model: nn.Module, release: str | None) -> dict[str, Any]:
-    """Return what `StatelessOptimizer` has to be told to update in backward; nothing if it updates in `step()`.
-
-    Args:
-        model: the model that is trained.
-        release: from `checked_groups`.
-    """
-    return {"release": release, "order": [name for name, _ in model.named_parameters()]} if release else {}
 
 
 class _Factory:

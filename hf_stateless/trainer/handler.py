@@ -12,7 +12,7 @@ from torch import nn
 
 from ..optimizer.optimizer import StatelessOptimizer
 from ..weights.int8.convert import int8_layers
-from .factory import checked_groups, release_arguments
+from .factory import optimizer_arguments
 from .optim_args import is_layerwise
 from .partition import refuse_fsdp1
 
@@ -26,10 +26,6 @@ logger = logging.getLogger(__name__)
 def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], dict[str, Any]]:
     """Answer the Trainer for `optim=name`: the optimizer class and its groups, as transformers' own handlers do.
 
-    Args:
-        name: one of `optimizer_names()`.
-        ctx: transformers' context: training arguments, model and the parsed `optim_args`.
-
     Raises:
         ValueError: what `create_optimizer` refuses, a missing model, FSDP1, or DeepSpeed ZeRO.
     """
@@ -37,10 +33,12 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
         raise ValueError(f"optim={name!r} needs the model to tell matrices from the rest: pass model= to the call.")
     _refuse_partitioning(ctx.args)
     _refuse_sharded_int8(ctx.args, ctx.model)
-    given = {**_adamw_options(ctx.adam_kwargs), **ctx.optim_args}
+    beta1, beta2 = ctx.adam_kwargs["betas"]
+    adamw = {"adamw_beta1": beta1, "adamw_beta2": beta2, "adamw_eps": ctx.adam_kwargs["eps"]}
+    given = {**adamw, **ctx.optim_args}  # the training arguments, which optim_args may override
     if is_layerwise(name):
         _refuse_beside_release(ctx.args, ctx.model, given.get("release", "matrices"))
-    groups, release = checked_groups(
+    arguments = optimizer_arguments(
         ctx.model,
         name,
         given,
@@ -50,17 +48,11 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
     )
     if "split_whitening" not in given and getattr(ctx.args, "world_size", 1) > 1:
         # The Trainer steps all processes together, with gradients that DDP has averaged.
-        for group in (group for group in groups if group["algorithm"] == "multinorm"):
+        for group in (group for group in arguments["params"] if group["algorithm"] == "multinorm"):
             group["split_whitening"] = True
-    if release and ctx.args.gradient_accumulation_steps > 1:
-        _warn_of_accumulation(name, groups, ctx.args.gradient_accumulation_steps)
-    return StatelessOptimizer, {"params": groups, **release_arguments(ctx.model, release), **ctx.optimizer_kwargs}
-
-
-def _adamw_options(adam_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return AdamW's settings of the training arguments under our own keys, which `optim_args` may override."""
-    beta1, beta2 = adam_kwargs["betas"]
-    return {"adamw_beta1": beta1, "adamw_beta2": beta2, "adamw_eps": adam_kwargs["eps"]}
+    if is_layerwise(name) and ctx.args.gradient_accumulation_steps > 1:
+        _warn_of_accumulation(name, arguments["params"], ctx.args.gradient_accumulation_steps)
+    return StatelessOptimizer, {**arguments, **ctx.optimizer_kwargs}
 
 
 def _warn_of_accumulation(name: str, groups: Sequence[Mapping[str, Any]], steps: int) -> None:

@@ -20,7 +20,7 @@ from .optim_args import optimizer_names
 from .patches import OURS, explain_optim_args
 
 
-_MINIMUM_TRANSFORMERS = (5, 2)
+_MINIMUM_TRANSFORMERS = (5, 2)  # which brought the table of handlers
 _LOCK = threading.Lock()
 _WARNED: set[str] = set()
 
@@ -42,7 +42,12 @@ def register(names: Iterable[str] | None = None) -> None:
         >>> TrainingArguments("out", optim="sinkgd").optim.value
         'sinkgd'
     """
-    _require_transformers(transformers.__version__)
+    installed = transformers.__version__
+    if Version(installed).release < _MINIMUM_TRANSFORMERS:
+        raise ImportError(
+            f"hf_stateless needs transformers 5.2 or newer, but {installed} is installed; "
+            'type: pip install -U "transformers>=5.2"'
+        )
     from transformers import trainer, trainer_optimizer, training_args
 
     with _LOCK:
@@ -51,20 +56,10 @@ def register(names: Iterable[str] | None = None) -> None:
                 _add_name(name, training_args.OptimizerNames, trainer_optimizer._OPTIMIZER_HANDLERS)
             explain_optim_args(trainer)
         except AttributeError as error:
-            installed = transformers.__version__
             raise ImportError(
                 f"transformers {installed} has changed a private part that hf_stateless registers with ({error}); "
                 f'type: pip install -U hf_stateless, or: pip install "transformers<{installed}"'
             ) from error
-
-
-def _require_transformers(installed: str) -> None:
-    """Refuse a transformers without the handler table, which came with 5.2.0."""
-    if Version(installed).release < _MINIMUM_TRANSFORMERS:
-        raise ImportError(
-            f"hf_stateless needs transformers 5.2 or newer, but {installed} is installed; "
-            'type: pip install -U "transformers>=5.2"'
-        )
 
 
 def _add_name(name: str, enum: Any, handlers: dict[str, Any]) -> None:
@@ -77,25 +72,19 @@ def _add_name(name: str, enum: Any, handlers: dict[str, Any]) -> None:
     member = enum._value2member_map_.get(name)
     taken = (member, enum._member_map_.get(name.upper()), handlers.get(name))
     if any(entry is not None and not hasattr(entry, OURS) for entry in taken):
-        _warn_shipped_upstream(name)
+        if name not in _WARNED:
+            _WARNED.add(name)
+            warnings.warn(
+                f"optim={name!r} is already an optimizer of transformers {transformers.__version__} and stays as it "
+                "is; for the one of hf_stateless type: Trainer(..., optimizers=(hf_stateless.create_optimizer(model, "
+                f"{name!r}, lr=args.learning_rate), None))",
+                stacklevel=2,
+            )
         return
     if member is None:
         member = _new_member(enum, name)
         _add_member(enum, member)
     handlers.setdefault(member, _new_handler(name))
-
-
-def _warn_shipped_upstream(name: str) -> None:
-    """Say once per name that `optim=name` is not ours, and how to get ours all the same."""
-    if name in _WARNED:
-        return
-    _WARNED.add(name)
-    warnings.warn(
-        f"optim={name!r} is already an optimizer of transformers {transformers.__version__} and stays as it is; "
-        "for the one of hf_stateless type: "
-        f"Trainer(..., optimizers=(hf_stateless.create_optimizer(model, {name!r}, lr=args.learning_rate), None))",
-        stacklevel=2,
-    )
 
 
 def _new_handler(name: str) -> Callable[[Any], tuple[Any, dict[str, Any]]]:

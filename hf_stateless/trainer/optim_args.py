@@ -27,11 +27,6 @@ class Options:
 
     `center` has become part of `norms`; `lr_scale_beside` is the `lr_scale` of what is updated without moments beside
     the matrices.
-
-    Example:
-        >>> from hf_stateless.trainer.optim_args import parse_options
-        >>> parse_options("sinkgd", {"num_iterations": "3"}).num_iterations
-        3
     """
 
     if TYPE_CHECKING:
@@ -43,67 +38,31 @@ class Options:
 
 
 def is_layerwise(name: str) -> bool:
-    """Tell whether an optimizer name is that of updates in backward.
-
-    Example:
-        >>> from hf_stateless.trainer.optim_args import is_layerwise
-        >>> is_layerwise("swan_layerwise"), is_layerwise("swan")
-        (True, False)
-    """
+    """Tell whether an optimizer name is that of updates in backward."""
     return name.endswith(LAYERWISE)
 
 
 def plain_name(name: str) -> str:
-    """Return an optimizer name without `_layerwise`: that of its preset.
-
-    Example:
-        >>> from hf_stateless.trainer.optim_args import plain_name
-        >>> plain_name("swan_layerwise"), plain_name("swan")
-        ('swan', 'swan')
-    """
+    """Return an optimizer name without `_layerwise`: that of its preset."""
     return name.removesuffix(LAYERWISE)
 
 
 def optimizer_names() -> tuple[str, ...]:
-    """Return every name that `optim=` takes: the presets, and each with `_layerwise`.
-
-    Example:
-        >>> from hf_stateless.trainer.optim_args import optimizer_names
-        >>> optimizer_names()
-        ('swan', 'sinkgd', 'multinorm', 'swan_layerwise', 'sinkgd_layerwise', 'multinorm_layerwise')
-    """
+    """Return every name that `optim=` takes: the presets, and each with `_layerwise`."""
     return (*PRESETS, *(name + LAYERWISE for name in PRESETS))
 
 
 def valid_keys(name: str, norms: Sequence[str] | None = None) -> list[str]:
-    """Return the keys that mean something for an optimizer name (and chain, for `multinorm`).
-
-    Example:
-        >>> from hf_stateless.trainer.optim_args import valid_keys
-        >>> "ns_steps" in valid_keys("swan"), "ns_steps" in valid_keys("sinkgd")
-        (True, False)
-    """
+    """Return the keys that mean something for an optimizer name (and chain, for `multinorm`)."""
     chain = norms or PRESETS[plain_name(name)].norms
     return [option.name for option in OPTIONS.values() if not _misplaced(option, name, chain)]
 
 
 def parse_options(name: str, given: Mapping[str, Any]) -> Any:
-    """Check `optim_args` (strings) or keyword arguments (Python values) against a preset.
-
-    Args:
-        name: `swan`, `sinkgd` or `multinorm`, or one of them with `_layerwise`.
-        given: option values by key.
-
-    Returns:
-        `Options`, defaults filled in.
+    """Check `optim_args` (strings) or keyword arguments (Python values) against a preset, and fill in the defaults.
 
     Raises:
         ValueError: unknown name, unknown key (with the nearest), or a value of the wrong type or range.
-
-    Example:
-        >>> from hf_stateless.trainer.optim_args import parse_options
-        >>> parse_options("multinorm", {"norms": "row_l2+sign"}).norms
-        ('row_l2', 'sign')
     """
     if name not in optimizer_names():
         raise ValueError(f"Unknown optimizer {name!r}. Valid: {', '.join(optimizer_names())}.")

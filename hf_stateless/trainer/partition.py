@@ -7,7 +7,6 @@ mixture of experts is no matrix.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from transformers.trainer_utils import check_target_module_exists
 
 from .adapters import LoraPair, lora_linears, lora_pairs
 
-
-logger = logging.getLogger(__name__)
 
 ROLES = ("matrix", "adapter", "embedding", "head", "rest")
 """What a parameter is, in the order of the groups: the learning rate that the Trainer logs is the first group's."""
@@ -72,26 +69,21 @@ def partition_parameters(
 
     Raises:
         ValueError: nothing trainable, no matrix found, FSDP1, or a parameter without a role.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from hf_stateless.trainer.partition import partition_parameters
-        >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        ...                      num_key_value_heads=2, vocab_size=32)
-        >>> entries = partition_parameters(LlamaForCausalLM(config))
-        >>> [sum(entry.role == role for entry in entries) for role in ("matrix", "embedding", "head", "rest")]
-        [7, 1, 1, 3]
     """
-    _refuse_flattened(model)
+    # FSDP1 turns matrices into flat vectors before the optimizer sees them.
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        refuse_fsdp1()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("The model has no trainable parameter: every requires_grad is False.")
     matrices = _matrix_layouts(model, target_modules)
     heads = _head_keys(model)
     embeddings = {_storage_key(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(False)}
-    embeddings |= _lora_embedding_keys(model)
+    # The low-rank factors that PEFT trains for an embedding are looked up by token, like the embedding itself.
+    wrappers = (m for m in model.modules() if isinstance(getattr(m, "base_layer", None), nn.Embedding))
+    embeddings |= {_storage_key(p) for m in wrappers for p in m.parameters() if p.requires_grad}
     pairs = {id(p): pair for pair in lora_pairs(model) for p in (pair.a, pair.b)}
-    explicit = target_modules is not None and not _is_all_linear(target_modules)
+    explicit = not _is_all_linear(target_modules)
     # The Trainer's own rule, a method that does not use its self: norms and biases are not decayed.
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     entries = []
@@ -201,15 +193,6 @@ def _matrix_weights(module: nn.Module, explicit: bool) -> Iterator[tuple[torch.T
                 yield p, "in_out" if in_out else "out_in"
 
 
-def _lora_embedding_keys(model: nn.Module) -> set[tuple[object, ...]]:
-    """Return the low-rank factors that PEFT trains for an embedding: looked up by token, like the embedding itself."""
-    keys = set()
-    for module in model.modules():
-        if isinstance(getattr(module, "base_layer", None), nn.Embedding):
-            keys |= {_storage_key(p) for p in module.parameters() if p.requires_grad}
-    return keys
-
-
 def _head_keys(model: nn.Module) -> set[tuple[object, ...]]:
     """Return every weight outside the backbone, and the output embedding wherever it lies; adapters stay matrices."""
     outside: list[nn.Module | None] = []
@@ -245,18 +228,8 @@ def _classifies(model: PreTrainedModel, child: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and layer.out_features == getattr(model.config, "num_labels", None)
 
 
-def _refuse_flattened(model: nn.Module) -> None:
-    """Refuse FSDP1, which turns matrices into flat vectors before the optimizer sees them."""
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        refuse_fsdp1()
-
-
 def refuse_fsdp1() -> NoReturn:
-    """Raise the error of FSDP1, with what to type instead.
-
-    Raises:
-        ValueError: always.
-    """
+    """Raise the error of FSDP1, with what to type instead."""
     raise ValueError(
         "FSDP1 flattens parameters, so row norms, column norms and whitening are undefined: set fsdp_version: 2 in "
         "the accelerate config, or fsdp_config={'version': 2} in TrainingArguments."

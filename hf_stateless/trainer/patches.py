@@ -22,9 +22,6 @@ def explain_optim_args(trainer: Any) -> None:
     `_parse_optim_args` (transformers/trainer_optimizer.py) splits at commas, then at "=", and answers everything else
     with "not enough values to unpack" or an AttributeError. It is replaced in `transformers.trainer`, the module that
     calls it. Delete when transformers reports the malformed part itself.
-
-    Args:
-        trainer: the module `transformers.trainer`.
     """
     upstream = trainer._parse_optim_args
     if hasattr(upstream, OURS):

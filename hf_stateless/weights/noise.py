@@ -48,13 +48,6 @@ class TensorCache:
     """Tensors that many steps have in common, such as the hashes of positions for each shape and device.
 
     An optimizer has one, and hands it on with the keys that it makes.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.noise import TensorCache
-        >>> cache = TensorCache()
-        >>> cache.get(torch.ones, 2) is cache.get(torch.ones, 2)
-        True
     """
 
     def __init__(self) -> None:
@@ -92,13 +85,6 @@ def rounding_key(seed: int, index: int, step: Tensor, cache: TensorCache | None 
         index: position of the parameter among all parameters of the optimizer.
         step: one-element tensor that counts the steps.
         cache: of the optimizer; a new one when None.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.noise import rounding_key
-        >>> first, second = (rounding_key(0, index, torch.ones(1)) for index in (1, 2))
-        >>> first.value == rounding_key(0, 1, torch.ones(1)).value, first.value == second.value
-        (tensor([True]), tensor([False]))
     """
     return rounding_keys([seed], [index], [step], cache)[0]
 
@@ -106,20 +92,7 @@ def rounding_key(seed: int, index: int, step: Tensor, cache: TensorCache | None 
 def rounding_keys(
     seeds: Sequence[int], indices: Sequence[int], steps: Sequence[Tensor], cache: TensorCache | None = None
 ) -> list[RoundingKey]:
-    """Return the keys of several parameters; those on one GPU are computed together in a fixed number of launches.
-
-    Args:
-        seeds: see `rounding_key`; one for each parameter.
-        indices: their positions.
-        steps: their one-element counters.
-        cache: of the optimizer; a new one when None.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.noise import rounding_key, rounding_keys
-        >>> rounding_keys([0, 0], [1, 2], [torch.ones(1)] * 2)[1].value == rounding_key(0, 2, torch.ones(1)).value
-        tensor([True])
-    """
+    """Return the keys of several parameters; those on one GPU are computed together in a fixed number of launches."""
     cache = cache or TensorCache()
     devices = {step.device for step in steps}
     if len(devices) > 1 or next(iter(devices)).type == "cpu":
@@ -151,14 +124,7 @@ def index_hash(start: int, size: int, device: torch.device) -> Tensor:
 
 
 def index_hashes(rows: int, columns: int, key: RoundingKey, row_offset: int = 0) -> tuple[Tensor, Tensor]:
-    """Return a random odd int32 number for each row and for each column, of which `rounding_noise` is made.
-
-    Args:
-        rows: number of rows.
-        columns: number of columns.
-        key: from `rounding_key`.
-        row_offset: index of the first row in the whole matrix.
-    """
+    """Return a random odd int32 number for each row and for each column, of which `rounding_noise` is made."""
     value, device, get = key.value, key.value.device, key.cache.get
     of_rows = get(index_hash, row_offset, rows, device) ^ value
     of_columns = get(index_hash, 0, columns, device) ^ (value + GOLDEN)
@@ -179,13 +145,6 @@ def rounding_noise(
         key: from `rounding_key`.
         row_offset: index of the first row in the whole matrix.
         out: int32 buffer of that shape.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.noise import rounding_key, rounding_noise
-        >>> noise = rounding_noise(200, 200, rounding_key(0, 0, torch.ones(1)))
-        >>> bool(noise.min() >= 0), bool(noise.max() < 65536)
-        (True, True)
     """
     row, column = index_hashes(rows, columns, key, row_offset)
     # The product of two random odd numbers mod 2^32 is as good as a third one for a single pass over the matrix; its

@@ -65,14 +65,6 @@ def round_vectors(values: Tensor, sizes: Sequence[int], keys: Sequence[RoundingK
 
     Returns:
         The flat bfloat16 values.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.noise import rounding_key
-        >>> from hf_stateless.weights.rounding import round_vectors
-        >>> keys = [rounding_key(0, index, torch.ones(1)) for index in (0, 1)]
-        >>> round_vectors(torch.tensor([1.0, 2.0, 3.0]), [1, 2], keys)
-        tensor([1., 2., 3.], dtype=torch.bfloat16)
     """
     get, device = keys[0].cache.get, values.device
     owner, column_hash = get(_places, tuple(sizes), device)
@@ -127,14 +119,6 @@ def write_rounded_(
         key: from `rounding_key`, or None for rounding to nearest.
         scratch: float32 tensor of the same shape that may be overwritten, to save an allocation.
         first_row: number of the first row in the whole matrix, on which the noise depends.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.rounding import write_rounded_
-        >>> weight = torch.ones(2, dtype=torch.bfloat16)
-        >>> write_rounded_(weight, torch.tensor([1.5, 2.5]), None)
-        >>> weight
-        tensor([1.5000, 2.5000], dtype=torch.bfloat16)
     """
     if exact.dtype == target.dtype:  # `Tensor.to` and `Tensor.float` return the tensor itself
         return

@@ -43,26 +43,12 @@ class StoredWeight(nn.Parameter):
 
 
 def is_rounded(weight: Tensor) -> bool:
-    """Tell whether what is written into a weight is rounded, so that the rounding should be stochastic.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.stored import is_rounded
-        >>> is_rounded(torch.ones(2, dtype=torch.bfloat16)), is_rounded(torch.ones(2))
-        (True, False)
-    """
+    """Tell whether what is written into a weight is rounded, so that the rounding should be stochastic."""
     return weight.dtype == torch.bfloat16 or isinstance(weight, StoredWeight)
 
 
 def stand_in(weight: Tensor, device: str) -> nn.Parameter:
-    """Return a parameter of the shape, dtype and format of another, with contents that mean nothing.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.stored import stand_in
-        >>> stand_in(torch.ones(2, 3), "meta").device
-        device(type='meta')
-    """
+    """Return a parameter of the shape, dtype and format of another, with contents that mean nothing."""
     if isinstance(weight, StoredWeight):
         return weight.stand_in(device)
     return nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device=device))

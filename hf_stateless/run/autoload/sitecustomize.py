@@ -43,20 +43,14 @@ class Watch:
             return None
         self.asking.add(key)
         try:
-            spec = self._ask_others(name, path, target)
+            others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+            specs = (finder.find_spec(name, path, target) for finder in others)
+            spec = next((spec for spec in specs if spec is not None), None)
         finally:
             self.asking.discard(key)
         if spec is not None and spec.loader is not None:
             self._report_end(spec.loader)
         return spec
-
-    def _ask_others(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-        for finder in list(sys.meta_path):
-            if finder is not self and hasattr(finder, "find_spec"):
-                spec = finder.find_spec(name, path, target)
-                if spec is not None:
-                    return spec
-        return None
 
     def _report_end(self, loader: Any) -> None:
         """Wrap `exec_module` of one loader for its next call only, so that the module keeps a loader of plain type."""

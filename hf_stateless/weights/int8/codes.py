@@ -100,14 +100,6 @@ def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: RoundingKey | 
         exact: (rows, columns) float32, finite, contiguous; used as working space and lost.
         key: from `rounding_key`, or None for rounding to nearest.
         first_row: number of the first row in the whole matrix, on which the noise depends.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.int8.codes import dequantize_matrix, quantize_matrix, requantize_
-        >>> codes, scale = quantize_matrix(torch.tensor([[0.5, 0.25]]), None)
-        >>> requantize_(codes, scale, torch.tensor([[2.0, 0.25]]), None)
-        >>> dequantize_matrix(codes, scale).round(decimals=2)
-        tensor([[2.0000, 0.2500]])
     """
     grouped = exact.view(*scale.shape, -1)
     smallest, largest = torch.aminmax(grouped, dim=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +27,7 @@ def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list
     if isinstance(model, PreTrainedModel):
         backbone = model.base_model
         stays = HfQuantizer.get_modules_to_not_convert(model, stays, add_default_skips=True)
-    inside = {
-        id(module) for module in backbone.modules() if type(module) is nn.Linear or isinstance(module, Int8Linear)
-    }
+    inside = {id(m) for m in backbone.modules() if type(m) is nn.Linear or isinstance(m, Int8Linear)}
     names = [name for name, m in model.named_modules() if id(m) in inside and should_convert_module(name, stays)]
     if not names:
         raise ValueError(
@@ -58,14 +55,7 @@ def quantize_layer(model: nn.Module, name: str, group_size: int | None) -> Int8L
 
 
 def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear]]:
-    """Yield the names and layers that are stored in 8 bits.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.int8.convert import int8_layers
-        >>> list(int8_layers(torch.nn.Linear(2, 2)))
-        []
-    """
+    """Yield the names and layers that are stored in 8 bits."""
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
             yield name, module
@@ -79,21 +69,3 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
-
-
-def checked_group_size(group_size: Any) -> int | None:
-    """Return a group size that is None or a positive integer.
-
-    Raises:
-        ValueError: it is something else.
-
-    Example:
-        >>> from hf_stateless.weights.int8.convert import checked_group_size
-        >>> checked_group_size(64)
-        64
-    """
-    if group_size is not None and (type(group_size) is not int or group_size < 1):
-        raise ValueError(
-            f"group_size={group_size!r}: type a positive integer such as 64 or 128, or None for one scale per row."
-        )
-    return group_size

@@ -75,7 +75,12 @@ def export_model(
         written = Path(beside, "bf16")
         dequantize(model).save_pretrained(written)
         if format == "bitsandbytes":
-            written = _to_bitsandbytes(type(model), written, Path(beside, "bitsandbytes"))
+            bits = BitsAndBytesConfig(load_in_8bit=True)
+            where = {"": "cuda" if torch.cuda.is_available() else "cpu"}
+            kind: Any = type(model)
+            model = kind.from_pretrained(written, quantization_config=bits, dtype=torch.bfloat16, device_map=where)
+            written = Path(beside, "bitsandbytes")
+            model.save_pretrained(written)
         for name in sorted({path for pattern in _KEPT for path in (files.glob(pattern) if files else ())}):
             if name.is_file():
                 shutil.copyfile(name, written / name.name)
@@ -107,15 +112,3 @@ def _load(files: Path | None, source: str) -> PreTrainedModel:
     kind = getattr(transformers, names[0]) if names else AutoModelForCausalLM
     model: PreTrainedModel = kind.from_pretrained(files)
     return model
-
-
-def _to_bitsandbytes(kind: Any, plain: Path, written: Path) -> Path:
-    """Load a plain folder in bitsandbytes' 8 bits, and save it."""
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    model = kind.from_pretrained(plain, quantization_config=config, dtype=torch.bfloat16, device_map={"": _device()})
-    model.save_pretrained(written)
-    return written
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

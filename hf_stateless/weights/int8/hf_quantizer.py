@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .convert import checked_group_size, int8_layers, layers_to_quantize, quantize_layer, to_float
+from .convert import int8_layers, layers_to_quantize, quantize_layer, to_float
 from .linear import Int8Linear
 from .weight import Int8Weight
 
@@ -51,8 +51,11 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"Int8TrainingConfig has no option {min(kwargs)!r}. Valid: group_size, modules_to_not_convert."
             )
-        self.quant_method = METHOD
-        self.group_size = checked_group_size(group_size)
+        if group_size is not None and (type(group_size) is not int or group_size < 1):
+            raise ValueError(
+                f"group_size={group_size!r}: type a positive integer such as 64 or 128, or None for one scale per row."
+            )
+        self.quant_method, self.group_size = METHOD, group_size
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
 
 
@@ -95,12 +98,11 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         self._names = frozenset(names)
         if self.pre_quantized:
             for name in names:
-                model.set_submodule(name, self._empty(model.get_submodule(name)))
+                linear = model.get_submodule(name)
+                sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+                empty = Int8Linear(*sizes, self.quantization_config.group_size, "meta", linear.weight.dtype)
+                model.set_submodule(name, empty)
         return model
-
-    def _empty(self, linear: nn.Linear) -> Int8Linear:
-        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-        return Int8Linear(*sizes, self.quantization_config.group_size, "meta", linear.weight.dtype)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in self._names:

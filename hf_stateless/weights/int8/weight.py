@@ -71,15 +71,6 @@ class Int8Weight(StoredWeight):
         r"""Apply W <- decay W - step_size X to codes and scales, some rows at a time in float32.
 
         A group without change keeps every byte. With a key E[W] is exact.
-
-        Example:
-            >>> import torch
-            >>> from hf_stateless.weights.int8.weight import Int8Weight
-            >>> weight = Int8Weight(torch.tensor([[127, 64]], dtype=torch.int8),
-            ...                     torch.tensor([[0.5]], dtype=torch.bfloat16))
-            >>> weight.write_rows_(lambda rows: torch.tensor([[0.0, 4.0]])[rows], 1.0, 1.0, None)
-            >>> weight.dequantize()
-            tensor([[63.5000, 28.0000]], dtype=torch.bfloat16)
         """
         rows, columns = self.shape
         at_once = max(1, _BLOCK // max(columns, 1))
@@ -118,14 +109,7 @@ class Int8Weight(StoredWeight):
 
 
 class Scale(nn.Parameter):
-    """The scales beside the codes: saved, moved and sent as a parameter is, but never trained.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.weights.int8.weight import Scale
-        >>> Scale(torch.ones(2, 1)).requires_grad_().requires_grad
-        False
-    """
+    """The scales beside the codes: saved, moved and sent as a parameter is, but never trained."""
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> Scale:
         """Make a frozen parameter."""
