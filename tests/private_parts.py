@@ -176,7 +176,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="torch._subclasses.fake_tensor:FakeTensorMode",
-        used_by=("reports/predicted/step.py",),
+        used_by=("reports/predicted/estimate.py",),
         why="runs a step on tensors without contents",
         upstream="torch/_subclasses/fake_tensor.py",
         until="torch has it under a public name",

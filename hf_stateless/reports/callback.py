@@ -63,7 +63,7 @@ def attach_memory_report(trainer: Trainer) -> MemoryCallback:
     callback = MemoryCallback(trainer)
     trainer.add_callback(callback)
     trainer.callback_handler.callbacks.insert(0, _AddToLogs(callback))  # before the trackers, which read the logs
-    see_training_batches(trainer, callback.see_batch)
+    see_training_batches(trainer, lambda batch: callback.meter.see(batch))  # each run has its own meter
     if not trainer.args.skip_memory_metrics:
         logger.warning(
             "skip_memory_metrics=False reads the same memory counters, which this report resets at every step: "
@@ -76,17 +76,13 @@ def attach_memory_report(trainer: Trainer) -> MemoryCallback:
 
 
 class MemoryCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells a `RunMeter` about the training loop of one trainer, and writes its report; see `attach_memory_report`.
-
-    Args:
-        trainer: the one it is added to.
-    """
+    """Tells a `RunMeter` about the training loop of one trainer, and writes its report; see `attach_memory_report`."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         optim = trainer.args.optim
         self._optimizer = _given_optimizer(trainer) or getattr(optim, "value", optim)
-        self._meter = RunMeter(trainer.args.device, self._optimizer)
+        self.meter = RunMeter(trainer.args.device, self._optimizer)
         self._rows: list[Reading] = []
         self._earlier: MemoryReport | None = None
         self._complete = False
@@ -99,25 +95,21 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         """
         if not self._rows:
             return None
-        report = build_report(self._trainer, self._meter, self._rows, complete=self._complete)
+        report = build_report(self._trainer, self.meter, self._rows, complete=self._complete)
         return continued(report, self._earlier) if self._earlier else report
 
     def take_numbers(self) -> dict[str, float]:
         """Return the numbers of the last exchange, once, and let the peak since the last log begin anew."""
         numbers, self._to_log = self._to_log, {}
-        self._meter.recent_peak = 0
+        self.meter.recent_peak = 0
         return numbers
-
-    def see_batch(self, batch: Any) -> None:
-        """Count the tokens of a training batch."""
-        self._meter.see(batch)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take stock, and find the report of the part before a resume."""
-        self._meter.close()
+        self.meter.close()
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        self._meter = RunMeter(args.device, self._optimizer)
-        self._meter.begin(kwargs["model"], optimizer)
+        self.meter = RunMeter(args.device, self._optimizer)
+        self.meter.begin(kwargs["model"], optimizer)
         self._rows, self._to_log, self._complete = [], {}, False
         self._earlier = None
         if state.global_step:
@@ -126,19 +118,19 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch forward and backward."""
-        self._meter.begin_step()
+        self.meter.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch the optimizer's step."""
-        self._meter.before_update()
+        self.meter.before_update()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the watch of the optimizer's step."""
-        self._meter.after_update()
+        self.meter.after_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exchange numbers where the Trainer is about to log, evaluate, save or end."""
-        self._meter.end_step()
+        self.meter.end_step()
         self._exchange_if(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -147,11 +139,11 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave evaluation out of the time of training."""
-        self._meter.pause()
+        self.meter.pause()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the report with the checkpoint, for a resume."""
-        self._meter.pause()
+        self.meter.pause()
         checkpoint = self._checkpoint(args, state)
         if checkpoint.is_dir():
             self._write(state, checkpoint)
@@ -162,8 +154,8 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the report of the whole run."""
-        if self._meter.steps:
-            self._meter.close()
+        if self.meter.steps:
+            self.meter.close()
             self._exchange()
             self._complete = True
             self._write(state, args.output_dir, picture=True)
@@ -176,22 +168,22 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
             self._write(state, args.output_dir)
 
     def _exchange(self) -> None:
-        if not self._meter.steps:
+        if not self.meter.steps:
             return
-        own = self._meter.read()
-        values = torch.tensor([[*astuple(own), self._meter.recent_peak]], device=self._meter.device)
+        own = self.meter.read()
+        values = torch.tensor([[*astuple(own), self.meter.recent_peak]], device=self.meter.device)
         if self._trainer.accelerator.num_processes > 1:
             values = self._trainer.accelerator.gather(values)
         numbers = values.tolist()
         self._rows = [Reading(*row[:-1]) for row in numbers]
-        _, share, per_second = self._meter.rates(sum(row.tokens for row in self._rows))
-        self._to_log = {
+        _, share, per_second = self.meter.rates(sum(row.tokens for row in self._rows))
+        known = {
             "memory/peak_gib": max(row[-1] for row in numbers) / GIB,
             "memory/optimizer_state_gib": highest(self._rows).optimizer_state / GIB,
             "time/optimizer_share": share,
-            **({"throughput/tokens_per_second": per_second} if per_second is not None else {}),
+            "throughput/tokens_per_second": per_second,
         }
-        self._to_log = {key: float(f"{value:.4g}") for key, value in self._to_log.items()}
+        self._to_log = {key: float(f"{value:.4g}") for key, value in known.items() if value is not None}
 
     def _write(self, state: Any, folder: str | Path, *, picture: bool = False) -> None:
         """Write the report on the main process; a full disk or a missing package must not end a training."""

@@ -8,15 +8,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises ValueError instead of printing its usage, which `main` of a subcommand prints as a line.
-
-    Example:
-        >>> from hf_stateless.reports.command_line import Parser
-        >>> Parser(prog="hf-stateless compare").parse_args(["--nonsense"])
-        Traceback (most recent call last):
-            ...
-        ValueError: unrecognized arguments: --nonsense (type hf-stateless compare --help)
-    """
+    """A parser that raises ValueError instead of printing its usage, which `main` of a subcommand prints as a line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise what was wrong with the arguments."""
@@ -24,28 +16,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def first_line(error: BaseException) -> str:
-    r"""Return the first line of what an error says, or its type if it says nothing.
-
-    Example:
-        >>> from hf_stateless.reports.command_line import first_line
-        >>> first_line(OSError("no disk\nat all")), first_line(OSError())
-        ('no disk', 'OSError')
-    """
+    """Return the first line of what an error says, or its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def aligned(rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
-    """Return rows of cells as lines of text with equal columns.
-
-    Args:
-        rows: with the heading first.
-        text: numbers of the columns that are aligned to the left.
-
-    Example:
-        >>> from hf_stateless.reports.command_line import aligned
-        >>> aligned([["name", "size"], ["a", "1"]], text=[0])
-        ['name  size', 'a        1']
-    """
+    """Return rows of cells as lines of text with equal columns; those whose numbers are in `text` to the left."""
     left = {index % len(rows[0]) for index in text}
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import Parser, aligned
+from .figures import draw_bars, new_figure, save_plot
 from .files import GIB
 from .finished_run import Run, read_run
+from .measured.picture import bars
 from .measured.schema import REPORT_FILE
 
 
+_PLAIN = ("run", "optimizer", "steps", "train_loss", "eval_loss", "tokens", "seconds")
 _COLUMNS = {
-    "run": "run",
-    "optimizer": "optimizer",
-    "steps": "steps",
-    "train_loss": "train loss",
-    "eval_loss": "eval loss",
-    "tokens": "tokens",
-    "seconds": "seconds",
-    "tokens_per_second": "tokens/s",
-    "peak": "peak GiB",
-    "optimizer_state": "state GiB",
+    **{key: key.replace("_", " ") for key in _PLAIN},
+    **{"tokens_per_second": "tokens/s", "peak": "peak GiB", "optimizer_state": "state GiB"},
 }
 _FORMATS = {"train_loss": ".4f", "eval_loss": ".4f", "steps": ",", "tokens": ",", "seconds": ",.1f"}
 _LEGEND = """\
@@ -35,14 +30,7 @@ _LINES = (("#000000", "-"), ("#E69F00", "-"), ("#CC79A7", "-"), ("#7F7F7F", "--"
 
 
 def as_table(runs: Sequence[Run]) -> str:
-    """Return runs as lines of text.
-
-    Example:
-        >>> from hf_stateless.reports.compare import as_table
-        >>> from hf_stateless.reports.finished_run import Run
-        >>> print(as_table([Run("a", optimizer="sinkgd", train_loss=2.5)]).splitlines()[1])
-        a    sinkgd         -      2.5000          -       -        -         -         -          -
-    """
+    """Return runs as lines of text."""
     rows = [list(_COLUMNS.values()), *([_cell(run, key) for key in _COLUMNS] for run in runs)]
     notes = [f"{run.run}: {note}" for run in runs for note in run.notes]
     return "\n".join([*aligned(rows, text=(0, 1)), "", _LEGEND, *notes])
@@ -63,19 +51,7 @@ def as_json(run: Run) -> dict[str, Any]:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draw loss against tokens, loss against time, and memory beside them.
-
-    Args:
-        runs: from `read_run`.
-        path: picture to write; the ending says the format.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: the picture cannot be written.
-    """
-    from .figures import draw_bars, new_figure, save_plot
-    from .measured.picture import bars
-
+    """Draw loss against tokens, loss against time, and memory beside them."""
     figure = new_figure(figsize=(13, 4.2 + 0.12 * len(runs)))
     tokens, seconds, memory = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
     for axes, key in ((tokens, "tokens"), (seconds, "seconds")):
@@ -90,9 +66,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     else:
         memory.set_axis_off()
         memory.text(0.5, 0.5, f"no {REPORT_FILE}", ha="center", va="center")
-    figure.legend(
-        *tokens.get_legend_handles_labels(), loc="outside upper left", ncols=min(6, len(runs)), frameon=False
-    )
+    columns = min(6, len(runs))
+    figure.legend(*tokens.get_legend_handles_labels(), loc="outside upper left", ncols=columns, frameon=False)
     save_plot(figure, path)
 
 
@@ -115,14 +90,7 @@ def _draw_losses(axes: Any, runs: Sequence[Run], key: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what runs reached and what they took, side by side.
-
-    Args:
-        argv: arguments after `hf-stateless compare`; those of the process when None.
-
-    Returns:
-        0, or 2 after one line on stderr that says what was wrong.
-    """
+    """Print runs side by side; return 0, or 2 after one line on stderr that says what was wrong."""
     parser = Parser(prog="hf-stateless compare", description="Loss, time and memory of runs side by side.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")

@@ -22,23 +22,12 @@ PARTS = {
 
 
 def axes_unit(gib: float) -> tuple[str, int]:
-    """Return the unit that suits a size in GiB, and its bytes.
-
-    Example:
-        >>> from hf_stateless.reports.figures import axes_unit
-        >>> axes_unit(3.5), axes_unit(0.02)
-        (('GiB', 1073741824), ('MiB', 1048576))
-    """
+    """Return the unit that suits a size in GiB, and its bytes."""
     return ("GiB", GIB) if gib >= 0.1 else ("MiB", 1 << 20)
 
 
 def draw_bars(axes: Any, piles: dict[str, dict[str, int]]) -> None:
-    """Draw piles of parts as horizontal bars, each with its sum behind it.
-
-    Args:
-        axes: of matplotlib.
-        piles: of each bar, by its label, the bytes of its `PARTS`.
-    """
+    """Draw piles of parts as horizontal bars, each with its sum behind it."""
     sums = [sum(parts.values()) for parts in piles.values()]
     unit, divisor = axes_unit(max(sums) / GIB)
     left = [0.0] * len(piles)
@@ -63,9 +52,6 @@ def draw_bars(axes: Any, piles: dict[str, dict[str, int]]) -> None:
 def new_figure(figsize: tuple[float, float]) -> Any:
     """Return a figure of matplotlib without a window.
 
-    Args:
-        figsize: width and height in inches.
-
     Raises:
         ImportError: matplotlib is not installed.
     """
@@ -77,12 +63,7 @@ def new_figure(figsize: tuple[float, float]) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure to a temporary file, which then replaces the picture.
-
-    Args:
-        figure: of matplotlib.
-        path: picture to write; the ending says the format.
-    """
+    """Write a figure to a temporary file, which then replaces the picture."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, facecolor="white")
 

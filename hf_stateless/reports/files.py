@@ -18,19 +18,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path; what is written there replaces the file when the block ends without an error.
 
     Nobody reads half a file, and several processes may write the same one.
-
-    Args:
-        path: of the file; the temporary name has the same ending.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from hf_stateless.reports.files import replacing
-        >>> file = Path(tempfile.mkdtemp(), "report.txt")
-        >>> with replacing(file) as temporary:
-        ...     _ = temporary.write_text("whole")
-        >>> file.read_text()
-        'whole'
     """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -48,15 +35,11 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, values: Any, indent: int = 2) -> None:
+def write_json(path: str | Path, values: Any) -> None:
     """Replace a file by plain values, see `replacing`."""
-    write_text(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Return the plain values in a file.
-
-    Raises:
-        json.JSONDecodeError: it is no JSON.
-    """
+    """Return the plain values in a file of JSON."""
     return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -41,28 +41,16 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read `trainer_state.json` and `memory_report.json` of an output folder; one of them may be missing.
-
-    Args:
-        folder: output folder; if it holds no state, that of its last checkpoint is taken.
+    """Read `trainer_state.json`, if need be of the last checkpoint, and `memory_report.json`; one may be missing.
 
     Raises:
         ValueError: no such folder, neither file, or a file that cannot be read.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from hf_stateless.reports.finished_run import read_run
-        >>> read_run(Path("no/such/run"))
-        Traceback (most recent call last):
-        ...
-        ValueError: no/such/run: no such folder; expected the output_dir of a run
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected the output_dir of a run")
     run = Run(folder.resolve().name)
-    state, report = _state(folder), None
-    if (folder / REPORT_FILE).is_file():
-        report = MemoryReport.load(folder)
+    state = _state(folder)
+    report = MemoryReport.load(folder) if (folder / REPORT_FILE).is_file() else None
     if state is None and report is None:
         raise ValueError(f"{folder}: neither {STATE_FILE} nor {REPORT_FILE}; expected the output_dir of a run")
     if report is None:
@@ -105,22 +93,22 @@ def _take_report(run: Run, report: MemoryReport) -> None:
 def _take_state(run: Run, state: Mapping[str, Any]) -> None:
     logs = state["log_history"]
     run.steps = state["global_step"]
-    for key in ("loss", "eval_loss"):
-        found = [entry[key] for entry in logs if isinstance(entry.get(key), (int, float))]
-        setattr(run, "train_loss" if key == "loss" else key, found[-1] if found else None)
+    for entry in logs:
+        values = {key: entry[key] for key in ("loss", "eval_loss") if isinstance(entry.get(key), (int, float))}
+        run.train_loss, run.eval_loss = values.get("loss", run.train_loss), values.get("eval_loss", run.eval_loss)
+        if values:
+            run.history.append({"step": entry["step"], **values})
     counted = [entry[key] for entry in logs for key in _TOKEN_KEYS if key in entry]
     run.tokens = int(counted[-1]) if counted and run.tokens is None else run.tokens
     runtime = sum(entry.get("train_runtime", 0.0) for entry in logs)
     run.seconds = (runtime or None) if run.seconds is None else run.seconds
     if run.tokens_per_second is None and run.tokens and run.seconds:
         run.tokens_per_second = run.tokens / run.seconds
-    for entry in logs:
-        values = {key: entry[key] for key in ("loss", "eval_loss") if isinstance(entry.get(key), (int, float))}
-        if values:
-            run.history.append({"step": entry["step"], **values, **_place(run, entry["step"])})
+    for point in run.history:
+        point.update(_place(run, point["step"]))
 
 
-def _place(run: Run, step: int) -> dict[str, float]:
+def _place(run: Run, step: float) -> dict[str, float]:
     """Return tokens and seconds up to a step, as if all steps were alike: curves need no more."""
     measured = run.report.measured if run.report else None
     first, steps = (measured.from_step, measured.steps) if measured else (0, run.steps or 0)

@@ -25,16 +25,8 @@ def published_command(arguments: Sequence[str] | None = None) -> str:
     """Return the command of this process as it may be published.
 
     Folders outside of the working folder are cut off; tokens, account names and code given with `-c` are left out.
-
-    Args:
-        arguments: of the command; those of this process when None.
-
-    Example:
-        >>> from hf_stateless.reports.provenance import published_command
-        >>> published_command(["/usr/bin/python3", "/mnt/ada/train.py", "--hub_model_id", "ada/m", "--hub_token=hf_x"])
-        'python train.py --hub_model_id m --hub_token=...'
     """
-    program, *rest = sys.orig_argv if arguments is None else arguments
+    program, *rest = arguments or sys.orig_argv
     name = _SEPARATORS.split(program)[-1]
     words, key = ["python" if name.startswith(("python", "pypy")) else name], ""
     for argument in rest:
@@ -57,18 +49,11 @@ def _value(key: str, text: str) -> str:
         return "..."
     if name in _ACCOUNTS:
         return text.rsplit("/", 1)[-1]
-    is_path = Path(text).is_absolute()
-    return _last_name(text) if is_path else without_folders(text)
+    return _last_name(text) if Path(text).is_absolute() else without_folders(text)
 
 
 def without_folders(text: str) -> str:
-    """Shorten every absolute path in a text: to what lies below the working folder, or to its last name.
-
-    Example:
-        >>> from hf_stateless.reports.provenance import without_folders
-        >>> without_folders('{"train": "/mnt/ada/text/a.txt"} runs/1 meta-llama/Llama-2-7b')
-        '{"train": "a.txt"} runs/1 meta-llama/Llama-2-7b'
-    """
+    """Shorten every absolute path in a text: to what lies below the working folder, or to its last name."""
     shortened = _PLACE.sub(lambda match: _last_name(match[0]), _HUB_TOKEN.sub("...", text))
     home = str(Path.home())
     return shortened.replace(home, "~") if len(home) > 1 else shortened
@@ -87,11 +72,7 @@ def _last_name(place: str) -> str:
 
 
 def versions(packages: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the versions of Python and of packages; `unknown` for one that is not installed.
-
-    Args:
-        packages: their names; None takes those of `PACKAGES` that this process has loaded.
-    """
+    """Return the versions of Python and of packages, by default those of `PACKAGES` that are loaded, or `unknown`."""
     if packages is None:
         packages = [name for name in PACKAGES if name in sys.modules]
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}

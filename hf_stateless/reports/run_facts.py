@@ -26,23 +26,11 @@ def adapter_of(model: Any) -> tuple[str, Any] | None:
 
 
 def hub_id(name: str) -> str | None:
-    """Return the name of a model if it is an id on the Hub, None for a local path.
-
-    Example:
-        >>> from hf_stateless.reports.run_facts import hub_id
-        >>> hub_id("HuggingFaceTB/SmolLM2-135M"), hub_id("/mnt/ada/model")
-        ('HuggingFaceTB/SmolLM2-135M', None)
-    """
+    """Return the name of a model if it is an id on the Hub, None for a local path."""
     return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) else None
 
 
 def option_pairs(optim_args: str | None) -> list[tuple[str, str]]:
-    """Split `optim_args` as the Trainer does; what has no `=` gets an empty value.
-
-    Example:
-        >>> from hf_stateless.reports.run_facts import option_pairs
-        >>> option_pairs("norms=row_l2+col_l2, num_iterations=3")
-        [('norms', 'row_l2+col_l2'), ('num_iterations', '3')]
-    """
+    """Split `optim_args` as the Trainer does; what has no `=` gets an empty value."""
     parts = [part.partition("=") for part in optim_args.replace(" ", "").split(",")] if optim_args else []
     return [(key, value) for key, _, value in parts]

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from ..files import write_text
 from ..patches import CardWriter
 from .facts import CARD_FILE
-from .pushing import keep_token_out_of_files
+from .pushing import Token
 from .render import render_folder
 from .sources import collect
 
@@ -44,7 +44,8 @@ def attach_model_card(
         data: a sentence about the data.
         remarks: more sentences, like what was not compared.
     """
-    keep_token_out_of_files(trainer.args)
+    if trainer.args.hub_token:  # the Trainer pickles its arguments into `training_args.bin` and pushes that
+        trainer.args.hub_token = Token(trainer.args.hub_token)
     writer = trainer.create_model_card
     if not isinstance(writer, CardWriter):
         writer = trainer.create_model_card = CardWriter(trainer, _write_over_own_card)
@@ -60,11 +61,7 @@ def _write_over_own_card(trainer: Trainer, given: dict[str, Any]) -> None:
 
 
 def save(trainer: Trainer) -> None:
-    """Save model, trainer state and card in the output folder, without pushing. All processes have to call it.
-
-    Args:
-        trainer: after `train()`.
-    """
+    """Save a trained model, its state and its card, without pushing. All processes have to call it."""
     args = trainer.args
     attach_model_card(trainer)
     asked, args.push_to_hub = args.push_to_hub, False  # otherwise `save_model` pushes, with a single attempt

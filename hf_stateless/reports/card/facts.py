@@ -17,14 +17,7 @@ CARD_FILE, DATA_FILE = "README.md", "card_data.json"
 
 @dataclass
 class CardFacts:
-    """All that a card says except the memory report; `card_data.json` beside the card.
-
-    Example:
-        >>> from hf_stateless.reports.card.facts import CardFacts
-        >>> facts = CardFacts(name="my-model", model="LlamaForCausalLM", parameters=100, optimizer="sinkgd")
-        >>> facts.title, facts.stateless
-        ('SinkGD', True)
-    """
+    """All that a card says except the memory report; `card_data.json` beside the card."""
 
     name: str
     model: str

@@ -36,22 +36,19 @@ def _headline(report: MemoryReport) -> str:
 def _rows(report: MemoryReport) -> list[dict[str, Any]]:
     """Return the table, one row for each part, with how its numbers came about."""
     counted, left, others = report.counted, report.residual, list(report.predicted.values())
-    same, left_out = "; the same for the others", [None] * len(others)
+    same, predicted, left_out = "; the same for the others", "; others predicted", [None] * len(others)
+    state = [counted.optimizer_state, *(o.optimizer_state for o in others)]
     rows = [
         ("weights and buffers", [counted.weights] * (1 + len(others)), "counted" + same),
-        ("gradients", [counted.gradients, *(o.gradients for o in others)], "counted; others predicted"),
-        (
-            "optimizer state",
-            [counted.optimizer_state, *(o.optimizer_state for o in others)],
-            "counted; others predicted",
-        ),
+        ("gradients", [counted.gradients, *(o.gradients for o in others)], "counted" + predicted),
+        ("optimizer state", state, "counted" + predicted),
         (
             "activations and temporaries",
             [left.activations_and_temporaries, *left_out],
             "residual: the rest of the peak",
         ),
         ("held before training", [left.before_training] * (1 + len(others)), "measured" + same),
-        ("**peak**", [report.measured.peak.max, *(o.peak for o in others)], "measured; others predicted"),
+        ("**peak**", [report.measured.peak.max, *(o.peak for o in others)], "measured" + predicted),
     ]
     if report.measured.reserved:
         rows.append(("reserved on the device", [report.measured.reserved.max, *left_out], "measured"))
@@ -98,24 +95,12 @@ def _alternative_text(report: MemoryReport) -> str:
 
 
 def gib(size: int | None) -> str:
-    """Return bytes in GiB with three significant digits.
-
-    Example:
-        >>> from hf_stateless.reports.card.memory_section import gib
-        >>> gib(3 << 29), gib(123456), gib(0), gib(None)
-        ('1.50', '0.000115', '0', '')
-    """
+    """Return bytes in GiB with three significant digits."""
     return "" if size is None else number(size / GIB, digits=3, smallest=0.0)
 
 
 def number(value: float | None, digits: int = 4, smallest: float = 1e-5) -> str:
-    """Return a number with so many significant digits and without an exponent, where that is readable.
-
-    Example:
-        >>> from hf_stateless.reports.card.memory_section import number
-        >>> number(4238.4), number(0.0512345), number(1.0), number(2e-9)
-        ('4238', '0.05123', '1.000', '2e-09')
-    """
+    """Return a number with so many significant digits and without an exponent, where that is readable."""
     if value is None:
         return ""
     if isinstance(value, int):

@@ -1,10 +1,15 @@
-"""What the card that a trainer has written itself says beyond ours: method, citations, and other sections."""
+"""What is taken over from the card that a trainer has written itself: its YAML block, and sections that ours lacks."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+from transformers.modelcard import TASK_MAPPING
+
+from ...trainer.optim_args import plain_name
 from .facts import CardFacts
 
 
@@ -18,20 +23,7 @@ _NOT_TAKEN = {
 
 
 def take_sections(facts: CardFacts, text: str) -> None:
-    r"""Add to the facts of a card what the trainer's own card says.
-
-    Args:
-        facts: to add to.
-        text: Markdown of the trainer's card.
-
-    Example:
-        >>> from hf_stateless.reports.card.facts import CardFacts
-        >>> from hf_stateless.reports.card.own_card import take_sections
-        >>> facts = CardFacts(name="my-model", model="LlamaForCausalLM", parameters=100, optimizer="sinkgd")
-        >>> take_sections(facts, "# my-model\n## Limits\nIt cannot count.\n## Uses\nMore information needed")
-        >>> facts.kept
-        {'Limits': 'It cannot count.'}
-    """
+    """Add to the facts of a card what the trainer's own card says."""
     for heading, body in _sections(text):
         if heading == "Training procedure":
             facts.notes = body
@@ -59,3 +51,44 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
         body = "\n".join(lines).strip()
         if re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL).strip() and not _EMPTY.search(body):
             yield name, re.sub(r"\n\s*\n", "\n\n", body)
+
+
+def metadata(facts: CardFacts, theirs: dict[str, Any], task: str | None, datasets: list[str]) -> dict[str, Any]:
+    """Return the YAML block, by which the Hub finds the model: that of the trainer's card, corrected and completed."""
+    kept = {key: value for key, value in theirs.items() if key in ("language", "metrics")}
+    pipeline_tag = theirs.get("pipeline_tag") or _pipeline_tag(facts.model)
+    own = ["hf_stateless", plain_name(facts.optimizer), "multi-normalization", "memory-efficient"]
+    tags = [*(own if facts.stateless else own[:2]), *([task] if task else [])]
+    # PEFT's tags name the base model by its path; the Hub makes them itself from `base_model`.
+    tags += [tag for tag in theirs.get("tags") or () if not tag.startswith("base_model:") and tag not in tags]
+    results = [
+        EvalResult(
+            task_type=pipeline_tag,
+            dataset_type=datasets[0] if datasets else "text",
+            dataset_name=entry["dataset"],
+            metric_type=entry["type"],
+            metric_name=entry["name"],
+            metric_value=entry["value"],
+        )
+        for entry in facts.evaluation
+        if pipeline_tag
+    ]
+    base = None if facts.base_is_local else facts.base_model
+    if base:
+        kept["base_model_relation"] = "adapter" if facts.adapter else "finetune"
+    data = ModelCardData(
+        base_model=base,
+        datasets=datasets or None,
+        eval_results=results or None,
+        library_name="peft" if facts.adapter else "transformers",
+        model_name=facts.name,
+        pipeline_tag=pipeline_tag,
+        tags=tags,
+        **kept,
+    )
+    return {key: value for key, value in data.to_dict().items() if value not in (None, [], "")}  # type: ignore[no-untyped-call]
+
+
+def _pipeline_tag(model: str) -> str | None:
+    known = ((task, names) for task, classes in TASK_MAPPING.items() for names in classes.values())
+    return next((task for task, names in known if model in ([names] if isinstance(names, str) else names)), None)

@@ -22,7 +22,7 @@ from .facts import CardFacts
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -30,31 +30,20 @@ NOT_PUSHED = ("_*", "checkpoint-*", "*/checkpoint-*", "*optimizer.pt", "*optimiz
 """Files that are not pushed. `training_args.bin` is a pickle that names the folders of this machine."""
 WAITS = (5.0, 15.0, 45.0)
 """Seconds before each new attempt; within an attempt huggingface_hub repeats most requests by itself."""
-TRANSIENT = (408, 425, 429)
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-class _Token(str):
+class Token(str):
     """A token that authenticates as usual, but is pickled as None and shown as dots."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    def __deepcopy__(self, memo: Any) -> _Token:
+    def __deepcopy__(self, memo: Any) -> Token:
         return self
 
     def __repr__(self) -> str:
         return "'...'"
-
-
-def keep_token_out_of_files(args: TrainingArguments) -> None:
-    """Keep `hub_token` out of `training_args.bin`, into which the Trainer pickles its arguments and which it pushes.
-
-    Args:
-        args: whose token goes on working for the Trainer's own pushes.
-    """
-    if args.hub_token:
-        args.hub_token = _Token(args.hub_token)
 
 
 class PushError(RuntimeError):
@@ -62,13 +51,13 @@ class PushError(RuntimeError):
 
 
 def push(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> CommitInfo | None:
-    """Push the output folder as it is: no checkpoints, no optimizer state, no pickled arguments.
+    """Push the output folder, with model and card: no checkpoints, no optimizer state, no pickled arguments.
 
     Pushing again makes a commit only if a file has changed. `hub_strategy: checkpoint` is the way to ask for
     checkpoints with their `optimizer.pt`; the Trainer pushes them while it trains.
 
     Args:
-        trainer: its output folder holds the model and the card, see `hf_stateless.reports.card.attach.save`.
+        trainer: after `hf_stateless.reports.card.attach.save`.
         waits: seconds before each new attempt; empty for a single one.
 
     Returns:
@@ -118,15 +107,9 @@ def _public_adapter_config(folder: str) -> bytes | None:
 
 
 def is_transient(error: Exception) -> bool:
-    """Tell whether a failed push may succeed later: server errors, rate limits, and connections that broke.
-
-    Example:
-        >>> from hf_stateless.reports.card.pushing import is_transient
-        >>> is_transient(ConnectionResetError()), is_transient(ValueError("no such repository"))
-        (True, False)
-    """
+    """Tell whether a failed push may succeed later: server errors, rate limits, and connections that broke."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in TRANSIENT or error.response.status_code >= 500
+        return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
     # A proxy's error page in place of JSON is a server error too: huggingface_hub parses some answers before it looks
     # at their status.
     broken = (httpx.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)

@@ -23,35 +23,20 @@ def render_folder(folder: str | Path) -> str:
 
 
 def render(facts: CardFacts, report: MemoryReport | None = None, picture: str | None = None) -> str:
-    """Return a model card: YAML block and Markdown.
-
-    Args:
-        facts: what is known about the run.
-        report: its memory; None leaves the section out.
-        picture: path of the picture of the report, relative to the card.
-    """
-    page = (
-        _environment()
-        .get_template("model_card.md.jinja")
-        .render(
-            facts=facts,
-            metadata=yaml_dump(facts.metadata).strip() if facts.metadata else "",
-            base=_link(facts),
-            snippet=_snippet(facts),
-            citation=facts.preset.citation if facts.preset else None,
-            columns=list(dict.fromkeys(name for row in reversed(facts.results) for name in row)),
-            section=memory_section(report, picture) if report else None,
-        )
+    """Return a model card: YAML block and Markdown."""
+    loader = PackageLoader(__package__)
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(gib=gib, number=number, cell=_cell)
+    page = environment.get_template("model_card.md.jinja").render(
+        facts=facts,
+        metadata=yaml_dump(facts.metadata).strip() if facts.metadata else "",
+        base=_link(facts),
+        snippet=_snippet(facts),
+        citation=facts.preset.citation if facts.preset else None,
+        columns=list(dict.fromkeys(name for row in reversed(facts.results) for name in row)),
+        section=memory_section(report, picture) if report else None,
     )
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(__package__), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters.update(gib=gib, number=number, cell=_cell)
-    return environment
 
 
 def _cell(value: Any) -> str:
@@ -77,10 +62,6 @@ def _snippet(facts: CardFacts) -> str | None:
     name = facts.repository or facts.name
     prompt = '[{"role": "user", "content": "What is memory?"}]' if facts.chat else '"The "'
     first = ["import hf_stateless  # which knows how its weights are stored"] if facts.needs_import else []
-    lines = [
-        *first,
-        "from transformers import pipeline",
-        "",
-        f'generate = pipeline("text-generation", model="{name}")',
-    ]
-    return "\n".join([*lines, f'print(generate({prompt}, max_new_tokens=64)[0]["generated_text"])'])
+    load = f'generate = pipeline("text-generation", model="{name}")'
+    use = f'print(generate({prompt}, max_new_tokens=64)[0]["generated_text"])'
+    return "\n".join([*first, "from transformers import pipeline", "", load, use])

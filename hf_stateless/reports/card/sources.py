@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
+from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,8 @@ from ...weights.int8.convert import int8_layers
 from ..provenance import versions, without_folders
 from ..run_facts import adapter_of, base_of, hub_id
 from .facts import CARD_FILE, CardFacts
-from .metadata import metadata
-from .own_card import take_sections
-from .training_log import evaluation_of, results, with_perplexity
+from .own_card import metadata, take_sections
+from .training_log import evaluation_of, results
 
 
 if TYPE_CHECKING:
@@ -46,13 +46,7 @@ HYPERPARAMETERS = (
 
 
 def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> CardFacts:
-    """Return what is known about a run.
-
-    Args:
-        trainer: a Trainer of transformers or TRL.
-        own_card: the card that the trainer has just written.
-        given: what the caller knows better: `base_model`, `license`, `datasets`, `data`, `remarks`.
-    """
+    """Return what is known about a run: from its trainer, the card that it has just written, and who knows better."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     inner, adapter = base_of(model), adapter_of(model)
     loaded = inner.config.name_or_path or ""
@@ -96,8 +90,10 @@ def _task(trainer: Trainer, base: str | None) -> tuple[str | None, str | None]:
 
 def _take_log(facts: CardFacts, trainer: Trainer, tag: str | None, datasets: list[str]) -> None:
     log = [dict(entry) for entry in trainer.state.log_history]
-    if tag in ("pretraining", "sft") and "CausalLM" in facts.model:
-        log = [with_perplexity(entry) for entry in log]
+    predicts_tokens = tag in ("pretraining", "sft") and "CausalLM" in facts.model
+    for entry in log:
+        if predicts_tokens and "eval_loss" in entry:
+            entry["eval_perplexity"] = exp(min(entry["eval_loss"], 700.0))
     facts.results = results(log)
     facts.evaluation = evaluation_of(log, trainer.args.output_dir, ", ".join(datasets))
 
@@ -166,7 +162,7 @@ def _optimizer_options(trainer: Trainer) -> dict[str, Any]:
 
 def _versions(trainer: type, adapter: Any) -> dict[str, str]:
     packages = ["hf_stateless", "transformers", "torch", "accelerate", "datasets", "tokenizers"]
-    packages += [package for package in ("trl",) if trainer.__module__.startswith(package)]
+    packages += ["trl"] if trainer.__module__.startswith("trl") else []
     packages += ["peft"] if adapter else []
     found = versions(packages)
     return {"Python": found.pop("python"), **found}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ METRICS = {
     "rewards/accuracies": "Reward accuracy",
 }
 LONGEST_TABLE = 12
-
-
-def with_perplexity(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry of the log, with the perplexity where it has a held-out loss."""
-    if "eval_loss" not in entry:
-        return dict(entry)
-    return {**entry, "eval_perplexity": exp(min(entry["eval_loss"], 700.0))}
 
 
 def results(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from ..provenance import published_command, versions, without_folders
 from ..run_facts import adapter_of, base_of, hub_id, option_pairs
-from .footprint import count_parameters, local_shape
+from .footprint import count_parameters
 from .meter import Reading, RunMeter, highest
-from .schema import (
-    Cost,
-    Counted,
-    Measured,
-    MemoryReport,
-    Moments,
-    Prediction,
-    Provenance,
-    Range,
-    Residual,
-    Setup,
-)
+from .schema import Cost, Counted, Measured, MemoryReport, Moments, Prediction, Provenance, Range, Residual, Setup
 
 
 COMPARED = ("adamw_torch", "adamw_bnb_8bit")
@@ -34,18 +25,12 @@ COMPARED = ("adamw_torch", "adamw_bnb_8bit")
 
 
 def build_report(trainer: Trainer, meter: RunMeter, rows: Sequence[Reading], *, complete: bool) -> MemoryReport:
-    """Put together what is known of a run so far.
-
-    Args:
-        trainer: that trains.
-        meter: of the main process.
-        rows: the readings of all ranks.
-        complete: whether training has ended.
-    """
+    """Put together what is known of a run so far, from the meter of the main process and the readings of all ranks."""
     top = highest(rows)
     counted = Counted(top.weights, top.gradients, top.optimizer_state)
     cuda = meter.device.type == "cuda"
     tokens = sum(row.tokens for row in rows)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
     seconds_per_step, share, tokens_per_second = meter.rates(tokens)
     return MemoryReport(
         setup=describe_setup(trainer, meter, max(row.longest_row for row in rows)),
@@ -66,9 +51,7 @@ def build_report(trainer: Trainer, meter: RunMeter, rows: Sequence[Reading], *, 
         groups=meter.groups,
         predicted={name: predict(meter, top, name) for name in COMPARED},
         cost=Cost(tokens or None, tokens_per_second, seconds_per_step, share, meter.seconds),
-        provenance=Provenance(
-            versions(), published_command(), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        ),
+        provenance=Provenance(versions(), published_command(), today.isoformat()),
         complete=complete,
     )
 
@@ -77,12 +60,6 @@ def residual(peak: int, counted: Counted, before_training: int) -> Residual:
     """Divide what is not counted into what was held before training and what training added.
 
     On CPU, memory that was held before training and is reused in it counts as held before.
-
-    Example:
-        >>> from hf_stateless.reports.measured.schema import Counted
-        >>> from hf_stateless.reports.measured.build import residual
-        >>> residual(100, Counted(20, 10, 10), before_training=50)
-        Residual(activations_and_temporaries=10, before_training=50)
     """
     rest = max(0, peak - counted.weights - counted.gradients - counted.optimizer_state)
     before = min(before_training, rest)
@@ -90,20 +67,12 @@ def residual(peak: int, counted: Counted, before_training: int) -> Residual:
 
 
 def continued(report: MemoryReport, earlier: MemoryReport) -> MemoryReport:
-    """Return the report of a resumed run together with that of the part before: peaks and sums, rates of the new part.
-
-    Args:
-        report: of the part since the resume.
-        earlier: saved with the checkpoint.
-    """
+    """Return the report of a resumed run with that of the part before added: peaks and sums, rates of the new part."""
     now, then = report.measured, earlier.measured
     if now.kind != then.kind:
         return report
-    now.peak = Range(max(now.peak.max, then.peak.max), max(now.peak.min, then.peak.min))
-    now.moments = Moments(
-        max(now.moments.forward_backward, then.moments.forward_backward),
-        max(now.moments.optimizer_step, then.moments.optimizer_step),
-    )
+    now.peak = Range(*map(max, astuple(now.peak), astuple(then.peak)))
+    now.moments = Moments(*map(max, astuple(now.moments), astuple(then.moments)))
     now.steps += then.steps
     now.from_step = then.from_step
     cost = report.cost
@@ -124,10 +93,8 @@ def predict(meter: RunMeter, reading: Reading, name: str) -> Prediction:
     from ..predicted.state import RULES, Parameter, rule_bytes
 
     embeddings = {id(p) for m in meter.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(False)}
-    params = [
-        Parameter(tuple(local_shape(p)), p.dtype, "embedding" if id(p) in embeddings else "rest")
-        for p in meter.trained
-    ]
+    held = [(p.to_local() if isinstance(p, DTensor) else p, id(p) in embeddings) for p in meter.trained]
+    params = [Parameter(tuple(p.shape), p.dtype, "embedding" if embeds else "rest") for p, embeds in held]
     gradients = sum(p.nbytes for p in params)
     state = rule_bytes(name, params)
     # Without a second step, forward and backward were measured before there was any state.
@@ -140,7 +107,8 @@ def describe_setup(trainer: Trainer, meter: RunMeter, longest_row: int) -> Setup
     """Describe the run with nothing private in it; local folders are left out."""
     args = trainer.args
     model: Any = meter.model
-    base: Any = base_of(model)
+    base, adapter = base_of(model), adapter_of(model)
+    rank = getattr(adapter[1], "r", None) if adapter else None
     kind = next(c for c in type(base).__mro__ if not issubclass(c, FSDPModule))
     counts = count_parameters(model.parameters())
     cuda, threads = meter.device.type == "cuda", torch.get_num_threads()
@@ -161,7 +129,7 @@ def describe_setup(trainer: Trainer, meter: RunMeter, longest_row: int) -> Setup
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         sequence_length=longest_row,
         gradient_checkpointing=any(vars(args).get(f"{word}_checkpointing") for word in ("activation", "gradient")),
-        peft=_peft(model),
+        peft=adapter and {"type": adapter[0], **({"r": rank} if rank else {})},
         quantization=_quantization(base),
     )
 
@@ -172,14 +140,6 @@ def strategy(trainer: Trainer) -> str:
     if kind == "FSDP":
         return "FSDP2" if trainer.accelerator.is_fsdp2 else "FSDP1"
     return "DDP" if kind.startswith("MULTI_") else "single" if kind == "NO" else kind
-
-
-def _peft(model: Any) -> dict[str, Any] | None:
-    adapter = adapter_of(model)
-    if adapter is None:
-        return None
-    kind, config = adapter
-    return {"type": kind, **({"r": config.r} if getattr(config, "r", None) else {})}
 
 
 def _quantization(model: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,29 +14,17 @@ from ...weights.stored import StoredWeight
 from .schema import Group
 
 
-_DEEPEST = 5
-
-
-def tensors_in(value: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = 5) -> Iterator[Tensor]:
     """Yield the plain tensors inside a value: in containers, objects, and subclasses that are made of other tensors.
 
     Of a DTensor it is the part that this rank holds.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import tensors_in
-        >>> [t.numel() for t in tensors_in({"step": torch.zeros(1), "moments": [torch.zeros(2), torch.zeros(3)]})]
-        [1, 2, 3]
     """
     if isinstance(value, DTensor):
         yield from tensors_in(value.to_local(), depth)
     elif isinstance(value, Tensor):
         yield from _inner_tensors(value, depth)
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from tensors_in(inner, depth)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(inner, depth)
     elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
         yield from tensors_in(vars(value), depth - 1)
@@ -44,8 +32,7 @@ def tensors_in(value: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:
 
 def _inner_tensors(tensor: Tensor, depth: int) -> Iterator[Tensor]:
     if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
+        for name in tensor.__tensor_flatten__()[0]:
             yield from tensors_in(getattr(tensor, name), depth)
     else:
         yield tensor
@@ -54,15 +41,7 @@ def _inner_tensors(tensor: Tensor, depth: int) -> Iterator[Tensor]:
 
 
 class Storages:
-    """The memory behind tensors, each piece counted once.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import Storages
-        >>> storages, W = Storages(), torch.zeros(2, 3)
-        >>> storages.add(W), storages.add([W.T, torch.zeros(1)])
-        (24, 4)
-    """
+    """The memory behind tensors, each piece counted once."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[torch.device, int]] = set()
@@ -87,28 +66,8 @@ def stored_weight_bytes(model: nn.Module) -> int:
     return total + sum(storages.add(vars(module).get("state")) for module in model.modules())
 
 
-def gradient_bytes(params: Iterable[Tensor]) -> int:
-    """Count the gradients that are alive."""
-    return Storages().add([p.grad for p in params if p.grad is not None])
-
-
 def count_groups(optimizer: Any, name: str) -> list[Group]:
-    """Count an optimizer's state for each pair of role and algorithm; what parameters share counts for the first.
-
-    Args:
-        optimizer: any torch optimizer, wrapped by accelerate or not.
-        name: the algorithm of groups that do not say theirs.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import count_groups
-        >>> W = torch.nn.Parameter(torch.zeros(2, 3))
-        >>> optimizer = torch.optim.AdamW([W])
-        >>> W.grad = torch.ones(2, 3)
-        >>> optimizer.step()
-        >>> count_groups(optimizer, "adamw_torch")
-        [Group(role='all', algorithm='adamw_torch', tensors=1, parameters=6, state_bytes=52)]
-    """
+    """Count an optimizer's state for each pair of role and algorithm; what parameters share counts for the first."""
     storages = Storages()
     rows: dict[tuple[str, str], Group] = {}
     for group in optimizer.param_groups:
@@ -122,14 +81,7 @@ def count_groups(optimizer: Any, name: str) -> list[Group]:
 
 
 def count_parameters(params: Iterable[Tensor]) -> dict[str, int]:
-    """Return how many weights there are of each dtype, over all ranks; 4-bit ones as what they stand for.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import count_parameters
-        >>> count_parameters(torch.nn.Linear(2, 3).parameters())
-        {'float32': 9}
-    """
+    """Return how many weights there are of each dtype, over all ranks; 4-bit ones as what they stand for."""
     counts: dict[str, int] = {}
     for p in params:
         packed = getattr(p, "quant_state", None)  # of bitsandbytes
@@ -139,26 +91,11 @@ def count_parameters(params: Iterable[Tensor]) -> dict[str, int]:
     return counts
 
 
-def local_shape(p: Tensor) -> Sequence[int]:
-    """Return the shape of the part of a parameter that this rank holds."""
-    return p.to_local().shape if isinstance(p, DTensor) else p.shape
-
-
 class LiveGradients:
     """The most bytes of gradients that are alive at once while backward frees some of them.
 
     Hooks see each gradient when it is complete, before the optimizer's own hook if they are installed first, and a
     finalizer sees it go.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.footprint import LiveGradients
-        >>> W = torch.nn.Parameter(torch.ones(2, 2))
-        >>> live = LiveGradients([W])
-        >>> W.sum().backward()
-        >>> live.remove()
-        >>> live.peak
-        16
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:

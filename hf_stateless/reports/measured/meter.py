@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .footprint import LiveGradients, count_groups, gradient_bytes, stored_weight_bytes
-from .probes import Stopwatch, probe_of
+from .footprint import LiveGradients, Storages, count_groups, stored_weight_bytes
+from .probes import CudaAllocator, ResidentSet, Stopwatch
 from .schema import Group
 
 
@@ -45,16 +45,12 @@ class RunMeter:
 
     Peaks are read at the end of both halves of a step and reset at their start, so that evaluation and saving are in
     no number. Weights are counted at the start, gradients and state in the first steps and when a report is made.
-
-    Args:
-        device: where the model is trained.
-        name: the optimizer, for groups that name no algorithm.
     """
 
     def __init__(self, device: torch.device, name: str) -> None:
         self.device = device
-        self.name = name
-        self.probe = probe_of(device)
+        self.name = name  # of the optimizer, for groups that name no algorithm
+        self.probe = CudaAllocator(device) if device.type == "cuda" else ResidentSet()
         self.steps = 0
         self.seconds = 0.0
         self.recent_peak = 0  # whoever logs it sets it back to 0
@@ -100,7 +96,7 @@ class RunMeter:
             reading.settled = max(reading.settled, peak)
         if self.steps < 2:
             alive = self._live.peak if self._live else 0
-            reading.gradients = max(reading.gradients, alive, gradient_bytes(self.trained))
+            reading.gradients = max(reading.gradients, alive, Storages().add([p.grad for p in self.trained]))
         self.probe.restart()
         self._updates.start()
 
@@ -112,7 +108,7 @@ class RunMeter:
     def end_step(self) -> None:
         """End a step; what follows up to the next one counts as time of training, unless `pause` is called."""
         now = time.perf_counter()
-        self.seconds += now - (now if self._counted_until is None else self._counted_until)
+        self.seconds += 0.0 if self._counted_until is None else now - self._counted_until
         self._counted_until = now
         self.steps += 1
         if self.steps == 1:
@@ -151,12 +147,9 @@ class RunMeter:
         return Reading(**asdict(reading))
 
     def rates(self, tokens: int) -> tuple[float, float, float | None]:
-        """Return seconds of a step, the part of it that the optimizer takes, and tokens per second.
+        """Return seconds of a step, the part of it that the optimizer takes, and tokens of all ranks per second.
 
         The first step is left out where there are others.
-
-        Args:
-            tokens: of all ranks.
         """
         seconds, first_tokens, updating = self._first_step if self.steps > 1 else (0.0, 0, 0.0)
         seconds = self.seconds - seconds

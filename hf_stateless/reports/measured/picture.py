@@ -10,11 +10,7 @@ from .schema import MemoryReport
 
 
 def bars(report: MemoryReport) -> dict[str, dict[str, int]]:
-    """Return the parts of each bar in bytes, by its label: this run first, then the predicted ones.
-
-    Args:
-        report: of a run.
-    """
+    """Return the parts of each bar in bytes, by its label: this run first, then the predicted ones."""
     own, counted = report.setup.optimizer, report.counted
     run = {
         "held before training": report.residual.before_training,
@@ -34,15 +30,7 @@ def bars(report: MemoryReport) -> dict[str, dict[str, int]]:
 
 
 def draw(report: MemoryReport, path: str | Path) -> None:
-    """Draw the memory of a run.
-
-    Args:
-        report: of the run.
-        path: picture to write; the ending says the format.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw the memory of a run."""
     piles = bars(report)
     figure = new_figure(figsize=(8, 1.7 + 0.55 * len(piles)))
     axes = figure.subplots()

@@ -92,18 +92,6 @@ class CudaAllocator:
         return stats.get("num_alloc_retries", 0), stats.get("num_ooms", 0)
 
 
-def probe_of(device: torch.device) -> ResidentSet | CudaAllocator:
-    """Return what measures the memory of a device: the allocator of a GPU, else the resident set.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.measured.probes import probe_of
-        >>> probe_of(torch.device("cpu")).kind
-        'resident set'
-    """
-    return CudaAllocator(device) if device.type == "cuda" else ResidentSet()
-
-
 class Stopwatch:
     """Adds up the time between `start` and `stop`; on a GPU by events in its queue, so that nothing waits."""
 
@@ -127,11 +115,7 @@ class Stopwatch:
         self._started = None
 
     def seconds(self, *, wait: bool = False) -> float:
-        """Return the sum of all spans that the device has finished.
-
-        Args:
-            wait: until it has finished all of them.
-        """
+        """Return the sum of all spans that the device has finished, which may `wait` until it has finished all."""
         if wait and self._pending:
             self._pending[-1][1].synchronize()
         self._drain()

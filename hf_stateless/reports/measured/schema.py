@@ -194,10 +194,7 @@ class MemoryReport:
 
     @classmethod
     def from_dict(cls, values: Any) -> MemoryReport:
-        """Check plain values against the schema.
-
-        Args:
-            values: as `to_dict` returns them; keys that this version does not know are ignored.
+        """Check plain values, as `to_dict` returns them, against the schema; keys that it does not know are ignored.
 
         Raises:
             ValueError: another version of the schema, or a value that is missing or of the wrong type.
@@ -212,21 +209,14 @@ class MemoryReport:
         return report
 
     def save(self, folder: str | Path) -> Path:
-        """Write `memory_report.json` into a folder, to a temporary file that then replaces it.
-
-        Returns:
-            The path of the file.
-        """
+        """Write `memory_report.json` into a folder, to a temporary file that then replaces it; return its path."""
         path = Path(folder) / REPORT_FILE
         write_json(path, self.to_dict())
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> MemoryReport:
-        """Read the report of a run.
-
-        Args:
-            path: output folder of the run, or the file itself.
+        """Read the report of a run from its output folder, or from the file itself.
 
         Raises:
             FileNotFoundError: there is none.

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from ..command_line import Parser
 from ..run_facts import base_of, option_pairs
 from .estimate import estimate
 from .model import DTYPES, build_model, load_config, max_positions
-from .picture import plot
 from .state import is_ours, known_optimizers
-from .table import GPUS, Settings, as_json, as_table
+from .table import GPUS, Settings, as_json, as_table, plot
 
 
 _DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch"
@@ -54,14 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what training a model takes with each optimizer, and which GPUs it fits.
-
-    Args:
-        argv: arguments after `hf-stateless memory`; those of the process when None.
-
-    Returns:
-        0, or 2 after one line on stderr that says what was wrong.
-    """
+    """Print what training a model takes; return 0, or 2 after one line on stderr that says what was wrong."""
     try:
         print(_answer(_parser().parse_args(argv)))
     except (ImportError, ValueError) as error:
@@ -78,25 +70,14 @@ def _answer(args: argparse.Namespace) -> str:
         raise ValueError(f"--dtype {args.dtype}: expected {' or '.join(DTYPES)}.")
     if args.dtype == "int8":
         names = _of_int8(names, args)
-    settings = Settings(
-        dtype=args.dtype,
-        batch=args.batch,
-        seq=args.seq or Settings.seq,
-        checkpointing=args.checkpointing,
-        lora=args.lora,
-        fsdp=args.fsdp,
-        device=args.device,
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    settings = Settings(**{**given, "seq": args.seq or Settings.seq})
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     model = build_model(config, settings)
     if args.seq is None:
         settings = replace(settings, seq=min(settings.seq, max_positions(model) or settings.seq))
-    report = as_json(
-        _facts(args.model, model, optim_args, settings, config),
-        settings,
-        estimate(model, names, settings, optim_args),
-        gpus,
-    )
+    estimates = estimate(model, names, settings, optim_args)
+    report = as_json(_facts(args.model, model, optim_args, settings, config), settings, estimates, gpus)
     if args.plot:
         plot(report, args.plot)
     return json.dumps(report, indent=2) if args.json else as_table(report)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...optimizer.optimizer import StatelessOptimizer
 from ...optimizer.release import is_released
 from ...trainer.optim_args import is_layerwise
+from ...update.batches import BATCH_BYTES
+from ...weights.stored import stand_in
 from ..command_line import first_line
 from .model import example_inputs, tensor_bytes, weight_bytes_of_rank
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
-from .step import step_temporary, update_temporaries
 from .table import Estimate, Settings
-from .trace import Peak, trace_training
+from .trace import LiveBytes, Peak, trace_training
 
 
-_Trace = Callable[[Mapping[int, int]], Peak]
+# Forward and backward where gradients are released: by the identities of their parameters, the bytes of each update.
+_Trace = Callable[[frozenset[tuple[int, int]]], Peak]
 
 
 def estimate(
@@ -46,13 +52,10 @@ def estimate(
     """
     per_name = _share_out(optimizers, optim_args or {})
     inputs = example_inputs(model, settings)
-    traces: dict[frozenset[tuple[int, int]], Peak] = {}
 
-    def trace(released: Mapping[int, int]) -> Peak:
-        key = frozenset(released.items())
-        if key not in traces:
-            traces[key] = _trace(model, inputs, settings, released)
-        return traces[key]
+    @cache
+    def trace(released: frozenset[tuple[int, int]]) -> Peak:
+        return _trace(model, inputs, settings, dict(released))
 
     return [_estimate(model, name, settings, per_name[name], trace) for name in optimizers]
 
@@ -81,53 +84,38 @@ def _estimate(
 ) -> Estimate:
     ranks, device = settings.fsdp, settings.device
     groups = optimizer_groups(model, name, optim_args) if is_ours(name) else []
-    released = _released(groups, name, optim_args, device)
+    release = optim_args.get("release", "matrices")
+    layerwise = [g for g in groups if is_layerwise(name) and is_released(g["algorithm"], release)]
+    released = _update_temporaries(layerwise, device)
     kept = [group for group in groups if not any(id(p) in released for p in group["params"])]
     if groups:
-        temporary = step_temporary(kept, device)
+        temporary = _step_temporary(kept, device)
     else:
         temporary = RULES[name].temporary(trained_parameters(model, ranks), device)
-    backward = trace(released)
+    backward = trace(frozenset(released.items()))
     gradients = tensor_bytes([p for p in model.parameters() if p.requires_grad and id(p) not in released], ranks)
     weights, state = weight_bytes_of_rank(model, ranks), optimizer_state_bytes(model, name, optim_args, ranks)
     gathered = _gathered(model) if ranks > 1 else 0
-    moment, at_peak = _fullest(weights, state, gathered, backward, {"gradients": gradients, "temporary": temporary})
+    always = {"weights": weights, "optimizer_state": state}
+    finished = backward.gradients_then
+    in_backward = {"gradients": finished, "activations": backward.total - finished, "gathered": gathered}
+    moments = {
+        "backward": {**always, **in_backward},
+        "step": {**always, "gradients": gradients, "temporary": temporary},
+    }
+    moment, at_peak = max(moments.items(), key=lambda moment: sum(moment[1].values()))
     return Estimate(
         optimizer=name,
         weights=weights,
         optimizer_state=state,
         gradients=max(gradients, backward.gradients) if released else gradients,
-        activations=trace({}).activations,
+        activations=trace(frozenset()).activations,
         temporary=max(temporary, *released.values(), 0),
         gathered=gathered,
         peak=sum(at_peak.values()),
         moment=moment,
         at_peak=at_peak,
     )
-
-
-def _fullest(
-    weights: int, state: int, gathered: int, backward: Peak, in_step: Mapping[str, int]
-) -> tuple[str, Mapping[str, int]]:
-    """Return the fuller of the two moments of a step, and what is held then."""
-    always = {"weights": weights, "optimizer_state": state}
-    in_backward = {
-        "gradients": backward.gradients_then,
-        "activations": backward.total - backward.gradients_then,
-        "gathered": gathered,
-    }
-    moments = {"backward": {**always, **in_backward}, "step": {**always, **in_step}}
-    return max(moments.items(), key=lambda moment: sum(moment[1].values()))
-
-
-def _released(
-    groups: Sequence[Mapping[str, Any]], name: str, optim_args: Mapping[str, Any], device: str
-) -> Mapping[int, int]:
-    """Return, for each parameter that is updated in backward, the bytes that its update needs, by identity."""
-    if not (groups and is_layerwise(name)):
-        return {}
-    release = optim_args.get("release", "matrices")
-    return update_temporaries([g for g in groups if is_released(g["algorithm"], release)], device)
 
 
 def _gathered(model: nn.Module) -> int:
@@ -140,3 +128,47 @@ def _gathered(model: nn.Module) -> int:
     largest = max(layers, key=tensor_bytes, default=[])
     gradients = tensor_bytes(p for p in [*largest, *outside] if p.requires_grad)
     return 2 * tensor_bytes(largest) + tensor_bytes(outside) + gradients
+
+
+def _step_temporary(groups: Sequence[Mapping[str, Any]], device: str) -> int:
+    """Predict the bytes that a step of `StatelessOptimizer` needs on top, by running it on tensors without memory."""
+    if not groups:
+        return 0
+    with FakeTensorMode(), LiveBytes() as live:
+        optimizer = StatelessOptimizer([{**g, "params": _fakes(g["params"], _place(g, device))} for g in groups])
+        optimizer.step()  # makes the state
+        before = live.now
+        live.restart()
+        optimizer.step()
+        return int(live.peak.total - before)
+
+
+def _place(group: Mapping[str, Any], device: str) -> str:
+    """Return where a group is run: the meta device stands for a GPU, but CPUs have the fused AdamW of GPUs."""
+    return "cpu" if device == "cpu" or group["algorithm"].startswith("adamw") else "meta"
+
+
+def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
+    """Return stand-ins with gradients for parameters: of each shape no more than are updated at once."""
+    counts: dict[Hashable, int] = {}
+    fakes = []
+    for p in params:
+        key = (p.shape, p.dtype)
+        counts[key] = counts.get(key, 0) + 1
+        if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * p.numel() * p.element_size() < BATCH_BYTES):
+            fakes.append(stand_in(p, device))
+            fakes[-1].grad = torch.empty_like(fakes[-1])
+    return fakes
+
+
+def _update_temporaries(groups: Sequence[Mapping[str, Any]], device: str) -> dict[int, int]:
+    """Predict for each parameter, by its identity, the bytes that its own update in backward needs."""
+    known: dict[Hashable, int] = {}
+    found = {}
+    for number, group in enumerate(groups):
+        for p in group["params"]:
+            key = (number, p.shape, p.dtype)
+            if key not in known:
+                known[key] = _step_temporary([{**group, "params": [p]}], device)
+            found[id(p)] = known[key]
+    return found

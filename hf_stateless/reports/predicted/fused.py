@@ -34,9 +34,6 @@ def fused_kernels(device: str) -> Iterator[None]:
 
     A mode for torch functions would not reach what activation checkpointing runs again in backward. Delete this when
     the meta device picks the fused kernels of real devices.
-
-    Args:
-        device: `cuda` or `cpu`, where the model would run.
     """
     makers = {"scaled_dot_product_attention": _attention, "grouped_mm": _grouped_product}  # torch 2.9 lacks the second
     originals = {name: getattr(F, name) for name in makers if hasattr(F, name)}

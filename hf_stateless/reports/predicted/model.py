@@ -25,11 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}
 
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
-    """Read the config of a model.
-
-    Args:
-        source: id on the Hub, folder with a `config.json`, or such a file.
-        trust_remote_code: let a model of the Hub run its own code.
+    """Read the config of a model: of an id on the Hub, a folder with a `config.json`, or such a file.
 
     Raises:
         ValueError: no such config.
@@ -48,21 +44,9 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
 def build_model(config: Any, settings: Settings) -> nn.Module:
     """Build the model of a config on the meta device, ready to be trained as the settings say.
 
-    Args:
-        config: from `load_config`, or any config of transformers.
-        settings: the run, of which dtype, checkpointing and the rank of LoRA are applied.
-
     Raises:
         ValueError: the config names no model class that can be built, LoRA without peft, or no checkpointing in this
             model.
-
-    Example:
-        >>> from transformers import LlamaConfig
-        >>> from hf_stateless.reports.predicted.model import build_model
-        >>> from hf_stateless.reports.predicted.table import Settings
-        >>> model = build_model(LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"]), Settings())
-        >>> model.device, model.dtype
-        (device(type='meta'), torch.bfloat16)
     """
     try:
         with torch.device("meta"), LiveBytes():  # lets a model read numbers from tensors without contents
@@ -110,15 +94,6 @@ def example_inputs(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
 
     Raises:
         ValueError: the model takes something else, or has no positions for so many tokens.
-
-    Example:
-        >>> from transformers import LlamaConfig
-        >>> from hf_stateless.reports.predicted.model import build_model, example_inputs
-        >>> from hf_stateless.reports.predicted.table import Settings
-        >>> settings = Settings(batch=2, seq=16)
-        >>> model = build_model(LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"]), settings)
-        >>> {name: tuple(t.shape) for name, t in example_inputs(model, settings).items()}
-        {'input_ids': (2, 16), 'labels': (2, 16)}
     """
     inner: Any = base_of(model)
     name, config = inner.main_input_name, inner.config
@@ -145,24 +120,10 @@ def max_positions(model: nn.Module) -> int | None:
 
 
 def weight_bytes_of_rank(model: nn.Module, ranks: int = 1) -> int:
-    """Count the bytes of the parameters and buffers of a model, tied ones once; of parameters the part of one rank.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.predicted.model import weight_bytes_of_rank
-        >>> weight_bytes_of_rank(torch.nn.Linear(2, 3))
-        36
-    """
+    """Count the bytes of the parameters and buffers of a model, tied ones once; of parameters the part of one rank."""
     return tensor_bytes((p.detach() for p in model.parameters()), ranks) + tensor_bytes(model.buffers())
 
 
 def tensor_bytes(tensors: Iterable[Tensor], ranks: int = 1) -> int:
-    """Sum the bytes of tensors, or of the parts of them that one rank holds.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.predicted.model import tensor_bytes
-        >>> tensor_bytes([torch.zeros(3, 2)], ranks=2)
-        16
-    """
+    """Sum the bytes of tensors, or of the parts of them that one rank holds."""
     return sum(torch.Size(shard(t.shape, ranks)).numel() * t.element_size() for t in tensors)

@@ -16,7 +16,6 @@ from ...trainer.optim_args import optimizer_names, parse_options
 from ...trainer.partition import partition_parameters
 
 
-Shape = tuple[int, ...]
 # bitsandbytes' defaults: smaller tensors keep float32 state; a maximum per block; a table of 256 float32 values.
 _BNB_SMALLEST, _BNB_BLOCK, _BNB_TABLE = 4096, 256, 1024
 # transformers' default rank of GaLore.
@@ -27,7 +26,7 @@ _GALORE_RANK = 128
 class Parameter:
     """What an optimizer's memory depends on: one trainable tensor, or the part of it that a rank holds."""
 
-    shape: Shape
+    shape: tuple[int, ...]
     dtype: torch.dtype
     role: str
     """One of `hf_stateless.trainer.partition.ROLES`."""
@@ -50,23 +49,13 @@ class Parameter:
         return self.numel * self.dtype.itemsize
 
 
-def shard(shape: Sequence[int], ranks: int) -> Shape:
-    """Return the shape of the largest part of a tensor that FSDP2 cuts along its first dimension.
-
-    Example:
-        >>> from hf_stateless.reports.predicted.state import shard
-        >>> shard((5, 3), 2)
-        (3, 3)
-    """
+def shard(shape: Sequence[int], ranks: int) -> tuple[int, ...]:
+    """Return the shape of the largest part of a tensor that FSDP2 cuts along its first dimension."""
     return (-(-shape[0] // ranks), *shape[1:]) if shape and ranks > 1 else tuple(shape)
 
 
 def _adamw_torch(p: Parameter, _: int) -> int:
     return 2 * p.nbytes + 4  # two moments in the parameter's dtype and a float32 step
-
-
-def _nothing(_: Parameter, __: int) -> int:
-    return 0
 
 
 def _bnb(moments: int, bits: int) -> Callable[[Parameter, int], int]:
@@ -113,17 +102,13 @@ def _galore_temporary(params: Sequence[Parameter], _: str) -> int:
     return max([_largest(2, params), *svd])
 
 
-def _no_temporary(_: Sequence[Parameter], __: str) -> int:
-    return 0
-
-
 @dataclass(frozen=True)
 class Rule:
     """What one optimizer of transformers takes."""
 
     state: Callable[[Parameter, int], int]
     """Bytes kept for a parameter; the second argument is the rank of low-rank methods."""
-    temporary: Callable[[Sequence[Parameter], str], int] = _no_temporary
+    temporary: Callable[[Sequence[Parameter], str], int] = lambda params, device: 0
     """Bytes that `step()` needs on top, from all parameters and the device (`cuda` or `cpu`)."""
     tables: int = 0
     """Code tables, 1 KiB each, that all 8-bit states share."""
@@ -138,19 +123,13 @@ RULES: dict[str, Rule] = {
     "lion_8bit": Rule(_bnb(1, 8), tables=1),
     "adafactor": Rule(_adafactor, _adafactor_temporary),
     "galore_adamw": Rule(_galore, _galore_temporary),
-    "sgd": Rule(_nothing),
+    "sgd": Rule(lambda p, rank: 0),
 }
 """The optimizers of transformers whose memory is known; ours come from their parameter groups."""
 
 
 def known_optimizers() -> tuple[str, ...]:
-    """Return every name whose memory can be predicted.
-
-    Example:
-        >>> from hf_stateless.reports.predicted.state import known_optimizers
-        >>> "sinkgd_layerwise" in known_optimizers(), "adamw_torch" in known_optimizers()
-        (True, True)
-    """
+    """Return every name whose memory can be predicted."""
     return (*optimizer_names(), *RULES)
 
 
@@ -159,11 +138,6 @@ def is_ours(name: str) -> bool:
 
     Raises:
         ValueError: an unknown name, with the known ones.
-
-    Example:
-        >>> from hf_stateless.reports.predicted.state import is_ours
-        >>> is_ours("swan"), is_ours("sgd")
-        (True, False)
     """
     if name not in known_optimizers():
         raise ValueError(f"Unknown optimizer {name!r}. Known: {', '.join(known_optimizers())}.")
@@ -171,36 +145,18 @@ def is_ours(name: str) -> bool:
 
 
 def optimizer_groups(model: nn.Module, name: str, optim_args: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the parameter groups that one of our optimizers would get for a model.
-
-    Args:
-        model: on any device, the meta device included.
-        name: one of our names.
-        optim_args: as for `optim_args` of the Trainer.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.predicted.state import optimizer_groups
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3))
-        >>> [group["algorithm"] for group in optimizer_groups(model, "sinkgd", {})]
-        ['multinorm', 'adamw']
-    """
+    """Return the parameter groups that one of our optimizers would get for a model."""
     # A LoRA factor keeps the same in a pair as alone, and has temporaries of about its size either way.
     options = replace(parse_options(name, optim_args), lora="separate")
     return parameter_groups(model, options, lr=1e-3)
 
 
 def trained_parameters(model: nn.Module, ranks: int = 1) -> list[Parameter]:
-    """Return the trainable parameters of a model with their roles; of each the part that one of the ranks holds.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.predicted.state import trained_parameters
-        >>> [p.role for p in trained_parameters(torch.nn.Sequential(torch.nn.Linear(2, 3)))]
-        ['matrix', 'rest']
-    """
-    entries = [(entry, entry.parameter) for entry in partition_parameters(model)]
-    return [Parameter(shard(p.shape, ranks), p.dtype, entry.role, entry.layout) for entry, p in entries]
+    """Return the trainable parameters of a model with their roles; of each the part that one of the ranks holds."""
+    return [
+        Parameter(shard(entry.parameter.shape, ranks), entry.parameter.dtype, entry.role, entry.layout)
+        for entry in partition_parameters(model)
+    ]
 
 
 def optimizer_state_bytes(
@@ -224,41 +180,24 @@ def optimizer_state_bytes(
         >>> optimizer_state_bytes(model, "sinkgd"), optimizer_state_bytes(model, "adamw_torch")
         (4, 1028)
     """
-    optim_args = dict(optim_args or {})
+    optim_args = optim_args or {}
     if is_ours(name):
         groups = optimizer_groups(model, name, optim_args)
         kept = [(OUR_RULES[group["algorithm"]], group, p) for group in groups for p in group["params"]]
         return sum(rule.state_bytes(shard(p.shape, ranks), p.dtype, group) for rule, group, p in kept)
     if unknown := set(optim_args) - ({"rank"} if name == "galore_adamw" else set()):
         raise ValueError(f"optim_args for optim={name!r}: {min(unknown)!r} does not change its memory; leave it out.")
-    return rule_bytes(name, trained_parameters(model, ranks), _rank(name, optim_args))
-
-
-def rule_bytes(name: str, params: Sequence[Parameter], rank: int = _GALORE_RANK) -> int:
-    """Predict the bytes of the state of an optimizer of transformers from its parameters alone.
-
-    Args:
-        name: a key of `RULES`.
-        params: what it trains.
-        rank: of low-rank methods.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.predicted.state import Parameter, rule_bytes
-        >>> rule_bytes("adamw_torch", [Parameter((8, 16), torch.bfloat16, "matrix")])
-        516
-    """
-    rule = RULES[name]
-    shared = rule.tables * _BNB_TABLE * any(p.numel >= _BNB_SMALLEST and p.role != "embedding" for p in params)
-    return sum(rule.state(p, rank) for p in params) + shared
-
-
-def _rank(name: str, optim_args: Mapping[str, Any]) -> int:
-    """Return the rank of low-rank optimizers."""
     try:
         rank = int(optim_args.get("rank", _GALORE_RANK))
     except (TypeError, ValueError):
         rank = 0
     if rank < 1:
         raise ValueError(f"optim_args for optim={name!r}: rank={optim_args['rank']!r} is no integer of at least 1.")
-    return rank
+    return rule_bytes(name, trained_parameters(model, ranks), rank)
+
+
+def rule_bytes(name: str, params: Sequence[Parameter], rank: int = _GALORE_RANK) -> int:
+    """Predict the bytes of the state of an optimizer of transformers from its parameters alone."""
+    rule = RULES[name]
+    shared = rule.tables * _BNB_TABLE * any(p.numel >= _BNB_SMALLEST and p.role != "embedding" for p in params)
+    return sum(rule.state(p, rank) for p in params) + shared

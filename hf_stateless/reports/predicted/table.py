@@ -1,13 +1,15 @@
-"""Estimates of training memory as a table and as JSON, and the GPUs they fit on."""
+"""Estimates of training memory as a table, as JSON and as a picture, and the GPUs they fit on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ...optimizer.options import LAYERWISE
 from ..command_line import aligned
+from ..figures import axes_unit, draw_bars, new_figure, save_plot
 from ..files import GIB
 from ..provenance import versions
 
@@ -31,13 +33,8 @@ GPUS: dict[float, str] = {
 USABLE_SHARE, CONTEXT_BYTES = 0.9, GIB
 
 ORIGINS = {
-    "weights": "counted",
-    "gradients": "counted",
-    "optimizer_state": "predicted",
-    "activations": "predicted",
-    "temporary": "predicted",
-    "gathered": "predicted",
-    "peak": "predicted",
+    **dict.fromkeys(("weights", "gradients"), "counted"),
+    **dict.fromkeys(("optimizer_state", "activations", "temporary", "gathered", "peak"), "predicted"),
 }
 """The columns of the table, and how each number came about: counted from the model's own tensors, or predicted."""
 
@@ -84,34 +81,19 @@ class Estimate:
 
 
 def fits(peak: int, gib: float) -> bool:
-    """Tell whether a peak in bytes fits a card, with 10 % of its memory and 1 GiB for the CUDA context kept free.
-
-    Example:
-        >>> from hf_stateless.reports.predicted.table import fits
-        >>> fits(20 << 30, 24), fits(21 << 30, 24)
-        (True, False)
-    """
+    """Tell whether a peak in bytes fits a card, with 10 % of its memory and 1 GiB for the CUDA context kept free."""
     return peak + CONTEXT_BYTES <= USABLE_SHARE * gib * GIB
 
 
 def as_json(
     facts: Mapping[str, Any], settings: Settings, estimates: Sequence[Estimate], gpus: Sequence[float]
 ) -> dict[str, Any]:
-    """Return estimates as plain values, all sizes in bytes.
-
-    Args:
-        facts: what is estimated: `model`, `model_class`, `parameters`, `trained_parameters`, `optim_args`, `notes`.
-        settings: the run.
-        estimates: one for each optimizer.
-        gpus: nominal memory of the cards to look at, in GiB.
-    """
+    """Return estimates and facts of their model as plain values: all sizes in bytes, those of cards in GiB."""
     rows = []
     for estimate in estimates:
-        row = asdict(estimate)
-        origins = dict(ORIGINS)
-        if estimate.optimizer.endswith(LAYERWISE):
-            origins["gradients"] = "predicted"
-        rows.append({**row, "origin": origins, "fits_gib": [gib for gib in gpus if fits(estimate.peak, gib)]})
+        layerwise = {"gradients": "predicted"} if estimate.optimizer.endswith(LAYERWISE) else {}
+        fitting = [gib for gib in gpus if fits(estimate.peak, gib)]
+        rows.append({**asdict(estimate), "origin": {**ORIGINS, **layerwise}, "fits_gib": fitting})
     return {
         "schema": "hf_stateless.memory_estimate",
         "version": SCHEMA_VERSION,
@@ -166,3 +148,35 @@ def _legend(report: Mapping[str, Any]) -> list[str]:
         "the CUDA context.",
         *report["notes"],
     ]
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Draw what is held at the peak as stacked bars, one for each optimizer, with the GPUs as lines."""
+    piles = {
+        row["optimizer"]: {part.replace("_", " "): size for part, size in row["at_peak"].items()}
+        for row in report["estimates"]
+    }
+    figure = new_figure(figsize=(9, 1.9 + 0.45 * len(piles)))
+    axes = figure.subplots()
+    draw_bars(axes, piles)
+    _capacity_lines(axes, report, [sum(parts.values()) for parts in piles.values()])
+    axes.set_xlabel(
+        f"{axes.get_xlabel()} held at the fullest moment of a step, predicted (dashed: what fits a GPU of that size)"
+    )
+    model, size, *run = headline(report)
+    axes.set_title(f"{model}, {size}\n{', '.join(run)}", fontsize=8, loc="left", pad=20)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    save_plot(figure, path)
+
+
+def _capacity_lines(axes: Any, report: Mapping[str, Any], peaks: Sequence[int]) -> None:
+    """Mark where those GPUs are full that have about as much as the bars take."""
+    width = axes.get_xlim()[1]
+    _, unit = axes_unit(max(peaks) / GIB)
+    drawn = 2 * width
+    for gpu in sorted(report["gpus"], key=lambda gpu: -gpu["gib"]):
+        limit = (USABLE_SHARE * gpu["gib"] * GIB - CONTEXT_BYTES) / unit
+        if min(peaks) / unit * 0.6 < limit < width and drawn - limit > 0.09 * width:  # or the labels would overlap
+            drawn = limit
+            axes.axvline(limit, color="0.4", linestyle="--", linewidth=1)
+            axes.text(limit, -0.62, f"{gpu['gib']:g} GiB GPU", ha="right", va="bottom", fontsize=7, color="0.3")

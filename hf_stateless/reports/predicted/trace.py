@@ -39,15 +39,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that were made inside it and are still alive: each once, views not at all.
 
     Works on tensors with and without contents; a number that is read from one without contents is 1.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.reports.predicted.trace import LiveBytes
-        >>> with LiveBytes() as live:
-        ...     x = torch.zeros(10)
-        ...     y = (x + 1).sum()
-        >>> live.now, live.peak.total
-        (44, 84)
     """
 
     def __init__(self) -> None:
@@ -74,8 +65,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count the storages of its results."""
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and _has_no_contents(args[0]):
-            return args[0].dtype == torch.bool or 1
+        if func is torch.ops.aten._local_scalar_dense.default:
+            number = args[0]
+            if number.device.type == "meta" or isinstance(number, FakeTensor):
+                return number.dtype == torch.bool or 1
         self._see((args, kwargs), made_here=False)
         out = func(*args, **kwargs)
         self._see(out, made_here=True)
@@ -110,31 +103,19 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
 
 
-def _has_no_contents(tensor: Tensor) -> bool:
-    return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
-
-
 def trace_training(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    outcomes: Mapping[int, tuple[int, int]] | None = None,
-    device: str = "cuda",
+    model: nn.Module, inputs: Mapping[str, Any], outcomes: Mapping[int, tuple[int, int]], device: str
 ) -> Peak:
-    """Predict what forward and backward hold on top of weights and inputs.
+    """Predict what forward and backward of a model on the meta device hold on top of weights and inputs.
 
-    Args:
-        model: on the meta device.
-        inputs: keyword arguments of its forward on the meta device, labels included.
-        outcomes: what becomes of the gradient of a parameter, by its identity, once it is complete: the bytes that
-            are kept in its place, and the bytes that are needed for a moment. A gradient without an outcome stays.
-        device: `cuda` or `cpu`, where the model would run.
+    `outcomes` tells what becomes of the gradient of a parameter, by its identity, once it is complete: the bytes that
+    are kept in its place, and the bytes that are needed for a moment. A gradient without an outcome stays.
     """
     live, kept = LiveBytes(), []
 
     def finish(p: Tensor) -> None:
         live.finish_gradient(p.grad)  # type: ignore[arg-type]
-        outcome = (outcomes or {}).get(id(p))
-        if outcome is not None:
+        if (outcome := outcomes.get(id(p))) is not None:
             stays, moment = (torch.empty(size, dtype=torch.uint8, device="meta") for size in outcome)
             live.finish_gradient(stays)
             kept.append(stays)
