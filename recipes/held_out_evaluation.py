@@ -73,7 +73,7 @@ def mean_and_error(values: list[float]) -> dict[str, float]:
 def write_evaluation(report: dict[str, Any], folder: str) -> str:
     """Write `evaluation.json` into a folder and return its path."""
     file = os.path.join(folder, FILE)
-    write_json(file, report, indent=1)
+    write_json(file, report)
     return file
 
 

@@ -175,7 +175,7 @@ def cached(row: str, lr: float, seed: int, args: argparse.Namespace) -> float:
     name = "_".join(str(value).replace(", ", "-") for value in configuration(row, lr, seed, args).values())
     file = args.runs / f"{name}.json"
     if not file.is_file():
-        write_json(file, run(row, lr, seed, args), indent=1)
+        write_json(file, run(row, lr, seed, args))
     loss = float(json.loads(file.read_text())["eval_loss"])
     print(f"{args.tuning} {row}: lr {lr:.2e} seed {seed}: held-out loss {loss:.4f}", flush=True)
     return loss

@@ -10,7 +10,7 @@ from hf_stateless.reports.provenance import versions as versions_of
 
 def write_results(file: Path, setup: object, **results: object) -> None:
     """Write what was found, with what has to stand beside the numbers."""
-    write_json(file, {"setup": setup, **results}, indent=1)
+    write_json(file, {"setup": setup, **results})
 
 
 def versions() -> dict[str, str]:
