@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..norms.presets import PRESETS
 from ..norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
 from ..update.width import WIDTH_RULES
 from .option_kinds import CHAIN, COUNT, FRACTION, NUMBER, SWITCH, WHOLE, Kind, choice
@@ -102,7 +103,9 @@ _ROWS = (
         None,
         NUMBER,
         "factor on the learning rate of what is updated without moments",
-        "of the preset, half of it with `momentum`; 0.2 for `lora=product` and beside the matrices",
+        ", ".join(f"{preset.lr_scale} (`{name}`)" for name, preset in PRESETS.items())
+        + "; that of `sinkgd` without a whitening; half with `momentum`; 0.2 for `lora=product` and beside the "
+        "matrices",
         groups={"multinorm": 0.4, "lora_product": 0.2},
     ),
     Option(
