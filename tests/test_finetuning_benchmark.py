@@ -3,10 +3,11 @@
 import argparse
 import json
 import math
+from statistics import mean
 
 import pytest
 import torch
-from documents import ROOT, page_with
+from documents import ROOT, page_with, section
 
 
 pytest.importorskip("trl")
@@ -89,5 +90,22 @@ def test_a_rate_counts_only_when_every_seed_was_run_with_it():
 
 @pytest.mark.parametrize("tuning", ["layers", "lora"])
 def test_the_tables_of_the_pages_are_the_results(tuning):
+    assert page_with(finetuning.table(of_the_results(), tuning))
+
+
+def of_the_results(tuning=None, row=None):
     records = json.loads(RESULTS.read_text())["records"]
-    assert page_with(finetuning.table(records, tuning))
+    return [r for r in records if tuning in (None, r["tuning"]) and row in (None, r["row"])]
+
+
+def test_the_losses_that_the_readme_tells_are_the_results():
+    ends = {
+        tuning: [
+            f"{mean(finetuning.best_of(of_the_results(tuning, row))[1]):.3f}" for row in ("swan", "sinkgd", "adamw")
+        ]
+        for tuning in ("layers", "lora")
+    }
+    swan, sinkgd, adamw = ends["layers"]
+    told = f"`swan` ended at {swan}, `sinkgd` at {sinkgd} and AdamW at {adamw}; "
+    told += "with LoRA at {}, {} and {}.".format(*ends["lora"])
+    assert told in section("README.md", "Is it as good as AdamW?")
