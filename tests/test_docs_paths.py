@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from documents import ROOT, blocks, guides, markdown_pages, read, tracked_files
+from documents import ROOT, blocks, guides, markdown_pages, read, section, tracked_files
 
 
 EXTENSIONS = ["py", "yaml", "yml", "md", "json", "jinja", "toml", "txt", "sh", "png", "cff"]
@@ -17,6 +17,7 @@ CODE_SPAN = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(rf"(?<![\w./:~$-])[\w.{{}},*-]+(?:/[\w.{{}},*-]+)+\.(?:{'|'.join(EXTENSIONS)})\b")
 FOLDER = re.compile(r"(?<![\w./:~$-])(?:recipes|hub_cards|tests|hf_stateless|\.ci)/[\w./{},*-]*")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+FOLDERS = sorted({name.split("/")[1] for name in tracked_files() if re.match("hf_stateless/.+/", name)})
 MACHINE = re.compile(r"(?<![\w.])/(?:home/\w+|Users/\w+|root|work|tmp/w)/")
 REGISTRY = re.compile(r"--(?:extra-)?index-url")
 
@@ -71,6 +72,24 @@ def test_paths_named_on_a_page_exist(page):
     code = " ".join(CODE_SPAN.findall(read(page)) + [block.code for block in blocks(page, "bash")])
     gone = sorted(form for path in paths_in(code) for form in missing(path, (ROOT / page).parent))
     assert gone == [], f"{page} names files that are not there"
+
+
+def listed_files(page):
+    """What the table below "Files" names in its first column, as often as it does."""
+    rows = re.findall(r"^\| (`[^|]*) \|", section(page, "Files"), re.MULTILINE)
+    return sorted(name for row in rows for name in CODE_SPAN.findall(row))
+
+
+def files_and_folders(folder):
+    """The Python files of a folder and the folders in it; what only gathers the others is no content of its own."""
+    below = [name.removeprefix(f"{folder}/") for name in tracked_files() if name.startswith(f"{folder}/")]
+    files = {name for name in below if "/" not in name and name.endswith(".py")}
+    return sorted(files - {"__init__.py"} | {f"{name.split('/')[0]}/" for name in below if "/" in name})
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_page_of_a_folder_lists_exactly_its_files(folder):
+    assert listed_files(f"hf_stateless/{folder}/README.md") == files_and_folders(f"hf_stateless/{folder}")
 
 
 LAUNCHES = [

@@ -3,10 +3,15 @@
 import argparse
 import json
 import math
+import re
+from statistics import mean
 
 import pytest
 import torch
-from documents import ROOT, page_with
+from documents import ROOT, page_with, section
+
+from hf_stateless import PRESETS
+from hf_stateless.trainer.optim_args import parse_options
 
 
 pytest.importorskip("trl")
@@ -89,5 +94,74 @@ def test_a_rate_counts_only_when_every_seed_was_run_with_it():
 
 @pytest.mark.parametrize("tuning", ["layers", "lora"])
 def test_the_tables_of_the_pages_are_the_results(tuning):
+    assert page_with(finetuning.table(of_the_results(), tuning))
+
+
+def of_the_results(tuning=None, row=None):
     records = json.loads(RESULTS.read_text())["records"]
-    assert page_with(finetuning.table(records, tuning))
+    return [r for r in records if tuning in (None, r["tuning"]) and row in (None, r["row"])]
+
+
+def written(rate):
+    """A learning rate as the pages write it: 0.0016 is 1.6e-3."""
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+def of_the_first_seed(row, tuning="lora"):
+    return {r["learning_rate"]: f"{r['eval_loss']:.3f}" for r in of_the_results(tuning, row) if r["seed"] == 0}
+
+
+def test_the_best_rates_on_the_page_are_those_of_the_sweeps_in_steps_of_the_default_scale():
+    swept = 0.2
+    assert all(f"lr_scale={swept}" in finetuning.ROWS[row][1] for row in ("sinkgd", "swan", "swan, product"))
+    scales = {"adamw": swept, **{name: PRESETS[name].lr_scale for name in ("sinkgd", "swan")}}
+    for title, tuning in {"SFT, weights of six layers": "layers", "SFT, LoRA of rank 8": "lora"}.items():
+        best = {row: finetuning.best_of(of_the_results(tuning, row))[0] * swept / scales[row] for row in scales}
+        assert page_with(f"| {title} | {' | '.join(map(written, best.values()))} |")
+    assert parse_options("swan", {"lora": "product"}).lr_scale_beside == swept
+    product = finetuning.best_of(of_the_results("lora", "swan, product"))[0]
+    assert page_with(f"| the same with `lora=product` | | not run | {written(product)} |")
+    level = finetuning.best_of(of_the_results("lora", "adamw"))[2]
+    assert abs(level[4e-3] - level[8e-3]) < 0.005
+
+
+def test_what_the_page_says_of_lora_is_the_first_seed_of_the_sweeps():
+    product, adamw = of_the_first_seed("swan, product"), of_the_first_seed("adamw")
+    rows = [
+        f"| {written(lr)} | {product.get(lr, 'not run')} | {adamw.get(lr, 'not run')} |"
+        for lr in sorted(product.keys() | adamw.keys())
+    ]
+    page = page_with("\n".join(rows))
+    separate = of_the_first_seed("swan")
+    assert max(separate) / min(separate) == max(product) / min(product) == 8
+    told = f"it ended between {min(separate.values())} and {max(separate.values())}, "
+    assert told + f"`product` between {min(product.values())} and {max(product.values())}." in section(page, "LoRA")
+
+
+def test_a_rate_that_one_seed_was_run_with_is_told_below_the_table_and_in_the_recipe():
+    told = section("recipes/README.md", "What to expect of fine-tuning")
+    for tuning in ("layers", "lora"):
+        for row in {r["row"] for r in of_the_results(tuning)}:
+            first = of_the_first_seed(row, tuning)
+            best, _, means = finetuning.best_of(of_the_results(tuning, row))
+            alone = [lr for lr in (best / 2, best * 2) if lr in first and lr not in means]
+            each = " and ".join(f"at {first[lr]} with {written(lr)}" for lr in alone)
+            assert not alone or f"`{row}` ended {each}, beside {first[best]} with {written(best)}." in told
+    recipe = re.sub(r"\n# *", " ", (ROOT / "recipes/smollm2-135m/sft-lora/swan.yaml").read_text())
+    rate = float(re.search(r"learning_rate: (\S+)", recipe)[1])
+    once, twice, fourfold = (of_the_first_seed("swan, product")[factor * rate] for factor in (1, 2, 4))
+    assert f"it ended at {once}; twice and four times this rate ended lower, at {twice} and {fourfold}." in recipe
+
+
+def test_the_losses_that_the_readme_tells_are_the_results():
+    ends = {
+        tuning: [
+            f"{mean(finetuning.best_of(of_the_results(tuning, row))[1]):.3f}" for row in ("swan", "sinkgd", "adamw")
+        ]
+        for tuning in ("layers", "lora")
+    }
+    swan, sinkgd, adamw = ends["layers"]
+    told = f"`swan` ended at {swan}, `sinkgd` at {sinkgd} and AdamW at {adamw}; "
+    told += "with LoRA at {}, {} and {}.".format(*ends["lora"])
+    assert told in section("README.md", "Is it as good as AdamW?")

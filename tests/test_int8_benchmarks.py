@@ -8,6 +8,7 @@ import finetuning
 import gpu_table
 import memory
 import pytest
+import test_memory_peak
 import torch
 import yaml
 from documents import ROOT, blocks, guides, page_with, read, section
@@ -134,6 +135,37 @@ def test_what_the_command_prints_for_7b_is_what_the_page_shows():
         parts = (found.weights, found.gradients, found.optimizer_state, found.activations, found.temporary, found.peak)
         told = [float(number) for number in re.findall(r"\d+\.\d\d", line)]
         assert told == pytest.approx([part / GIB for part in parts], rel=0.03, abs=0.02), line
+
+
+def test_what_accumulation_and_momentum_add_is_what_the_page_says():
+    settings = Settings(seq=gpu_table.SEQUENCE, checkpointing=True)
+    model = build_model(gpu_table.config_of("Llama-2-7B"), settings)
+    options = gpu_table.OPTIM_ARGS["swan_layerwise"]
+    (layerwise,) = estimate(model, ["swan_layerwise"], settings, options)
+    (averaged,) = estimate(model, ["swan_layerwise"], settings, {**options, "momentum": 0.9})
+    all_gradients = estimate(model, ["swan"], settings)[0].gradients
+    held = (all_gradients - layerwise.at_peak["gradients"]) / GIB
+    state = (averaged.optimizer_state - layerwise.optimizer_state) / GIB
+    told = section("README.md", "Does it fit?")
+    assert f"gradient accumulation needs about {held:.1f} GiB more" in told
+    assert f"`momentum=0.9` adds about {state:.1f} GiB of state" in told
+
+
+def test_what_the_page_says_is_tested_of_predicted_peaks_is_what_the_test_runs():
+    test = test_memory_peak.test_the_predicted_peak_is_within_a_tenth_of_the_resident_set
+    cases = {mark.args[0]: mark.args[1] for mark in test.pytestmark if mark.name == "parametrize"}
+    names = ", ".join(f"`{name}`" for name in cases["optim"])
+    smallest, *_, largest = (case.id for case in cases["sizes", "batch"])
+    told = f"| peak | the resident set | 10 % | {names}; {smallest} to {largest} parameters, no checkpointing |"
+    assert page_with(told)
+    assert "On CPU, tests hold predicted peaks to within 10 % of the resident set" in section("README.md", "Does it fit?")
+
+
+def test_the_column_of_adamw_is_the_optimizer_that_the_page_names():
+    told = section("README.md", "Does it fit?")
+    assert gpu_table.WAYS["AdamW, bf16"] == ("adamw_torch_fused", "bf16")
+    assert "AdamW is `adamw_torch_fused`." in told
+    assert "--optim swan_layerwise,adamw_torch_fused " in told
 
 
 def test_whitening_a_vocabulary_takes_more_memory_than_the_state_it_saves_as_the_page_says():

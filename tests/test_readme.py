@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_inputs
 from datasets import Dataset
-from documents import LIMIT, ROOT, blocks, commands, guides, markdown_pages, read, tables
+from documents import LIMIT, ROOT, blocks, commands, guides, markdown_pages, read, section, tables
 from push_worker import tiny_tokenizer
 
 import hf_stateless
@@ -95,6 +95,32 @@ def test_the_readme_has_the_two_lines_that_a_reader_and_ci_start_with():
     assert lines.count('pip install -e ".[test]" && pytest -n 2') == 1
     assert sum('pip install -e ".[test]" && ' in line for line in lines) == 1
     assert lines.count("pip install -e . && accelerate launch recipes/pretrain.py") == 1
+
+
+def test_the_readme_tells_what_the_package_requires():
+    wanted = read("pyproject.toml")
+    python = re.search(r'requires-python = ">=(.+)"', wanted)[1]
+    torch_, transformers_ = (re.search(rf'"{name}>=(.+)"', wanted)[1] for name in ("torch", "transformers"))
+    assert f"Python {python}, torch {torch_} and transformers {transformers_}, or newer" in read("README.md")
+
+
+def test_the_first_run_takes_as_long_as_the_readme_says():
+    recipe = read("recipes/llama-tiny/pretrain/sinkgd.yaml")
+    steps = int(re.search(r"^max_steps: (\d+)$", recipe, re.MULTILINE)[1])
+    seconds = float(re.search(r"([\d.]+) s a step", recipe)[1])
+    told = f"Its {steps} steps take about {steps * seconds / 60:.0f} minutes on two CPU cores (measured)"
+    assert told in section("README.md", "Install")
+
+
+def test_the_perplexities_of_the_smallest_recipe_are_those_of_its_table():
+    ends = {row[0]: row[4] for row in table("Recipe", "Steps of 4,096 tokens")}
+    default, lower = {}, {}
+    for title, perplexity in ends.items():
+        name = re.search(r"(\w+)\.yaml", title)[1]
+        (lower if "lr_scale=0.2" in title else default)[name] = perplexity
+    told = f"with `sinkgd` ends at perplexity {default['sinkgd']}, and at {lower['sinkgd']} with `lr_scale=0.2` "
+    told += f"(`swan`: {default['swan']} and {lower['swan']})"
+    assert told in section("README.md", "Which learning rate?")
 
 
 @cache
