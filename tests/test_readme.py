@@ -16,7 +16,7 @@ from push_worker import tiny_tokenizer
 import hf_stateless
 from hf_stateless import NORMS, PRESETS
 from hf_stateless.norms.whitening import WHITENINGS
-from hf_stateless.optimizer.options import OPTIONS, embeddings
+from hf_stateless.optimizer.options import OPTIONS, embeddings, option_table
 from hf_stateless.trainer.optim_args import optimizer_names, valid_keys
 from hf_stateless.update.width import WIDTH_RULES
 
@@ -205,6 +205,10 @@ def code(cell):
 def test_tables_list_exactly_what_the_package_has(first_header, names):
     for _, rows in tables(first_header):
         assert {name for row in rows for name in code(row[0])} == names
+
+
+def test_the_table_of_options_is_the_one_that_the_package_makes():
+    assert option_table() in read("hf_stateless/trainer/README.md")
 
 
 def test_the_options_people_change_are_options_with_the_defaults_of_the_whole_table():

@@ -170,7 +170,11 @@ _ROWS = (
         "`adam_epsilon` of the Trainer, `1e-8` without one",
     ),
     Option(
-        "stochastic_rounding", True, SWITCH, "round updates of bf16 weights stochastically", groups={EVERY_RULE: True}
+        "stochastic_rounding",
+        True,
+        SWITCH,
+        "round updates of bf16 weights stochastically; other dtypes are not affected",
+        groups={EVERY_RULE: True},
     ),
     Option(
         "seed",
@@ -194,7 +198,7 @@ _ROWS = (
         "min_signal",
         0.0,
         FRACTION,
-        "skip the matrices in steps whose gradient norm is below this fraction of that of informative steps",
+        "skip the matrices in a step whose gradient norm is below this fraction of the 90th percentile of the last 64",
         belongs_to=BelongsTo(release=False),
         groups={"multinorm": 0.0, "lora_product": 0.0},
     ),
@@ -227,7 +231,7 @@ _ROWS = (
         "release",
         None,
         choice(("matrices", "all")),
-        "what is updated in backward",
+        "what is updated in backward (`all` takes the AdamW part along)",
         "`matrices`",
         BelongsTo(release=True),
     ),
