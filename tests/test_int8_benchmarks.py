@@ -8,6 +8,7 @@ import finetuning
 import gpu_table
 import memory
 import pytest
+import test_memory_peak
 import torch
 import yaml
 from documents import ROOT, blocks, guides, page_with, read, section
@@ -148,6 +149,17 @@ def test_what_accumulation_and_momentum_add_is_what_the_page_says():
     told = section("README.md", "Does it fit?")
     assert f"gradient accumulation needs about {held:.1f} GiB more" in told
     assert f"`momentum=0.9` adds about {state:.1f} GiB of state" in told
+
+
+def test_what_the_page_says_is_tested_of_predicted_peaks_is_what_the_test_runs():
+    test = test_memory_peak.test_the_predicted_peak_is_within_a_tenth_of_the_resident_set
+    cases = {mark.args[0]: mark.args[1] for mark in test.pytestmark if mark.name == "parametrize"}
+    names = ", ".join(f"`{name}`" for name in cases["optim"])
+    smallest, *_, largest = (case.id for case in cases["sizes", "batch"])
+    told = f"| peak | the resident set | 10 % | {names}; {smallest} to {largest} parameters, no checkpointing |"
+    assert page_with(told)
+    short = "On CPU, tests hold predicted peaks to within 10 % of the resident set"
+    assert short in section("README.md", "Does it fit?")
 
 
 def test_the_column_of_adamw_is_the_optimizer_that_the_page_names():
