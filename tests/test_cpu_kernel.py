@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 from conftest import dense, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from updates import multinorm_update_
 
 from hf_stateless import StatelessOptimizer
@@ -278,3 +280,27 @@ def test_without_a_working_compiler_torch_does_the_work(how, caplog, monkeypatch
 
 
 NONSENSE = "import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write('nonsense')"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(256, 256), (300, 220), (17000, 4), (4, 17000), (1, 70000)])
+@given(exponent=st.floats(-45, 38), what=st.sampled_from(["dense", "rank 1", "zero rows", "zero columns", "spread"]))
+@settings(max_examples=25, deadline=None)
+def test_any_scale_gives_what_torch_gives(shape, dtype, exponent, what):
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if what == "rank 1":
+        grad = grad[:, :1] * grad[:1]
+    if what == "zero rows":
+        grad[::3] = 0
+    if what == "zero columns":
+        grad[:, ::3] = 0
+    if what == "spread":
+        grad = grad * 10.0 ** torch.linspace(-3, 3, shape[0], dtype=torch.float64).unsqueeze(1)
+    grad = (grad / grad.abs().amax() * 10.0**exponent).to(dtype)
+    weight = torch.zeros(shape)
+    (ours,), (finite,) = update([weight], [grad])
+    with pytest.MonkeyPatch.context() as patch:
+        (theirs,), (expected,) = twin(patch, [weight], [grad])
+    assert (finite, bool(ours.isfinite().all())) == (expected, True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().amax()))

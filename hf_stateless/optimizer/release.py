@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, is_initialized
 from torch import Tensor
 
 from ..ranks.averaging import Averaging, are_replicas
-from ..ranks.placement import is_sharded, total_norm
+from ..ranks.placement import is_sharded, total_norm, wide_norm
 from .rules import RULES
 
 
@@ -290,7 +290,7 @@ class Release:
 def _norm(grad: Tensor) -> Tensor:
     """Return the norm in float32; on CPU torch makes a copy of that dtype, so large matrices are taken in parts."""
     parts = torch.split(grad, max(1, _PART // grad.shape[1])) if grad.ndim == 2 and grad.numel() > _PART else (grad,)
-    norms: list[Tensor] = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    norms: list[Tensor] = [wide_norm(part).float() for part in parts]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
