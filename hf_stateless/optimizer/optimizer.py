@@ -100,9 +100,18 @@ class StatelessOptimizer(torch.optim.Optimizer):
         """Add a group after checking it and filling in the defaults of its algorithm.
 
         Raises:
-            ValueError: no or unknown `algorithm`, an unknown key, or a learning rate that is negative or not finite.
+            ValueError: no or unknown `algorithm`, an unknown key, a learning rate that is negative or not finite, or a
+                complex parameter for a rule that cannot update it.
         """
-        super().add_param_group(complete_group(param_group, self.defaults["lr"]))
+        group = complete_group(param_group, self.defaults["lr"])
+        super().add_param_group(group)
+        complex_one = next((p for p in group["params"] if p.is_complex()), None)
+        if complex_one is not None and not RULES[group["algorithm"]].takes_complex:
+            name = self._name_of(complex_one, self.param_groups.pop())
+            raise ValueError(
+                f"{name} is complex, and {group['algorithm']} is for real parameters: leave it out by "
+                "optim_target_modules, so that AdamW updates it, or freeze it."
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -134,6 +143,12 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
     def _without_bad_gradients(self, entries: list[Entry]) -> list[Entry]:
         """Leave out gradients that must not reach a moment: not finite, or under momentum of a matrix, zero."""
+        for entry in entries:
+            if entry.grad.layout != torch.strided:
+                raise ValueError(
+                    f"The gradient of {self.name_of(entry.index)} is sparse, and dense ones are expected: "
+                    "type sparse=False where the embedding is made."
+                )
         checked = [entry for entry in entries if RULES[entry.group["algorithm"]].has_moments(entry.group)]
         out = set()
         for entry, (finite, nonzero) in zip(checked, check_gradients([e.param for e in checked]), strict=True):
@@ -157,6 +172,12 @@ class StatelessOptimizer(torch.optim.Optimizer):
             self.held_steps += 1
             log_held(self.held_steps, signal)
         return kept
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, and what an unfinished backward has done of this step: the next one starts anew."""
+        super().zero_grad(set_to_none)
+        if self.release:
+            self.release.forget()
 
     def train(self) -> None:
         """Install the hooks of layer-wise updates on the parameters of now; called by the Trainer before each forward.

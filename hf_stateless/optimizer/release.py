@@ -136,7 +136,8 @@ class Release:
         """Hook the parameters that are in the groups now; FSDP2 puts others there after the optimizer was made."""
         _refuse_fp16()
         groups = self.optimizer.param_groups
-        params = list(enumerate((group["algorithm"], p) for group in groups for p in group["params"]))
+        every = enumerate((group["algorithm"], p) for group in groups for p in group["params"])
+        params = [(i, one) for i, one in every if one[1].requires_grad]  # others may be thawed before a later forward
         hooked = {i: p for i, (algorithm, p) in params if is_released(algorithm, self.released)}
         averages = are_replicas(hooked.values())
         if averages:  # what DDP was not told to leave alone is in its buckets, and updated in `step()`
@@ -167,7 +168,7 @@ class Release:
         """Take all hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._forget()
+        self.forget()
         self._handles, self._hooked, self._averaging = [], {}, None
 
     @contextlib.contextmanager
@@ -188,14 +189,15 @@ class Release:
     def finish(self) -> None:
         """Complete what backward left undone; called by `step()` before the rest is updated, on all ranks."""
         self._complete_step()
-        self._forget()
+        self.forget()
 
     def _complete_step(self) -> None:
         self._release_waiting()
         if self._averaging:
             self._averaging.close()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Begin a step anew, whatever backward has done of the last one."""
         self._done.clear()
         self._waiting.clear()
         self._norms.clear()

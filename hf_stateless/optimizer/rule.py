@@ -78,6 +78,8 @@ class Rule:
     """Whether gradients go into averages, which one that is not finite would spoil for good."""
     decays: bool = True
     """Whether the weight decay of the run reaches its groups."""
+    takes_complex: bool = False
+    """Whether it can update complex parameters; norms are of real matrices."""
     for_tables: bool = False
     """Whether `embeddings=` may name it for embeddings and heads."""
 

@@ -195,6 +195,8 @@ def check_gradients(params: Sequence[Tensor]) -> list[tuple[bool, bool]]:
 def _finite_and_zero(grad: Tensor) -> Tensor:
     if grad.numel() == 0:
         return torch.ones(2, dtype=torch.bool, device=grad.device)
+    if grad.is_complex():
+        grad = torch.view_as_real(grad)
     extremes = torch.stack(torch.aminmax(grad))
     return torch.stack([torch.isfinite(extremes).all(), (extremes == 0).all()])
 
