@@ -2,10 +2,14 @@
 
 import logging
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import dense, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from updates import multinorm_update_
 
 from hf_stateless import StatelessOptimizer
@@ -272,9 +276,86 @@ def test_without_a_working_compiler_torch_does_the_work(how, caplog, monkeypatch
         update([weight], [grad])
     told = messages(caplog)
     assert len(told) == (how != "no compiler")
-    assert all("could not compile cpu_sinkgd.c, so torch does its work: " in message for message in told)
+    assert all("Could not compile cpu_sinkgd.c, so torch does its work: " in message for message in told)
     assert how != "it fails" or told[0].endswith(": no disk")
     assert torch.equal(first, twin(monkeypatch, [weight], [grad])[0][0])
 
 
 NONSENSE = "import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write('nonsense')"
+
+
+HANGS = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path(__file__).with_name("child").write_text(str(child.pid))
+time.sleep(60)
+"""
+ANNOYING = {
+    "it writes what is no UTF-8": (
+        "import sys; sys.stderr.buffer.write(b'\\xff\\xfe no disk'); sys.exit(3)",
+        "no disk",
+    ),
+    "it is silent": ("import sys; sys.exit(3)", "exit status 3"),
+    "it is ended by a signal": ("import os; os.kill(os.getpid(), 11)", "exit status -11"),
+    "it hangs": (HANGS, "it took more than 2 s"),
+}
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended but was not asked for its status does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("how", [*ANNOYING, "a quote is open", "there is no place to write", "it cannot be started"])
+def test_a_compiler_never_ends_a_run(how, caplog, monkeypatch, tmp_path):
+    script, expected = ANNOYING.get(how, ("", ""))
+    (tmp_path / "cc.py").write_text(script)
+    monkeypatch.setenv("CC", f"{sys.executable} {tmp_path / 'cc.py'}")
+    monkeypatch.setattr(cpu_compiler, "_LIMIT", 2.0)
+    if how == "a quote is open":
+        monkeypatch.setenv("CC", 'cc "')
+    if how == "there is no place to write":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    if how == "it cannot be started":
+        (tmp_path / "cc").write_text("#!/no/such/interpreter")
+        (tmp_path / "cc").chmod(0o755)
+        monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    weight, grad = dense(32, 48), dense(32, 48, seed=1)
+    with caplog.at_level(logging.WARNING, logger="hf_stateless"):
+        (first,), _ = update([weight], [grad])
+        update([weight], [grad])
+    (told,) = messages(caplog)
+    assert told.startswith("Could not compile cpu_sinkgd.c, so torch does its work: ")
+    assert expected in told
+    assert "\n" not in told
+    assert torch.equal(first, twin(monkeypatch, [weight], [grad])[0][0])
+    if how == "it hangs":
+        assert not is_alive(int((tmp_path / "child").read_text()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(256, 256), (300, 220), (17000, 4), (4, 17000), (1, 70000)])
+@given(exponent=st.floats(-45, 38), what=st.sampled_from(["dense", "rank 1", "zero rows", "zero columns", "spread"]))
+@settings(max_examples=25, deadline=None)
+def test_any_scale_gives_what_torch_gives(shape, dtype, exponent, what):
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if what == "rank 1":
+        grad = grad[:, :1] * grad[:1]
+    if what == "zero rows":
+        grad[::3] = 0
+    if what == "zero columns":
+        grad[:, ::3] = 0
+    if what == "spread":
+        grad = grad * 10.0 ** torch.linspace(-3, 3, shape[0], dtype=torch.float64).unsqueeze(1)
+    grad = (grad / grad.abs().amax() * 10.0**exponent).to(dtype)
+    weight = torch.zeros(shape)
+    (ours,), (finite,) = update([weight], [grad])
+    with pytest.MonkeyPatch.context() as patch:
+        (theirs,), (expected,) = twin(patch, [weight], [grad])
+    assert (finite, bool(ours.isfinite().all())) == (expected, True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().amax()))

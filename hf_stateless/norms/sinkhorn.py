@@ -113,7 +113,8 @@ def sinkhorn_scalings(
     row_scale, row_sums = _squares_(grad, squares)
     transposed, column_sums = squares.mT, torch.ones_like(squares[..., 0, :])
     u, v = torch.ones_like(row_sums), column_sums
-    rows, columns = torch.tensor(float(m)), torch.tensor(float(n))  # `n / tensor` would be two operations
+    # As tensors, since `n / tensor` would be two operations.
+    rows, columns = (torch.tensor(float(size), dtype=torch.float32) for size in (m, n))
     for half_step in range(round(2 * num_iterations)):
         if half_step % 2 == 0:
             row_sums = (_matvec(squares, v) if half_step else row_sums).clamp_min(smallest_sum(n))

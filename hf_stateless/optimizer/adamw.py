@@ -255,7 +255,7 @@ _OPTIONS = {
     "betas": (OPTIONS["adamw_beta1"].default, OPTIONS["adamw_beta2"].default),
     "eps": OPTIONS["adamw_eps"].default,
 }
-ADAMW = Rule(_update, lambda param, group: adamw_state(param), _bytes, _OPTIONS, for_tables=True)
+ADAMW = Rule(_update, lambda param, group: adamw_state(param), _bytes, _OPTIONS, takes_complex=True, for_tables=True)
 ADAMW_8BIT = Rule(
     _update,
     lambda param, group: adamw_state(param, bits=8),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..ranks.placement import local_shard
 
 
 logger = logging.getLogger(__name__)
 
+_FROM_WEIGHTS = "the checkpoint is damaged; delete optimizer.pt (and scheduler.pt) to go on from its weights alone."
+_NEVER_NEGATIVE = ("step", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "momentum_scale", "recent_norms")
 # What a checkpoint decides when it is resumed; everything else in a group is an option of the run.
 _FROM_CHECKPOINT = ("params", "param_names", "lr", "initial_lr")
 
@@ -70,6 +76,44 @@ def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapp
             f"The checkpoint has the groups (algorithm, parameters) {sizes[0]}, this run has {sizes[1]}: use the "
             "same optim, embeddings and optim_target_modules, or delete optimizer.pt to go on from the weights."
         )
+
+
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], name: str) -> None:
+    """Refuse a state that is not of the shape of its parameter: an update would write past its end.
+
+    Args:
+        state: of one parameter; what `expected` does not name is not looked at.
+        expected: the shape of each tensor that its rule keeps.
+        name: of the parameter.
+
+    Raises:
+        ValueError: with the name, both shapes, and what to type.
+    """
+    for key, shape in expected.items():
+        got = tuple(state[key].shape) if isinstance(state.get(key), Tensor) else "nothing"
+        fits = got == tuple(shape) or (key == "step" and isinstance(got, tuple) and state[key].numel() == 1)
+        if not fits:
+            raise ValueError(
+                f"The state of {name} has {key} of shape {got}, expected {tuple(shape)}: after a change of shape, "
+                "such as resize_token_embeddings, make a new optimizer; a checkpoint goes on without its optimizer.pt."
+            )
+
+
+def check_values(state: Mapping[str, Tensor], name: str) -> None:
+    """Refuse a saved state with values that would make a weight NaN: not finite, or negative where none can be.
+
+    Raises:
+        ValueError: with the name of the parameter and of the tensor.
+    """
+    for key, saved in state.items():
+        tensor = local_shard(saved)
+        if not tensor.numel() or not tensor.is_floating_point():
+            continue
+        least, most = (float(extreme) for extreme in torch.aminmax(tensor))
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise ValueError(f"The saved {key} of {name} is not finite: {_FROM_WEIGHTS}")
+        if least < 0 and key in _NEVER_NEGATIVE:
+            raise ValueError(f"The saved {key} of {name} is negative ({least:.3g}): {_FROM_WEIGHTS}")
 
 
 def _kept(algorithm: str) -> str:

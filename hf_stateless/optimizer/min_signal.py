@@ -28,7 +28,7 @@ def new_history(param: Tensor) -> Tensor:
     A tensor among the optimizer's state, since of a FULL checkpoint FSDP2 gives the plain values of a group to the
     first rank only.
     """
-    return torch.zeros(_WINDOW, device=param.device)
+    return torch.zeros(_WINDOW, dtype=torch.float32, device=param.device)
 
 
 def measure_signal(grads: Sequence[Tensor], history: Tensor) -> float:

@@ -15,11 +15,11 @@ from ..update.batches import alike
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
 from ..weights.noise import TensorCache
-from .checkpoint import apply_options, check_same_groups, options_of, with_saved_dtypes
+from .checkpoint import apply_options, check_same_groups, check_state, check_values, options_of, with_saved_dtypes
 from .min_signal import guarded, log_held, measure_signal, new_history, refuse_release, strong
 from .momentum import fit_momentum_, has_momentum
 from .release import RELEASES, Release, unhook
-from .rule import Entry
+from .rule import Entry, state_shapes
 from .rules import RULES, complete_group
 from .unread_flags import UnreadFlags
 
@@ -90,6 +90,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
     def _make_tools(self) -> None:
         """Make what is shared by steps and never saved."""
         self.cache, self.workspace, self._unread = TensorCache(), Workspace(), UnreadFlags()
+        self._checked: set[tuple[Any, ...]] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -99,9 +100,18 @@ class StatelessOptimizer(torch.optim.Optimizer):
         """Add a group after checking it and filling in the defaults of its algorithm.
 
         Raises:
-            ValueError: no or unknown `algorithm`, an unknown key, or a learning rate that is negative or not finite.
+            ValueError: no or unknown `algorithm`, an unknown key, a learning rate that is negative or not finite, or a
+                complex parameter for a rule that cannot update it.
         """
-        super().add_param_group(complete_group(param_group, self.defaults["lr"]))
+        group = complete_group(param_group, self.defaults["lr"])
+        super().add_param_group(group)
+        complex_one = next((p for p in group["params"] if p.is_complex()), None)
+        if complex_one is not None and not RULES[group["algorithm"]].takes_complex:
+            name = self._name_of(complex_one, self.param_groups.pop())
+            raise ValueError(
+                f"{name} is complex, and {group['algorithm']} is for real parameters: leave it out by "
+                "optim_target_modules, so that AdamW updates it, or freeze it."
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -133,6 +143,12 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
     def _without_bad_gradients(self, entries: list[Entry]) -> list[Entry]:
         """Leave out gradients that must not reach a moment: not finite, or under momentum of a matrix, zero."""
+        for entry in entries:
+            if entry.grad.layout != torch.strided:
+                raise ValueError(
+                    f"The gradient of {self.name_of(entry.index)} is sparse, and dense ones are expected: "
+                    "type sparse=False where the embedding is made."
+                )
         checked = [entry for entry in entries if RULES[entry.group["algorithm"]].has_moments(entry.group)]
         out = set()
         for entry, (finite, nonzero) in zip(checked, check_gradients([e.param for e in checked]), strict=True):
@@ -156,6 +172,12 @@ class StatelessOptimizer(torch.optim.Optimizer):
             self.held_steps += 1
             log_held(self.held_steps, signal)
         return kept
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, and what an unfinished backward has done of this step: the next one starts anew."""
+        super().zero_grad(set_to_none)
+        if self.release:
+            self.release.forget()
 
     def train(self) -> None:
         """Install the hooks of layer-wise updates on the parameters of now; called by the Trainer before each forward.
@@ -218,8 +240,13 @@ class StatelessOptimizer(torch.optim.Optimizer):
             index: position, counted over all groups.
         """
         group, p = self._locate(index)
+        return self._name_of(p, group)
+
+    def _name_of(self, p: Tensor, group: Mapping[str, Any]) -> str:
         position = next(i for i, other in enumerate(group["params"]) if other is p)
-        return str(group["param_names"][position]) if "param_names" in group else f"parameter {index}"
+        if "param_names" in group:
+            return str(group["param_names"][position])
+        return f"parameter {next(index for index, other, _ in self._located() if other is p)}"
 
     def count(self, entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> None:
         """Count the step of each parameter whose gradient was finite, and warn of the others.
@@ -259,7 +286,17 @@ class StatelessOptimizer(torch.optim.Optimizer):
         if "step" not in state or (has_momentum(group) and "momentum_buffer" not in state):
             made = RULES[group["algorithm"]].state(p, group)
             state.update({name: tensor for name, tensor in made.items() if name not in state})
+        self._check_shapes(state, p, group)
         return state
+
+    def _check_shapes(self, state: Mapping[str, Tensor], p: Tensor, group: Mapping[str, Any]) -> None:
+        """Refuse a state of another shape than its parameter's, before anything is written; equal cases are known."""
+        shapes = tuple((name, tensor.shape) for name, tensor in state.items() if name != "recent_norms")
+        case = (group["algorithm"], has_momentum(group), p.shape, shapes)
+        if case not in self._checked:
+            expected = state_shapes(RULES[group["algorithm"]], p, group)
+            check_state(state, expected, self._name_of(p, group))
+            self._checked.add(case)
 
     def _warn_skipped(self, index: int) -> None:
         logger.warning(
@@ -276,9 +313,11 @@ class StatelessOptimizer(torch.optim.Optimizer):
         warning. The learning rate is the scheduler's and comes from the checkpoint.
 
         Raises:
-            ValueError: the state was written by another optimizer, or for other groups of parameters.
+            ValueError: the state was written by another optimizer, for other groups or shapes of parameters, or has
+                values that would make a weight NaN. Nothing is loaded then.
         """
         check_same_groups(state_dict["param_groups"], self.param_groups)
+        self._check_saved(state_dict)
         options = options_of(self.param_groups)
         super().load_state_dict(state_dict)
         apply_options(self.param_groups, options)
@@ -287,3 +326,13 @@ class StatelessOptimizer(torch.optim.Optimizer):
                 if i in state_dict["state"]:
                     self.state[p].update(with_saved_dtypes(state_dict["state"][i], p))
                     fit_momentum_(self.state[p], p, group)
+
+    def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse a saved state that does not fit, before any of it is loaded."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            rule = RULES[group["algorithm"]]
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                state, name = state_dict["state"].get(i, {}), self._name_of(p, group)
+                expected = {key: shape for key, shape in state_shapes(rule, p, group).items() if key in state}
+                check_state(state, expected, name)
+                check_values(state, name)

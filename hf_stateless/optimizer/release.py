@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, is_initialized
 from torch import Tensor
 
 from ..ranks.averaging import Averaging, are_replicas
-from ..ranks.placement import is_sharded, total_norm
+from ..ranks.placement import is_sharded, total_norm, wide_norm
 from .rules import RULES
 
 
@@ -136,7 +136,8 @@ class Release:
         """Hook the parameters that are in the groups now; FSDP2 puts others there after the optimizer was made."""
         _refuse_fp16()
         groups = self.optimizer.param_groups
-        params = list(enumerate((group["algorithm"], p) for group in groups for p in group["params"]))
+        every = enumerate((group["algorithm"], p) for group in groups for p in group["params"])
+        params = [(i, one) for i, one in every if one[1].requires_grad]  # others may be thawed before a later forward
         hooked = {i: p for i, (algorithm, p) in params if is_released(algorithm, self.released)}
         averages = are_replicas(hooked.values())
         if averages:  # what DDP was not told to leave alone is in its buckets, and updated in `step()`
@@ -167,7 +168,7 @@ class Release:
         """Take all hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._forget()
+        self.forget()
         self._handles, self._hooked, self._averaging = [], {}, None
 
     @contextlib.contextmanager
@@ -188,14 +189,15 @@ class Release:
     def finish(self) -> None:
         """Complete what backward left undone; called by `step()` before the rest is updated, on all ranks."""
         self._complete_step()
-        self._forget()
+        self.forget()
 
     def _complete_step(self) -> None:
         self._release_waiting()
         if self._averaging:
             self._averaging.close()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Begin a step anew, whatever backward has done of the last one."""
         self._done.clear()
         self._waiting.clear()
         self._norms.clear()
@@ -290,7 +292,7 @@ class Release:
 def _norm(grad: Tensor) -> Tensor:
     """Return the norm in float32; on CPU torch makes a copy of that dtype, so large matrices are taken in parts."""
     parts = torch.split(grad, max(1, _PART // grad.shape[1])) if grad.ndim == 2 and grad.numel() > _PART else (grad,)
-    norms: list[Tensor] = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    norms: list[Tensor] = [wide_norm(part).float() for part in parts]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 

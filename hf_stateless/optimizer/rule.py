@@ -78,8 +78,16 @@ class Rule:
     """Whether gradients go into averages, which one that is not finite would spoil for good."""
     decays: bool = True
     """Whether the weight decay of the run reaches its groups."""
+    takes_complex: bool = False
+    """Whether it can update complex parameters; norms are of real matrices."""
     for_tables: bool = False
     """Whether `embeddings=` may name it for embeddings and heads."""
+
+
+def state_shapes(rule: Rule, param: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor that a rule keeps for a whole parameter, without making it."""
+    like = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    return {name: tuple(tensor.shape) for name, tensor in rule.state(like, group).items()}
 
 
 def keys_of(entries: Sequence[Entry], cache: TensorCache) -> list[RoundingKey | None]:
@@ -105,5 +113,8 @@ def _keys(entries: Sequence[Entry], cache: TensorCache) -> list[RoundingKey]:
 
 
 def counter(param: Tensor) -> Tensor:
-    """Return the counter of a matrix: without any state FSDP2 could not save it."""
-    return torch.zeros(1, device=param.device)
+    """Return the counter of a matrix: without any state FSDP2 could not save it.
+
+    In float32 whatever torch's default is: bfloat16 would stop counting at 256.
+    """
+    return torch.zeros(1, dtype=torch.float32, device=param.device)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .placement import Split
+from .placement import Split, wide_norm
 
 
 def assign_owners(costs: Sequence[int], load: list[int]) -> list[int]:
@@ -120,7 +120,7 @@ def same_on_replicas(grads: Sequence[Tensor], group: dist.ProcessGroup) -> bool:
 
     Gradients that differ, say of local SGD between two synchronisations, must not be mixed.
     """
-    norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
+    norms = torch.stack([wide_norm(grad) for grad in grads])
     norms = norms.nan_to_num(-1.0, -1.0)  # what is not finite on one rank is so on all
     extremes = torch.cat([norms, -norms])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)

@@ -131,6 +131,12 @@ def shard_number(param: Tensor) -> int:
     return number
 
 
+def wide_norm(tensor: Tensor) -> Tensor:
+    """Return the norm of a tensor in at least float32, in which half precision is summed."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm
+
+
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
     """Return the norm of some gradients together, in float32; a collective for each way in which DTensors are cut.
 
@@ -142,8 +148,8 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     """
     squares = []
     for of_cut in alike(grads, lambda g: (g.device_mesh, g.placements) if isinstance(g, DTensor) else g.device):
-        norms = [torch.linalg.vector_norm(_summable(g).detach(), dtype=torch.float32) for g in of_cut]
-        squares.append(_sum_over_ranks(torch.stack(norms).double().square().sum(), of_cut[0]))
+        norms = [wide_norm(_summable(g).detach()).double() for g in of_cut]
+        squares.append(_sum_over_ranks(torch.stack(norms).square().sum(), of_cut[0]))
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt().float()
 
 
@@ -189,6 +195,8 @@ def check_gradients(params: Sequence[Tensor]) -> list[tuple[bool, bool]]:
 def _finite_and_zero(grad: Tensor) -> Tensor:
     if grad.numel() == 0:
         return torch.ones(2, dtype=torch.bool, device=grad.device)
+    if grad.is_complex():
+        grad = torch.view_as_real(grad)
     extremes = torch.stack(torch.aminmax(grad))
     return torch.stack([torch.isfinite(extremes).all(), (extremes == 0).all()])
 

@@ -21,7 +21,7 @@ from ..update.write import Workspace
 from .alone import Alone
 from .matrix_update import MatrixUpdate
 from .owners import Exchange, assign_owners, same_on_replicas, shared_updates, whitening_cost
-from .placement import Split, whole_matrix
+from .placement import Split, whole_matrix, wide_norm
 from .sinkhorn import ShardedMatrices, iterate, keep_squares
 
 
@@ -108,7 +108,7 @@ class Local:
         for of_class in alike(updates, lambda update: update.shape_class):
             split = _split(of_class[0])
             parts = [update.normalized(update.part) if update.part.numel() else update.part for update in of_class]
-            sizes = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts])
+            sizes = torch.stack([wide_norm(part) for part in parts])
             sizes = sizes.to(split.device)
             dist.all_reduce(sizes, group=split.group)
             for update, part, size in zip(of_class, parts, sizes.tolist(), strict=True):

@@ -127,6 +127,6 @@ def write_rounded_(
         return
     rounded = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
     scratch = scratch if scratch is not None and scratch.is_contiguous() else None
-    stochastic_round_(rounded, exact.contiguous(), key, scratch=scratch, first_row=first_row)
+    stochastic_round_(rounded, exact.float().contiguous(), key, scratch=scratch, first_row=first_row)
     if rounded is not target:
         target.copy_(rounded)

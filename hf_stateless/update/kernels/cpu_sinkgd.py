@@ -23,6 +23,8 @@ _SMALLEST = 1 << 16
 # Squares of larger matrices leave the cache, so they are computed anew: no float32 copy of an embedding is ever whole.
 _KEPT = 1 << 22
 _ROWS = 4
+# Beyond it a factor of a row would leave float32: such gradients, below 1e-30, are left to torch.
+_LARGEST_SCALE = 2.0**100
 # A thread of the kernel does the work of so many threads of torch.
 _WORTH_THREADS = 2
 
@@ -105,7 +107,8 @@ def sinkgd_steps_(
     update = partial(_step_, step_size=step_size, decay=decay, num_iterations=num_iterations)
     threads = min(torch.get_num_threads(), len(weights))
     m, n = weights[0].shape
-    scratch = [torch.empty(_squares(m, n) + 2 * m + 5 * n) for _ in range(threads)]
+    numbers = _squares(m, n) + 2 * m + 5 * n
+    scratch = [torch.empty(numbers, dtype=torch.float32) for _ in range(threads)]
     parts = [range(thread, len(weights), threads) for thread in range(threads)]
     updated: list[bool | None] = [None] * len(weights)
 
@@ -136,6 +139,8 @@ def _step_(
     rounded = key is not None and weight.dtype == torch.bfloat16
     vectors = scratch.data_ptr() + 4 * _squares(m, n)
     scale = float(power_of_two_inverse(grad[0].abs().amax().float()))  # that of the twin
+    if scale > _LARGEST_SCALE:
+        return False
     kernel = _kernel()
     assert kernel is not None
     left_alone = kernel(
