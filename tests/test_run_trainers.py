@@ -51,7 +51,10 @@ TWO_PROCESSES = ["accelerate.commands.launch", "--multi_gpu", "--num_processes",
 )
 def test_two_processes_train_under_a_launcher(tmp_path, python, launcher):
     write(tmp_path, {"script.py": TRAIN})
-    done = python(*launcher, "script.py", *TRAIN_FLAGS.split(), CUDA_VISIBLE_DEVICES="")
+    for _ in range(3):  # a thread of gloo, still alive at exit, now and then aborts a process that has done its work
+        done = python(*launcher, "script.py", *TRAIN_FLAGS.split(), CUDA_VISIBLE_DEVICES="")
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert found == [[2, "StatelessOptimizer", 2, True]] * 2
