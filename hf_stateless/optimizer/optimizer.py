@@ -230,7 +230,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
             index: position, counted over all groups.
             in_backward: it is updated in backward, where replicas cannot share the work.
         """
-        group, p = self._locate(index)
+        group, position = self._locate(index)
+        p = group["params"][position]
         return Entry(index, p, group, self._state(p, group), in_backward)
 
     def name_of(self, index: int) -> str:
@@ -239,8 +240,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
         Args:
             index: position, counted over all groups.
         """
-        group, p = self._locate(index)
-        return self._name_of(p, group)
+        group, position = self._locate(index)
+        return str(group["param_names"][position]) if "param_names" in group else f"parameter {index}"
 
     def _name_of(self, p: Tensor, group: Mapping[str, Any]) -> str:
         position = next(i for i, other in enumerate(group["params"]) if other is p)
@@ -273,10 +274,11 @@ class StatelessOptimizer(torch.optim.Optimizer):
         every = ((p, group) for group in self.param_groups for p in group["params"])
         yield from ((index, p, group) for index, (p, group) in enumerate(every))
 
-    def _locate(self, index: int) -> tuple[dict[str, Any], Tensor]:
+    def _locate(self, index: int) -> tuple[dict[str, Any], int]:
+        """Return the group of a parameter, and its position there."""
         for group in self.param_groups:
             if index < len(group["params"]):
-                return group, group["params"][index]
+                return group, index
             index -= len(group["params"])
         raise IndexError(f"There is no parameter {index}.")
 
@@ -329,10 +331,12 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
     def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse a saved state that does not fit, before any of it is loaded."""
+        index = 0
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             rule = RULES[group["algorithm"]]
             for i, p in zip(saved["params"], group["params"], strict=True):
-                state, name = state_dict["state"].get(i, {}), self._name_of(p, group)
+                state, name = state_dict["state"].get(i, {}), self.name_of(index)
+                index += 1
                 expected = {key: shape for key, shape in state_shapes(rule, p, group).items() if key in state}
                 check_state(state, expected, name)
                 check_values(state, name)

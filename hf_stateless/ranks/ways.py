@@ -46,10 +46,9 @@ def apply_(updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         updates: in the same order on all ranks; `finite` is set.
         workspace: buffers shared with other calls of the same step.
     """
-    left = list(updates)
+    chosen = [next(way for way in WAYS if way.takes(update)) for update in updates]
     for way in WAYS:
-        mine = [update for update in left if way.takes(update)]
-        left = [update for update in left if not way.takes(update)]
+        mine = [update for update, its_way in zip(updates, chosen, strict=True) if its_way is way]
         if mine:
             way.run(mine, workspace)
 
