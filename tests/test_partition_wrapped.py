@@ -121,7 +121,9 @@ def test_adapters_are_matrices_of_their_own_and_the_base_is_left_out(make_model,
     for part, role in expected.items():
         assert {e.role for e in entries if part in e.name} == {role}, part
     assert all(any(part in e.name for part in expected) for e in entries)
-    assert {e.name for e in entries if e.layout != "out_in"} == {e.name for e in entries if "embedding_A" in e.name}
+    assert {e.name for e in entries if e.layout == "in_out"} == {e.name for e in entries if "embedding_A" in e.name}
+    divided = {e.name: e.layout for e in entries if e.layout not in ("out_in", "in_out")}
+    assert divided == {e.name: f"out_in{'*' if 'lora_A' in e.name else '/'}4" for e in entries if "experts" in e.name}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -50,6 +50,7 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
     for group, current in zip(groups, options, strict=True):
         changed |= {key: (group.get(key), value) for key, value in current.items() if group.get(key) != value}
         group.update(current)
+    changed.pop("layouts", None)  # how factors of experts are divided: no option, and older checkpoints lack it
     for key, (saved, value) in changed.items():
         logger.warning("The checkpoint was written with %s=%r; this run goes on with %r.", key, saved, value)
 

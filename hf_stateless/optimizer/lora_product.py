@@ -19,9 +19,10 @@ from torch import Tensor
 from ..norms.chain import Chain, multi_normalize
 from ..norms.projections import power_of_two_inverse
 from ..norms.whitening import eigh
+from ..ranks.matrix_update import decay_of
 from ..ranks.placement import local_shard, part_of, whole_matrix
 from ..update.batches import BATCH_BYTES, alike, bounded
-from ..update.layout import LAYOUTS
+from ..update.layout import LAYOUTS, Layout
 from ..update.write import is_usable, write_update_
 from ..weights.noise import RoundingKey
 from .rule import Entry, Host, Rule, counter, keys_of
@@ -35,16 +36,18 @@ _STIFFNESS = 3.0
 
 @dataclass
 class Pair:
-    """The factors of one adapter of one layer, with what their updates need."""
+    """The factors of one adapter of one layer, or of a stack of experts, with what their updates need."""
 
     factors: tuple[Tensor, Tensor]
     """A and B as PEFT stores them."""
     keys: Sequence[RoundingKey | None] = (None, None)
     """Their rounding keys, of those that are bf16."""
+    layouts: tuple[Layout, Layout] = (LAYOUTS["out_in"], LAYOUTS["out_in"])
+    """How they lie: of experts as many matrices in A as in B, each of which makes a product with one of the other."""
 
     def shape_class(self) -> tuple[Any, ...]:
         """What pairs have to share to be computed as one batch."""
-        return tuple((p.shape, p.dtype, p.device) for p in self.factors)
+        return self.layouts, *((p.shape, p.dtype, p.device) for p in self.factors)
 
     def nbytes(self) -> int:
         """Return the size of both factors."""
@@ -58,7 +61,8 @@ def _update(entries: list[Entry], host: Host) -> None:
         firsts = dict.fromkeys(entry.index - position[id(entry.param)] % 2 for entry in same)
         pairs = [(host.entry(first), host.entry(first + 1)) for first in firsts]
         verdicts = update_pairs_(
-            [Pair((a.param, b.param), keys_of((a, b), host.cache)) for a, b in pairs], same[0].group
+            [Pair((a.param, b.param), keys_of((a, b), host.cache), (a.layout, b.layout)) for a, b in pairs],
+            same[0].group,
         )
         for pair, finite in zip(pairs, verdicts, strict=True):
             host.count(pair, (finite, finite))
@@ -70,8 +74,8 @@ def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]
     A <- (1 - lr weight_decay) A - D_A, B <- (1 - lr weight_decay) B - D_B with size = lr lr_scale sqrt(m n / r). Each
     of D_A and D_B then changes s B A by a matrix whose entries have root mean square lr lr_scale (D_A: at most), like
     the update of a whole matrix: whatever the shape, r and s are, and however large A and B. A factor whose gradient
-    is zero is left unchanged, decay included, and both are if one gradient is not finite. Sharded factors are
-    gathered: they are small. State kept: none.
+    is zero is left unchanged, decay included, also that of one expert, and both are if one gradient is not finite.
+    Sharded factors are gathered: they are small. State kept: none.
 
     Args:
         pairs: factors with their gradients; under FSDP2 all ranks have to call this with the same ones.
@@ -102,31 +106,44 @@ def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]
 
 
 def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]:
-    layout = group["layout"]
-    a, b = _stacked([tuple(whole_matrix(p) for p in pair.factors) for pair in batch], layout)
-    grads = _stacked([tuple(_whole_gradient(p) for p in pair.factors) for pair in batch], layout)
+    layouts = batch[0].layouts
+    a, b = _stacked([tuple(whole_matrix(p) for p in pair.factors) for pair in batch], layouts)
+    grads = _stacked([tuple(_whole_gradient(p) for p in pair.factors) for pair in batch], layouts)
     (rank, columns), rows = a.shape[-2:], b.shape[-2]
     size = group["lr"] * group["lr_scale"] * math.sqrt(rows * columns / rank)
     options = {name: group[name] for name in ("scaling", "norms", "num_iterations")}
     steps = product_steps(a, b, *grads, size=size, **options)
-    steps = (steps[1].mT, steps[0].mT) if LAYOUTS[layout].turned else steps
-    norms = torch.stack([torch.linalg.vector_norm(step.flatten(1), dim=1) for step in steps], dim=1).tolist()
-    finite = [sum(of_pair) < math.inf for of_pair in norms]
+    steps = (steps[1].mT, steps[0].mT) if _of_embedding(layouts) else steps
+    blocks = layouts[0].blocks
+    # For each pair, of each factor the norms of the blocks that it is made of.
+    norms = torch.stack([torch.linalg.vector_norm(step.reshape(len(batch), blocks, -1), dim=2) for step in steps], 1)
+    finite = [bool(norm < math.inf) for norm in norms.sum((1, 2)).tolist()]
     decay = 1 - group["lr"] * group["weight_decay"]
     for i in (i for i, good in enumerate(finite) if good):
-        for p, key, step, norm in zip(batch[i].factors, batch[i].keys, steps, norms[i], strict=True):
-            if is_usable(norm):
-                write_update_(local_shard(p), part_of(step[i].reshape(p.shape), p), 1.0, decay, key)
+        of_factors = zip(batch[i].factors, batch[i].keys, layouts, steps, norms[i].tolist(), strict=True)
+        for p, key, layout, step, of_blocks in of_factors:
+            if is_usable(sum(of_blocks)):
+                stored = layout.back(step[i], p.shape) if blocks > 1 else step[i].reshape(p.shape)
+                factor = decay_of(p, layout, decay, of_blocks)
+                write_update_(local_shard(p), part_of(stored, p), 1.0, factor, key)
     return finite
 
 
-def _stacked(factors: Sequence[tuple[Tensor, ...]], layout: str) -> tuple[Tensor, Tensor]:
-    """Return the factors as two batches, A of (r, n) and B of (m, r) matrices.
+def _of_embedding(layouts: Sequence[Layout]) -> bool:
+    """Tell whether W^T = s B A is stored, and looked up by columns of A: what is A there stands for B here."""
+    return all(layout.turned for layout in layouts)
 
-    For an embedding W^T = s B A is stored, and looked up by columns of A: what is A there stands for B here.
-    """
+
+def _stacked(factors: Sequence[tuple[Tensor, ...]], layouts: Sequence[Layout]) -> tuple[Tensor, Tensor]:
+    """Return the factors as two batches, A of (r, n) and B of (m, r) matrices, of experts as batches of stacks."""
+    if layouts[0].blocks > 1:
+        a, b = (
+            torch.stack([layout.as_matrix(t) for t in stack])
+            for layout, stack in zip(layouts, zip(*factors, strict=True), strict=True)
+        )
+        return a, b
     a, b = (torch.stack([t.flatten(1) for t in stack]) for stack in zip(*factors, strict=True))
-    return (b.mT, a.mT) if LAYOUTS[layout].turned else (a, b)
+    return (b.mT, a.mT) if _of_embedding(layouts) else (a, b)
 
 
 def _whole_gradient(p: Tensor) -> Tensor:
@@ -237,7 +254,7 @@ LORA_PRODUCT = Rule(
     _update,
     state=lambda param, group: {"step": counter(param)},
     state_bytes=lambda shape, dtype, group: 4,
-    options={"scaling": 1.0, "layout": "out_in"},
+    options={"scaling": 1.0, "layout": "out_in", "layouts": ""},
     # The factors of a pair are complete at different times, and small: they are updated in `step()`.
     released="never",
     has_moments=lambda group: False,

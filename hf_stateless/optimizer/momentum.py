@@ -73,7 +73,13 @@ def momentum_bytes(shape: Sequence[int], dtype: str) -> int:
 
 
 def momentum_direction_(
-    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], key: RoundingKey | None, momentum: float
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    key: RoundingKey | None,
+    momentum: float,
+    *,
+    still: Tensor | None = None,
 ) -> Tensor:
     r"""Take a gradient into the average, and return the direction that stands for it: D = (1 - mu) G + mu B.
 
@@ -86,6 +92,7 @@ def momentum_direction_(
         state: of `momentum_state`, updated in place.
         key: rounding key, or None for rounding to nearest.
         momentum: mu, in [0, 1).
+        still: where B stays and D is zero: what this rank holds of a mask of the parameter's shape.
 
     Returns:
         D in the shape and dtype of the gradient, a DTensor where the parameter is one.
@@ -114,7 +121,8 @@ def momentum_direction_(
     direction = torch.empty(part.shape, dtype=part.dtype, device=part.device)
     if part.numel():
         matrix = part.reshape(-1, part.shape[-1])
-        _take_in_(_stored_rows(state), matrix, direction.view(matrix.shape), key, momentum)
+        mask = None if still is None else still.to(part.device).reshape(matrix.shape)
+        _take_in_(_stored_rows(state), matrix, direction.view(matrix.shape), key, momentum, mask)
     if not isinstance(param, DTensor):
         return direction
     return DTensor.from_local(
@@ -166,7 +174,12 @@ def _stored_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _take_in_(
-    rows: Mapping[str, Tensor], grad: Tensor, direction: Tensor, key: RoundingKey | None, momentum: float
+    rows: Mapping[str, Tensor],
+    grad: Tensor,
+    direction: Tensor,
+    key: RoundingKey | None,
+    momentum: float,
+    still: Tensor | None,
 ) -> None:
     """Update average and direction, some rows at a time: no float32 copy of a large matrix is ever whole."""
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -174,8 +187,13 @@ def _take_in_(
     for number, first in enumerate(range(0, len(grad), at_once)):
         part = slice(first, first + at_once)
         exact = grad[part].to(wide)
-        average = _read(rows, part, wide).lerp_(exact, 1 - momentum)
+        average = _read(rows, part, wide)
+        if still is not None:
+            exact = torch.where(still[part], average, exact)  # the average of B and B is B
+        average.lerp_(exact, 1 - momentum)
         direction[part] = exact.lerp(average, momentum)
+        if still is not None:
+            direction[part].masked_fill_(still[part], 0)
         # The weight of this step is rounded with the key itself.
         _write_(rows, part, average, None if key is None else key + (1 + number))
 

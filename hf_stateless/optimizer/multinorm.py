@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ranks.matrix_update import MatrixUpdate
+from ..ranks.placement import part_of, whole_matrix
 from ..ranks.ways import apply_, shares_whitening
 from ..weights.noise import TensorCache
 from .momentum import has_momentum, momentum_bytes, momentum_direction_, momentum_state
@@ -26,6 +27,7 @@ def update(entries: list[Entry], host: Host) -> None:
             key=key,
             average=_average(entry, host.cache),
             shared=not entry.in_backward and shares_whitening(entry.group),
+            stored_as=entry.layout.name,
         )
         for entry, key in zip(entries, keys_of(entries, host.cache), strict=True)
     ]
@@ -38,7 +40,15 @@ def _average(entry: Entry, cache: TensorCache) -> Callable[[], Tensor] | None:
     if not has_momentum(entry.group):
         return None
     key, momentum = key_of(entry, cache), entry.group["momentum"]
-    return partial(momentum_direction_, entry.param, entry.grad, entry.state, key, momentum)
+    average = partial(momentum_direction_, entry.param, entry.grad, entry.state, key, momentum)
+    return average if entry.layout.blocks == 1 else lambda: average(still=_still(entry))
+
+
+def _still(entry: Entry) -> Tensor | None:
+    """Tell of this rank's part of several matrices in one which entries are of a matrix without gradient, if any."""
+    grad = whole_matrix(entry.grad)
+    zero = entry.layout.norms(grad) == 0
+    return part_of(entry.layout.spread(zero, grad.shape), entry.param) if bool(zero.any()) else None
 
 
 def _state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -50,4 +60,6 @@ def _state_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, A
     return 4 + (momentum_bytes(shape, group["momentum_dtype"]) if has_momentum(group) else 0)
 
 
-MULTINORM = Rule(update, _state, _state_bytes, {"layout": "out_in"}, released="matrices", has_moments=has_momentum)
+MULTINORM = Rule(
+    update, _state, _state_bytes, {"layout": "out_in", "layouts": ""}, released="matrices", has_moments=has_momentum
+)

@@ -232,7 +232,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         """
         group, position = self._locate(index)
         p = group["params"][position]
-        return Entry(index, p, group, self._state(p, group), in_backward)
+        return Entry(index, p, group, self._state(p, group), in_backward, position)
 
     def name_of(self, index: int) -> str:
         """Return the name of a parameter for messages.

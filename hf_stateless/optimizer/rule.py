@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ranks.placement import shard_number
 from ..update.kernels.choice import Verdict
+from ..update.layout import Layout, layout_at
 from ..update.write import Workspace
 from ..weights.noise import RoundingKey, TensorCache, rounding_keys
 from ..weights.stored import is_rounded
@@ -27,6 +28,13 @@ class Entry:
     state: dict[str, Tensor]
     in_backward: bool = False
     """Whether it is updated in backward, where replicas cannot share the work on it."""
+    position: int = 0
+    """Its place in the group."""
+
+    @property
+    def layout(self) -> Layout:
+        """How the matrix lies, or the matrices, of a group that has a `layout`."""
+        return layout_at(self.group, self.position)
 
     @property
     def grad(self) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..norms.chain import Chain
+from ..update.layout import layout_at
 from .adamw import ADAMW, ADAMW_8BIT
 from .lora_product import LORA_PRODUCT
 from .multinorm import MULTINORM
@@ -25,7 +26,7 @@ RULES: dict[str, Rule] = {
 COMMON: dict[str, Any] = {"weight_decay": 0.0, "role": "rest", **group_defaults(EVERY_RULE)}
 """What every group holds."""
 # What says of which kind the weights are, and nothing of the method.
-_OF_WEIGHTS = ("layout", "scaling")
+_OF_WEIGHTS = ("layout", "layouts", "scaling")
 
 
 def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
         lr: learning rate of a group that has none.
 
     Raises:
-        ValueError: no or unknown `algorithm`, an unknown key, or a learning rate that is negative or not finite.
+        ValueError: no or unknown `algorithm`, an unknown key, a layout that is unknown or does not fit a shape, or a
+            learning rate that is negative or not finite.
 
     Example:
         >>> from hf_stateless.optimizer.rules import complete_group
@@ -65,6 +67,10 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
     if not 0 <= float(lr) < math.inf:
         raise ValueError(f"The learning rate must be a finite number of at least 0, got {lr}.")
     factors = param_group.get("params")
+    for i, p in enumerate(factors if isinstance(factors, list | tuple) and "layout" in defaults else ()):
+        layout = layout_at({**defaults, **param_group}, i)
+        if layout.blocks > 1:
+            layout.sizes((p[1] if isinstance(p, tuple) else p).shape)
     if algorithm == "lora_product" and isinstance(factors, list | tuple) and len(factors) % 2:
         raise ValueError(f"A group of LoRA pairs has params A_0, B_0, A_1, B_1, ..., got {len(factors)} of them.")
     return {**defaults, **param_group}

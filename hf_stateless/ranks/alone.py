@@ -85,6 +85,8 @@ class Alone:
         matrices = [update.matrix for update in batch]
         stacked = matrices[0].unsqueeze(0) if len(batch) == 1 else torch.stack(matrices)
         normalized = batch[0].chain.normalize(stacked)
-        sizes = torch.linalg.vector_norm(normalized.flatten(1), dim=1).tolist()
-        for update, matrix, size in zip(batch, normalized, sizes, strict=True):
-            update.write(update.layout.back(matrix, update.part.shape), size)
+        # One norm for each, or for each of the blocks that it is made of.
+        blocks = normalized.flatten(0, 1) if batch[0].layout.blocks > 1 else normalized
+        norms = torch.linalg.vector_norm(blocks.flatten(1), dim=1).view(len(batch), -1).tolist()
+        for update, matrix, of_blocks in zip(batch, normalized, norms, strict=True):
+            update.write(update.layout.back(matrix, update.part.shape), of_blocks)

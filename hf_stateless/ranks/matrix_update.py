@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..norms.chain import Chain
 from ..update.kernels.choice import Verdict
-from ..update.layout import LAYOUTS, Layout
+from ..update.layout import Layout, layout_of
 from ..update.width import width_factor
 from ..update.write import Workspace, is_usable, write_scaled_, write_update_
 from ..weights.noise import RoundingKey
+from ..weights.stored import StoredWeight
 from .placement import is_sharded, local_shard, part_of, split_of
 
 
@@ -23,7 +25,8 @@ from .placement import is_sharded, local_shard, part_of, split_of
 class MatrixUpdate:
     r"""W <- (1 - lr weight_decay) W - lr lr_scale X for one parameter, X the normalised direction.
 
-    A gradient that is zero or not finite leaves the weight unchanged, decay included.
+    A gradient that is zero or not finite leaves the weight unchanged, decay included. Of a layout of several matrices
+    in one, each of them is a weight of its own in this.
     """
 
     param: Tensor
@@ -37,6 +40,8 @@ class MatrixUpdate:
     """Takes the gradient into an average, once, and returns the direction that stands for it."""
     shared: bool = False
     """Whether replicas share the work on it."""
+    stored_as: str = ""
+    """The layout, where it is not that of the group."""
     finite: Verdict = True
     """Whether the gradient was finite; known after the update."""
 
@@ -44,7 +49,7 @@ class MatrixUpdate:
         self.weight = local_shard(self.param)
         self.split = split_of(self.param)
         self.chain = Chain.of(self.group)
-        self.layout: Layout = LAYOUTS[self.group["layout"]]
+        self.layout: Layout = layout_of(self.stored_as or self.group["layout"])
 
     @cached_property
     def direction(self) -> Tensor:
@@ -96,17 +101,18 @@ class MatrixUpdate:
         """Return the normalised gradient in the shape of the given one (whole, or a part the chain allows)."""
         return self.layout.back(self.chain.normalize(self.layout.as_matrix(grad)), grad.shape)
 
-    def write(self, update: Tensor, size: float, *, whole: bool = False) -> None:
+    def write(self, update: Tensor, norms: Sequence[float], *, whole: bool = False) -> None:
         """Apply an update, if its norm is usable.
 
         Args:
             update: this rank's part, in the shape of the weight.
-            size: the norm of the whole update.
+            norms: of the whole update, from `Layout.norms`.
             whole: the update is here as a whole.
         """
-        if self._may_write(size):
+        if self._may_write(sum(norms)):
             part = part_of(update, self.param) if whole else update
-            write_update_(self.weight, part, *self.factors(), self.key)
+            step_size, decay = self.factors()
+            write_update_(self.weight, part, step_size, decay_of(self.param, self.layout, decay, norms), self.key)
 
     def write_scaled(self, row: Tensor, column: Tensor, size: float, workspace: Workspace) -> None:
         """Apply diag(row) G diag(column), for this rank's part of G."""
@@ -116,3 +122,21 @@ class MatrixUpdate:
     def _may_write(self, size: float) -> bool:
         self.finite = size < float("inf")
         return is_usable(size) and self.weight.numel() > 0
+
+
+def decay_of(param: Tensor, layout: Layout, decay: float, norms: Sequence[float]) -> float | Tensor:
+    """Return the factor of W, for this rank's part: a tensor where some of its matrices have no update and stay.
+
+    Args:
+        param: W.
+        layout: how it lies.
+        decay: the factor of a matrix that has an update.
+        norms: of the update, from `Layout.norms`.
+    """
+    if decay == 1 or all(norms) or isinstance(param, StoredWeight):
+        return decay
+    # Where `part_of` needs it: an offloaded shard is elsewhere.
+    device = param.device_mesh.device_type if isinstance(param, DTensor) else param.device
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    factors = torch.tensor([decay if norm else 1.0 for norm in norms], dtype=dtype, device=device)
+    return part_of(layout.spread(factors, param.shape), param)

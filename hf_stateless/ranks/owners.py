@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..update.layout import Layout
 from .placement import Split, wide_norm
 
 
@@ -67,27 +68,32 @@ class Exchange:
         received = self._send(send, shapes, parts[0].dtype)
         return [torch.cat([pieces[k] for pieces in received], self.splits[i].dim) for k, i in enumerate(self.mine)]
 
-    def to_parts(self, updates: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
-        """Send the updates of the matrices that this rank owns, each with its norm.
+    def to_parts(
+        self, updates: Sequence[Tensor], like: Sequence[Tensor], layout: Layout
+    ) -> tuple[list[Tensor], list[list[float]]]:
+        """Send the updates of the matrices that this rank owns, each with its norms.
 
         Args:
             updates: one for each of `mine`.
             like: this rank's part of every matrix, for dtype and device.
+            layout: of every matrix.
 
         Returns:
-            For every matrix, this rank's part of the update, and the norm of the whole update.
+            For every matrix, this rank's part of the update, and the norms of the whole update by blocks.
         """
         dtype = torch.promote_types(like[0].dtype, torch.float32)
-        norms = [torch.linalg.vector_norm(update).to(dtype).reshape(1) for update in updates]
+        norms = [layout.norms(update).to(dtype) for update in updates]
         cut = [self.splits[i].parts(update.to(dtype)) for i, update in zip(self.mine, updates, strict=True)]
         send = [[t for k in range(len(cut)) for t in (norms[k], cut[k][rank])] for rank in self._ranks]
-        shapes = [[s for i in owned for s in ((1,), self.splits[i].part(self._rank))] for owned in self._owned]
+        shapes = [
+            [s for i in owned for s in ((layout.blocks,), self.splits[i].part(self._rank))] for owned in self._owned
+        ]
         received = self._send(send, shapes, dtype)
-        parts, sizes = list(like), [like[0].new_zeros(1)] * len(like)
+        parts, sizes = list(like), [like[0].new_zeros(layout.blocks)] * len(like)
         for pieces, owned in zip(received, self._owned, strict=True):
             for k, i in enumerate(owned):
                 sizes[i], parts[i] = pieces[2 * k], pieces[2 * k + 1].to(like[i].device)
-        return parts, torch.cat(sizes).tolist()
+        return parts, torch.stack(sizes).tolist()
 
     def _send(
         self,

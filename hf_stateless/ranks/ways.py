@@ -21,7 +21,7 @@ from ..update.write import Workspace
 from .alone import Alone
 from .matrix_update import MatrixUpdate
 from .owners import Exchange, assign_owners, same_on_replicas, shared_updates, whitening_cost
-from .placement import Split, whole_matrix, wide_norm
+from .placement import Split, whole_matrix
 from .sinkhorn import ShardedMatrices, iterate, keep_squares
 
 
@@ -107,11 +107,11 @@ class Local:
         for of_class in alike(updates, lambda update: update.shape_class):
             split = _split(of_class[0])
             parts = [update.normalized(update.part) if update.part.numel() else update.part for update in of_class]
-            sizes = torch.stack([wide_norm(part) for part in parts])
-            sizes = sizes.to(split.device)
-            dist.all_reduce(sizes, group=split.group)
-            for update, part, size in zip(of_class, parts, sizes.tolist(), strict=True):
-                update.write(part, size)
+            norms = torch.stack([update.layout.norms(part) for update, part in zip(of_class, parts, strict=True)])
+            norms = norms.to(split.device)
+            dist.all_reduce(norms, group=split.group)
+            for update, part, of_blocks in zip(of_class, parts, norms.tolist(), strict=True):
+                update.write(part, of_blocks)
 
 
 class Owned:
@@ -135,9 +135,10 @@ class Owned:
         exchange = Exchange([_split(update) for update in updates], owners)
         whole = exchange.to_owners([update.part for update in updates])
         normalized = _normalize([updates[i] for i in exchange.mine], whole)
-        parts, sizes = exchange.to_parts(normalized, [update.part for update in updates])
-        for update, part, size in zip(updates, parts, sizes, strict=True):
-            update.write(part, size)
+        # All are of one class, so that they have one layout.
+        parts, norms = exchange.to_parts(normalized, [update.part for update in updates], updates[0].layout)
+        for update, part, of_blocks in zip(updates, parts, norms, strict=True):
+            update.write(part, of_blocks)
 
 
 class Replicated:
@@ -158,7 +159,7 @@ class Replicated:
 
         shapes = [tuple(grad.shape) for grad in grads]
         for i, part in shared_updates(shapes, compute, group, like=grads[0], batch_bytes=BATCH_BYTES):
-            updates[i].write(part, float(torch.linalg.vector_norm(part)))
+            updates[i].write(part, updates[i].layout.norms(part).tolist())
 
 
 class Gathered:
@@ -170,8 +171,7 @@ class Gathered:
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         for update in updates:
             normalized = update.normalized(whole_matrix(update.direction))
-            (size,) = torch.linalg.vector_norm(normalized).reshape(1).tolist()
-            update.write(normalized, size, whole=True)
+            update.write(normalized, update.layout.norms(normalized).tolist(), whole=True)
 
 
 WAYS: tuple[Way, ...] = (Alone(), Sinkhorn(), Local(), Owned(), Replicated(), Gathered())

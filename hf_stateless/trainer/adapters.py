@@ -24,6 +24,8 @@ class LoraPair:
     """alpha / r, or alpha / sqrt(r) for rsLoRA, as it is when the groups are made."""
     layout: str
     """`out_in` where B A is stored as a linear weight is, `in_out` for an embedding, of which it is the transpose."""
+    experts: int = 1
+    """How many products the two make, see `expert_layouts`."""
 
 
 def lora_linears(module: nn.Module) -> Iterator[nn.Module]:
@@ -34,6 +36,26 @@ def lora_linears(module: nn.Module) -> Iterator[nn.Module]:
                 yield from (m for m in child.modules() if isinstance(m, nn.Linear))
 
 
+def expert_layouts(model: nn.Module) -> dict[int, str]:
+    """Return how the factors of experts lie, by the id of the linear layer that holds the factors of all of them.
+
+    PEFT's `target_parameters` adapts a stack of E experts by one A in R^{E r x n}, those of the experts one after the
+    other, and one B in R^{m x r E}, whose columns are dealt out: column j belongs to expert j mod E.
+    """
+    found: dict[int, str] = {}
+    for module in (m for m in model.modules() if _experts(m) > 1):
+        for factors, sign in ((module.lora_A, "*"), (module.lora_B, "/")):
+            assert isinstance(factors, nn.ModuleDict)
+            found |= {id(factor): f"out_in{sign}{_experts(module)}" for factor in factors.values()}
+    return found
+
+
+def _experts(module: nn.Module) -> int:
+    """Return for how many experts a layer of PEFT holds factors, 1 for any other module."""
+    holds = all(isinstance(getattr(module, name, None), nn.ModuleDict) for name in ("lora_A", "lora_B"))
+    return int(getattr(module, "num_experts", 1)) if holds and hasattr(module, "base_layer") else 1
+
+
 def has_lora(model: nn.Module) -> bool:
     """Tell whether a model trains a LoRA factor, in a pair or alone."""
     return any(p.requires_grad and _FACTOR.search(name) for name, p in model.named_parameters())
@@ -42,28 +64,28 @@ def has_lora(model: nn.Module) -> bool:
 def lora_pairs(model: nn.Module) -> Iterator[LoraPair]:
     """Yield the pairs of LoRA factors, of every adapter, that are in no other pair and whose effect is B A.
 
-    PEFT's adapters of stacks of experts are many products in one pair of matrices, those of grouped convolutions are
-    no product, and AdaLoRA has a diagonal between the two.
+    PEFT's adapters of stacks of experts are a product for each expert, in one pair of parameters; those of grouped
+    convolutions are no product, and AdaLoRA has a diagonal between the two.
     """
     found = []
     for module in (m for m in model.modules() if hasattr(m, "base_layer") and not hasattr(m, "lora_E")):
-        plain = getattr(module, "num_experts", 1) == 1 and getattr(module.base_layer, "groups", 1) == 1
+        plain, experts = getattr(module.base_layer, "groups", 1) == 1, _experts(module)
         for kind, layout in (("lora_", "out_in"), ("lora_embedding_", "in_out")):
             first, second = getattr(module, f"{kind}A", None), getattr(module, f"{kind}B", None)
             if plain and first is not None and second is not None:
-                found += list(_pairs_of_layer(first, second, getattr(module, "scaling", {}), layout))
+                found += list(_pairs_of_layer(first, second, getattr(module, "scaling", {}), layout, experts))
     uses = Counter(id(p) for pair in found for p in (pair.a, pair.b))
     yield from (pair for pair in found if uses[id(pair.a)] == uses[id(pair.b)] == 1)
 
 
 def _pairs_of_layer(
-    first: nn.Module, second: nn.Module, scaling: Mapping[str, float], layout: str
+    first: nn.Module, second: nn.Module, scaling: Mapping[str, float], layout: str, experts: int
 ) -> Iterator[LoraPair]:
     of_a, of_b = (dict(_weights_by_adapter(factors)) for factors in (first, second))
     for adapter in [name for name in of_a if name in of_b and name in scaling]:
         a, b = of_a[adapter], of_b[adapter]
         if a.requires_grad and b.requires_grad and b[0].numel() == len(a) and scaling[adapter] > 0:
-            yield LoraPair(a, b, float(scaling[adapter]), layout)
+            yield LoraPair(a, b, float(scaling[adapter]), layout, experts)
 
 
 def _weights_by_adapter(factors: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -15,6 +15,7 @@ from ..optimizer.optimizer import StatelessOptimizer
 from ..optimizer.options import EVERY_RULE, group_values
 from ..optimizer.release import is_released
 from ..optimizer.rules import RULES
+from ..update.layout import listed_layouts, one_layout
 from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
 from .optim_args import Options, parse_options
@@ -46,6 +47,7 @@ def parameter_groups(
         [('matrix', 'multinorm'), ('embedding', 'adamw'), ('head', 'adamw'), ('rest', 'adamw')]
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    layouts: dict[tuple[Any, ...], list[str]] = {}
     in_8_bits = {id(layer.weight) for _, layer in int8_layers(model)}
     for entry in partition_parameters(model, target_modules):
         if id(entry.parameter) in in_8_bits and entry.role not in ("matrix", "adapter"):
@@ -60,11 +62,18 @@ def parameter_groups(
         # Grouped by whether a parameter may decay, not by the value, which a resumed run may change; pairs of LoRA
         # factors in the same groups whether they are updated together or not, so that it may change that too.
         scaling = entry.pair.scaling if entry.pair and "norms" in rule else None
-        key = (entry.role, rule["algorithm"], rule.get("layout"), scaling, entry.decay)
+        experts = entry.pair is not None and entry.pair.experts > 1
+        if experts and rule["algorithm"] == "multinorm":
+            scaling = None
+        key = (entry.role, rule["algorithm"], rule.get("layout"), scaling, entry.decay, scaling if experts else None)
         group = groups.setdefault(key, {"params": [], "param_names": [], "role": entry.role})
         group["params"].append(entry.parameter)
         group["param_names"].append(entry.name)
         group.update(rule, weight_decay=decay, **group_values(EVERY_RULE, options, entry.role))
+        layouts.setdefault(key, []).append(entry.layout)
+    for key, group in groups.items():
+        if "layout" in group and group["layout"] != "vector":
+            group["layouts"] = listed_layouts(layouts[key])
     return list(groups.values())
 
 
@@ -96,9 +105,9 @@ def _of_chain(entry: PartitionedParameter, options: Options, algorithm: str) -> 
         chain = {"norms": norms, "num_iterations": num_iterations, "lr_scale": options.lr_scale_beside}
         return {**chain, "scaling": entry.pair.scaling, "layout": entry.pair.layout}
     if _is_chained(entry):
-        return {"layout": entry.layout}
+        return {"layout": one_layout(entry.layout)}
     if _is_table(entry):
-        return {"layout": entry.layout, "lr_scale": options.lr_scale_beside}
+        return {"layout": one_layout(entry.layout), "lr_scale": options.lr_scale_beside}
     # A vector has one norm only: its entries are scaled to root mean square 1.
     vector = {"norms": ("frobenius",), "num_iterations": 1, "layout": "vector"}
     return {**vector, "lr_scale": options.lr_scale_beside}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
-from .adapters import LoraPair, lora_linears, lora_pairs
+from .adapters import LoraPair, expert_layouts, lora_linears, lora_pairs
 
 
 ROLES = ("matrix", "adapter", "embedding", "head", "rest")
@@ -41,7 +41,8 @@ class PartitionedParameter:
     role: str
     """One of `ROLES`; `adapter` is a LoRA matrix."""
     layout: str
-    """How the weight is stored: `out_in`, `in_out` (Conv1D, some experts) or `conv` (out, in, kernel...)."""
+    """How the weight is stored: `out_in`, `in_out` (Conv1D, some experts), `conv` (out, in, kernel...), or several
+    matrices in one, such as `out_in*3`; see `layout_of`."""
     decay: bool
     """Whether the Trainer's rule applies weight decay to it."""
     pair: LoraPair | None = None
@@ -157,12 +158,13 @@ def _matrix_layouts(
     all_linear = _is_all_linear(target_modules)
     found: dict[tuple[object, ...], tuple[str, bool]] = {}
     adapters = {id(m) for module in model.modules() for m in lora_linears(module)}
+    of_experts = expert_layouts(model)
     routers = {id(m) for module in model.modules() if _ROUTER.search(type(module).__name__) for m in module.modules()}
     for name, module in model.named_modules(remove_duplicate=False):
         wanted = id(module) not in routers - adapters if all_linear else _is_target(target_modules, name)
         for p, layout in _matrix_weights(module, explicit=not all_linear) if wanted else ():
             if p.requires_grad:
-                found[_storage_key(p)] = (layout, id(module) in adapters)
+                found[_storage_key(p)] = (of_experts.get(id(module), layout), id(module) in adapters)
     return found
 
 

@@ -49,9 +49,15 @@ def is_usable(size: float) -> bool:
     return 0 < size < math.inf
 
 
-def write_update_(weight: Tensor, update: Tensor, step_size: float, decay: float, key: RoundingKey | None) -> None:
-    """Apply W <- decay W - step_size X; the update is used as working space where the weight is bf16."""
+def write_update_(
+    weight: Tensor, update: Tensor, step_size: float, decay: float | Tensor, key: RoundingKey | None
+) -> None:
+    """Apply W <- decay W - step_size X; the update is used as working space where the weight is bf16.
+
+    The decay may be a tensor of the shape of W, but not for weights in a format of their own.
+    """
     if isinstance(weight, StoredWeight):
+        assert not isinstance(decay, Tensor)
         kernel = int8_kernel(weight, update)
         if kernel:
             kernel(weight, update, None, step_size, decay, key)
@@ -59,7 +65,7 @@ def write_update_(weight: Tensor, update: Tensor, step_size: float, decay: float
             weight.write_rows_(lambda rows: update[rows], step_size, decay, key)
         return
     exact = weight.to(update.dtype)  # the weight itself where the dtypes agree
-    if decay != 1:
+    if isinstance(decay, Tensor) or decay != 1:
         exact.mul_(decay)
     exact.add_(update, alpha=-step_size)
     write_rounded_(weight, exact, key, scratch=update)
