@@ -32,16 +32,34 @@ def smallest_sum(size: int) -> float:
 SAFE_SUMS = (1e-4, 1e30)
 # Elements from which on a second thread saves more than the call costs.
 _WORTH_A_THREAD = 1 << 16
+# Numbers that BLAS adds up on CPU before their sum goes to the others: sums across rows are added one by one, and of
+# 200,000 in float32 the last two digits would be lost; those along rows have several lanes.
+_LONGEST_SUMS = (1 << 11, 1 << 15)
 
 
-def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Return matrix @ vector for (..., m, n) and (..., n); on CPU a loop, since bmm is slow with one column."""
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return matrix @ vector for (..., m, n) and (..., n); on CPU a loop, since bmm is slow with one column.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.norms.sinkhorn import matvec
+        >>> matvec(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([10.0, 1.0]))
+        tensor([12., 34.])
+    """
     if matrix.device.type != "cpu":
         return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
     if matrix.ndim == 2:
-        return _matvec_in_threads(matrix, vector)
+        return _in_short_sums(matrix, vector)
     flat, vectors = matrix.reshape(-1, *matrix.shape[-2:]), vector.reshape(-1, vector.shape[-1])
-    return torch.stack([torch.mv(a, b) for a, b in zip(flat, vectors, strict=True)]).view(matrix.shape[:-1])
+    return torch.stack([_in_short_sums(a, b) for a, b in zip(flat, vectors, strict=True)]).view(matrix.shape[:-1])
+
+
+def _in_short_sums(matrix: Tensor, vector: Tensor) -> Tensor:
+    longest = _LONGEST_SUMS[matrix.is_contiguous()]
+    if len(vector) <= longest:
+        return _matvec_in_threads(matrix, vector)
+    parts = zip(torch.split(matrix, longest, 1), torch.split(vector, longest), strict=True)
+    return torch.stack([_matvec_in_threads(*part) for part in parts]).sum(0)
 
 
 def _matvec_in_threads(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -71,13 +89,13 @@ def _squares_(grad: Tensor, squares: Tensor) -> tuple[Tensor | float, Tensor]:
             torch.mul(grad, scale, out=squares).square_()
         else:
             squares.copy_(grad).mul_(scale).square_()
-        sums = _matvec(squares, ones)
+        sums = matvec(squares, ones)
         least, most = torch.aminmax(sums)
         if SAFE_SUMS[0] < least and most < SAFE_SUMS[1]:
             return scale, sums
     row_scale = power_of_two_inverse(squares.copy_(grad).abs_().amax(-1))
     squares.mul_(row_scale.unsqueeze(-1)).square_()
-    return row_scale, _matvec(squares, ones)
+    return row_scale, matvec(squares, ones)
 
 
 def sinkhorn_scalings(
@@ -117,10 +135,10 @@ def sinkhorn_scalings(
     rows, columns = (torch.tensor(float(size), dtype=torch.float32) for size in (m, n))
     for half_step in range(round(2 * num_iterations)):
         if half_step % 2 == 0:
-            row_sums = (_matvec(squares, v) if half_step else row_sums).clamp_min(smallest_sum(n))
+            row_sums = (matvec(squares, v) if half_step else row_sums).clamp_min(smallest_sum(n))
             u = torch.div(columns, row_sums)
         else:
-            column_sums = _matvec(transposed, u).clamp_min(smallest_sum(m))
+            column_sums = matvec(transposed, u).clamp_min(smallest_sum(m))
             v = torch.div(rows, column_sums)
     r = u.sqrt().masked_fill_(row_sums <= smallest_sum(n), 0).mul_(row_scale)
     c = v.sqrt().masked_fill_(column_sums <= smallest_sum(m), 0)
@@ -170,14 +188,14 @@ def scalings_by_blocks(grad: Tensor, num_iterations: float, blocks: list[slice])
         sums = torch.zeros_like(v)
         for rows in blocks:
             squares = buffer[: rows.stop - rows.start].copy_(grad[rows]).mul_(row_scale[rows].unsqueeze(-1)).square_()
-            row_sums[rows] = torch.mv(squares, v)
+            row_sums[rows] = matvec(squares, v)
             u[rows] = row_sums[rows].clamp_min(smallest_sum(n)).reciprocal_().mul_(n)
-            sums.addmv_(squares.mT, u[rows])
+            sums += matvec(squares.mT, u[rows])
         if half_step + 1 < half_steps:
             column_sums = sums
             v = column_sums.clamp_min(smallest_sum(m)).reciprocal_().mul_(m)
-    r = u.sqrt().masked_fill_(row_sums < smallest_sum(n), 0)
-    c = v.sqrt().masked_fill_(column_sums < smallest_sum(m), 0)
+    r = u.sqrt().masked_fill_(row_sums <= smallest_sum(n), 0)
+    c = v.sqrt().masked_fill_(column_sums <= smallest_sum(m), 0)
     r.mul_(row_scale)
     return r.masked_fill_(r == torch.inf, 0), c
 

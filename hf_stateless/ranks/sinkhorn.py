@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..norms.projections import power_of_two_inverse
-from ..norms.sinkhorn import smallest_sum
+from ..norms.sinkhorn import matvec, smallest_sum
 from .placement import Split
 
 
@@ -104,11 +104,11 @@ class ShardedMatrices:
         if self.along == -1:
             r = self._unscaled_u.sqrt().to(self._exact)
         else:
-            r = self._u.sqrt().masked_fill_(self._row_sums < smallest_sum(self.columns), 0).mul_(self._row_scale)
+            r = self._u.sqrt().masked_fill_(self._row_sums <= smallest_sum(self.columns), 0).mul_(self._row_scale)
         return r.masked_fill_(r == torch.inf, 0)  # a row of denormal numbers counts as zero
 
     def _column_factors(self) -> Tensor:
-        return self._v.sqrt().masked_fill_(self._column_sums < smallest_sum(self.rows), 0)
+        return self._v.sqrt().masked_fill_(self._column_sums <= smallest_sum(self.rows), 0)
 
     def _square(self) -> Tensor:
         squares = torch.stack([grad.to(self._exact) for grad in self.grads])
@@ -147,7 +147,7 @@ def _row_scale(grad: Tensor, dtype: torch.dtype) -> Tensor:
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Return matrices @ vectors; for a single one as a product that is fast on CPU, where bmm is slow."""
     if matrices.ndim == 3 and len(matrices) == 1:
-        return torch.mv(matrices[0], vectors[0]).unsqueeze(0)
+        return matvec(matrices[0], vectors[0]).unsqueeze(0)
     return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
 
 

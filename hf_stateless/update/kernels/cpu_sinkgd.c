@@ -1,14 +1,14 @@
 /* One SinkGD step of a matrix on a CPU: W <- decay W - step_size diag(r) G diag(c), r and c of SR-Sinkhorn(G).
 
 Each iteration reads G or its squares once: the sums of a few rows are taken, and their share of the column sums added,
-while these rows are in the fastest cache. Column sums are added up in blocks of 64 rows first: one long sum in float32
-would lose digits. Matrices are contiguous, (m, n). */
+while these rows are in the fastest cache. Column sums are added up in blocks of 64 rows first, and row sums in chunks
+of 8192 columns: one long sum in float32 would lose digits. Matrices are contiguous, (m, n). */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { ROWS = 4, BLOCK = 64 };
+enum { ROWS = 4, BLOCK = 64, CHUNK = 8192 };
 enum { DONE = 0, LEFT_ALONE = 1 };
 
 static inline float of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -47,34 +47,42 @@ static void hash_indices(int32_t *hashes, int64_t m, int64_t n, int32_t key) {
                      float *sums) {                                                                     \
         for (int64_t i = 0; i < rows; i++) {                                                            \
             const int64_t at = (first + i) * n;                                                         \
-            float sum = 0;                                                                              \
-            _Pragma("omp simd reduction(+ : sum)") for (int64_t j = 0; j < n; j++) {                    \
-                const float x = LOAD(grad, at + j) * scale;                                             \
-                squares[i * n + j] = x * x;                                                             \
-                sum += x * x;                                                                           \
+            sums[i] = 0;                                                                                \
+            for (int64_t from = 0, to; from < n; from = to) {                                           \
+                float sum = 0;                                                                          \
+                to = from + CHUNK < n ? from + CHUNK : n;                                               \
+                _Pragma("omp simd reduction(+ : sum)") for (int64_t j = from; j < to; j++) {            \
+                    const float x = LOAD(grad, at + j) * scale;                                         \
+                    squares[i * n + j] = x * x;                                                         \
+                    sum += x * x;                                                                       \
+                }                                                                                       \
+                sums[i] += sum;                                                                         \
             }                                                                                           \
-            sums[i] = sum;                                                                              \
         }                                                                                               \
     }
 SQUARE(square_f32, load_f32)
 SQUARE(square_bf16, load_bf16)
 
 static void weigh_rows(const float *squares, int64_t rows, int64_t n, const float *v, float *sums) {
-    if (rows == ROWS) {
-        const float *a = squares, *b = a + n, *c = b + n, *d = c + n;
-        float p = 0, q = 0, r = 0, s = 0;
+    for (int64_t i = 0; i < rows; i++) sums[i] = 0;
+    for (int64_t from = 0, to; from < n; from = to) {
+        to = from + CHUNK < n ? from + CHUNK : n;
+        if (rows == ROWS) {
+            const float *a = squares, *b = a + n, *c = b + n, *d = c + n;
+            float p = 0, q = 0, r = 0, s = 0;
 #pragma omp simd reduction(+ : p, q, r, s)
-        for (int64_t j = 0; j < n; j++) {
-            p += a[j] * v[j], q += b[j] * v[j], r += c[j] * v[j], s += d[j] * v[j];
+            for (int64_t j = from; j < to; j++) {
+                p += a[j] * v[j], q += b[j] * v[j], r += c[j] * v[j], s += d[j] * v[j];
+            }
+            sums[0] += p, sums[1] += q, sums[2] += r, sums[3] += s;
+            continue;
         }
-        sums[0] = p, sums[1] = q, sums[2] = r, sums[3] = s;
-        return;
-    }
-    for (int64_t i = 0; i < rows; i++) {
-        float sum = 0;
+        for (int64_t i = 0; i < rows; i++) {
+            float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < n; j++) sum += squares[i * n + j] * v[j];
-        sums[i] = sum;
+            for (int64_t j = from; j < to; j++) sum += squares[i * n + j] * v[j];
+            sums[i] += sum;
+        }
     }
 }
 

@@ -35,6 +35,16 @@ def power_of_two_inverse(largest):
 
 
 @triton.jit
+def widened(x):
+    """Return values in float32; of bfloat16 by their bits, since the interpreter's cast loses the smallest numbers."""
+    if x.dtype == tl.bfloat16:
+        wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def _mix(x):
     x = x ^ (x >> 16)
     x = x * _MIX_1

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...weights.int8.codes import LARGEST_SCALE, SMALLEST_SCALE
-from .triton_arithmetic import column_noise, matrix_at, row_noise
+from .triton_arithmetic import column_noise, matrix_at, row_noise, widened
 from .triton_sinkgd import state_of
 
 
@@ -52,10 +52,10 @@ def apply_int8(
         rows = group // groups
         columns = (group % groups)[:, None] * length + place[None, :]
         mask = (rows < m)[:, None] & (place < length)[None, :]
-        x = tl.load(
+        x = widened(tl.load(
             matrix_at(updates, matrix, 1, 0, UPDATE, False)
             + rows.to(tl.int64)[:, None] * stride_m + columns.to(tl.int64) * stride_n, mask=mask, other=0.0,
-        ).to(tl.float32)  # fmt: skip
+        ))  # fmt: skip
         if SCALED:
             r = tl.load(row + matrix.to(tl.int64) * m + rows, mask=rows < m, other=0.0)
             x = x * r[:, None] * tl.load(column + matrix.to(tl.int64) * n + columns, mask=mask, other=0.0)

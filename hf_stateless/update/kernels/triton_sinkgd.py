@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_arithmetic import column_noise, matrix_at, offsets, power_of_two_inverse, round_to, row_noise
+from .triton_arithmetic import column_noise, matrix_at, offsets, power_of_two_inverse, round_to, row_noise, widened
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _factors(sums, scale, size, smallest, LAST: tl.constexpr):
     """Return u of the iteration from sums of squares, and what is kept of a row: its scale, and at last its factor."""
     u = _inverse(sums, size, smallest)
     if LAST:
-        kept = tl.where(sums < smallest, 0.0, tl.sqrt_rn(u)) * scale
+        kept = tl.where(sums <= smallest, 0.0, tl.sqrt_rn(u)) * scale
         kept = tl.where(kept == float("inf"), 0.0, kept)  # a row of denormal numbers counts as zero
     else:
         kept = scale
@@ -52,7 +52,7 @@ def pass_whole_rows(
     for tile in range(tiles):
         rows = (block * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < m)[:, None] & (columns < n)[None, :]
-        x = tl.load(grad + offsets(rows, columns, stride_m, stride_n), mask=mask, other=0.0).to(tl.float32)
+        x = widened(tl.load(grad + offsets(rows, columns, stride_m, stride_n), mask=mask, other=0.0))
         if FIRST:
             scale = power_of_two_inverse(tl.max(tl.abs(x), 1))
         else:
@@ -84,7 +84,7 @@ def pass_tiled(
         for start in range(0, n, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
             mask = (rows < m)[:, None] & (columns < n)[None, :]
-            x = tl.load(grad + offsets(rows, columns, stride_m, stride_n), mask=mask, other=0.0).to(tl.float32)
+            x = widened(tl.load(grad + offsets(rows, columns, stride_m, stride_n), mask=mask, other=0.0))
             largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
         scale = power_of_two_inverse(largest)
     else:
@@ -93,7 +93,7 @@ def pass_tiled(
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         mask = (rows < m)[:, None] & (columns < n)[None, :]
-        x = tl.load(grad + offsets(rows, columns, stride_m, stride_n), mask=mask, other=0.0).to(tl.float32)
+        x = widened(tl.load(grad + offsets(rows, columns, stride_m, stride_n), mask=mask, other=0.0))
         x *= scale[:, None]
         if FIRST:
             sums += tl.sum(x * x, 1)
@@ -105,7 +105,7 @@ def pass_tiled(
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         mask = (rows < m)[:, None] & (columns < n)[None, :]
-        x = tl.load(grad + offsets(rows, columns, stride_m, stride_n), mask=mask, other=0.0).to(tl.float32)
+        x = widened(tl.load(grad + offsets(rows, columns, stride_m, stride_n), mask=mask, other=0.0))
         x *= scale[:, None]
         tl.store(partials + columns, tl.sum(x * x * u[:, None], 0), mask=columns < n)
 
@@ -128,7 +128,7 @@ def finish_columns(
     sums = tl.sum(total, 0)
     v = _inverse(sums, size, smallest)
     if LAST:
-        v = tl.where(sums < smallest, 0.0, tl.sqrt_rn(v))
+        v = tl.where(sums <= smallest, 0.0, tl.sqrt_rn(v))
         largest = tl.zeros((BLOCK_M * BLOCK_N,), tl.float32)
         row += matrix.to(tl.int64) * m
         for start in range(0, m, BLOCK_M * BLOCK_N):
@@ -167,10 +167,10 @@ def apply_scaled(
         columns = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (rows < m)[:, None] & (columns < n)[None, :]
         grad = matrix_at(grads, matrix, stack, grad_stack_stride, GRAD, ALIGNED)
-        x = tl.load(grad + offsets(rows, columns, grad_m, grad_n), mask=mask, other=0.0).to(tl.float32)
+        x = widened(tl.load(grad + offsets(rows, columns, grad_m, grad_n), mask=mask, other=0.0))
         weight = matrix_at(weights, matrix, stack, weight_stack_stride, WEIGHT, ALIGNED)
         weight += offsets(rows, columns, weight_m, weight_n)
-        w = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
+        w = widened(tl.load(weight, mask=mask, other=0.0))
         r = tl.load(row + matrix.to(tl.int64) * m + rows, mask=rows < m, other=0.0)
         c = tl.load(column + matrix.to(tl.int64) * n + columns, mask=columns < n, other=0.0)
         if HYPER_ON_DEVICE:
