@@ -11,7 +11,7 @@ import torch
 from conftest import dense
 from optimizer_groups import assert_equal, each_algorithm, each_dtype, each_precision, group, parameter, take_steps
 
-from hf_stateless import StatelessOptimizer
+from hf_stateless import StatelessOptimizer, create_optimizer
 
 
 STATES = {
@@ -81,11 +81,27 @@ def test_options_changed_at_resume_are_applied_with_a_warning(caplog):
         after.load_state_dict(through_file(before.state_dict()))
     options = {key: after.param_groups[0][key] for key in ("num_iterations", "weight_decay", "seed", "lr")}
     assert options == {"num_iterations": 3, "weight_decay": 0.2, "seed": 7, "lr": 0.004}
-    assert sorted(record.getMessage().split("written with ")[1].split(";")[0] for record in caplog.records) == [
-        "num_iterations=5",
-        "seed=0",
-        "weight_decay=0.1",
-    ]
+    (record,) = caplog.records
+    saved, _, now = record.getMessage().removeprefix("The checkpoint was written with ").partition("; ")
+    assert set(saved.split(", ")) == {"num_iterations=5", "seed=0", "weight_decay=0.1"}
+    assert set(now.removeprefix("this run goes on with ")[:-1].split(", ")) == {
+        "num_iterations=3",
+        "seed=7",
+        "weight_decay=0.2",
+    }
+
+
+CHANGES = [("sinkgd", "swan"), ("swan", "sinkgd"), ("sinkgd", "multinorm")]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_a_change_of_the_name_at_resume_is_one_warning(before, after, make_model, caplog):
+    state = create_optimizer(make_model("llama"), before, lr=0.01).state_dict()
+    resumed = create_optimizer(make_model("llama"), after, lr=0.01)
+    with caplog.at_level(logging.WARNING):
+        resumed.load_state_dict(state)
+    (record,) = caplog.records
+    assert "norms=" in record.getMessage()
 
 
 def test_an_unchanged_resume_warns_of_nothing(caplog):
