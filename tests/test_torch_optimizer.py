@@ -209,6 +209,34 @@ def test_a_group_that_is_added_later_is_trained():
     torch.testing.assert_close((late.detach() - dense(5, seed=3)).abs(), torch.full((5,), 0.5), rtol=1e-4, atol=1e-6)
 
 
+LATE = {
+    "one tensor": lambda p: p,
+    "a list": lambda p: [p],
+    "a generator": lambda p: (q for q in [p]),
+    "with its name": lambda p: [("late", p)],
+}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["among names", "without names"])
+@pytest.mark.parametrize("form", LATE.values(), ids=LATE)
+def test_a_late_group_needs_no_names_and_may_have_some(form, named):
+    names = {"param_names": ["first"]} if named else {}
+    optimizer = StatelessOptimizer([group(parameter(8, 12), **names)], lr=0.01)
+    late = parameter(5, seed=3)
+    optimizer.add_param_group({"params": form(late), "algorithm": "adamw"})
+    assert optimizer.name_of(1) in ("parameter 1", "late")
+    late.grad = torch.ones(5)
+    optimizer.step()
+    assert (late.detach() != dense(5, seed=3)).all()
+    optimizer.load_state_dict(through_file(optimizer.state_dict()))
+
+
+def test_a_late_group_without_a_rule_is_told_what_one_looks_like():
+    optimizer = StatelessOptimizer([group(parameter(8, 12))], lr=0.01)
+    with pytest.raises(ValueError, match=r"\{'params': \[...\], 'algorithm': 'adamw'\} for a group .* later"):
+        optimizer.add_param_group({"params": [parameter(5)]})
+
+
 @each_precision
 def test_a_group_may_mix_dtypes(dtype):
     """A float32 norm before bfloat16 biases does not switch their stochastic rounding off."""
