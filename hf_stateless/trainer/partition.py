@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from .adapters import LoraPair, lora_linears, lora_pairs
+from .advice import refuse_no_matrix, refuse_target
 
 
 ROLES = ("matrix", "adapter", "embedding", "head", "rest")
@@ -28,8 +29,6 @@ ROLES = ("matrix", "adapter", "embedding", "head", "rest")
 _IN_OUT_EXPERTS = {"GptOssExperts", "Llama4TextExperts"}
 # Classes that choose experts; some hold a linear layer, some are one.
 _ROUTER = re.compile(r"Router$|Mo[eE]\w*(Gate|Gating)$")
-# What PEFT adds to the name of a layer that it wraps.
-_PEFT_TAIL = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)(\..*)?$")
 
 
 @dataclass
@@ -100,7 +99,9 @@ def partition_parameters(
             role = "rest"
         entries.append(PartitionedParameter(name, p, role, layout, name in decayed, pairs.get(id(p))))
     if not any(entry.role in ("matrix", "adapter") for entry in entries):
-        _refuse_no_matrix(model, target_modules)
+        others = _matrix_layouts(model, None).keys() - heads - embeddings
+        selectable = _selectable(model, embeddings)
+        refuse_no_matrix(model, target_modules, selectable, typed=explicit, all_linear=bool(others))
     _keep_pairs_together(entries)
     return sorted(entries, key=lambda entry: ROLES.index(entry.role))
 
@@ -169,11 +170,20 @@ def _matrix_layouts(
 def _is_target(target_modules: str | Sequence[str] | None, name: str) -> bool:
     try:
         return bool(check_target_module_exists(target_modules, name))
-    except re.error as error:
-        raise ValueError(
-            f"optim_target_modules={target_modules!r} is no regular expression ({error}): a string has to match the "
-            'whole name of a module, such as ".*q_proj"; type a list for substrings, such as ["q_proj"].'
-        ) from None
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        refuse_target(target_modules, error)
+
+
+def _selectable(model: nn.Module, embeddings: set[tuple[object, ...]]) -> dict[str, list[nn.Parameter]]:
+    """Return the trained weights, by the names of their modules, that become matrices once they are named."""
+    return {
+        name: [
+            p
+            for p, _ in _matrix_weights(module, explicit=True)
+            if isinstance(p, nn.Parameter) and p.requires_grad and _storage_key(p) not in embeddings
+        ]
+        for name, module in model.named_modules()
+    }
 
 
 def _matrix_weights(module: nn.Module, explicit: bool) -> Iterator[tuple[torch.Tensor, str]]:
@@ -233,28 +243,4 @@ def refuse_fsdp1() -> NoReturn:
     raise ValueError(
         "FSDP1 flattens parameters, so row norms, column norms and whitening are undefined: set fsdp_version: 2 in "
         "the accelerate config, or fsdp_config={'version': 2} in TrainingArguments."
-    )
-
-
-def _refuse_no_matrix(model: nn.Module, target_modules: str | Sequence[str] | None) -> NoReturn:
-    names = {
-        _PEFT_TAIL.sub("", name).rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if any(p.requires_grad for p, _ in _matrix_weights(module, explicit=True))
-    }
-    if not names:
-        configs = getattr(model, "peft_config", {})
-        methods = sorted({str(config.peft_type.value) for config in configs.values()})
-        if methods and methods != ["LORA"]:
-            raise ValueError(
-                f"The model has no trainable matrix: what PEFT's {', '.join(methods)} trains is no weight of a linear "
-                "layer. Type optim=adamw_torch, or use LoraConfig (use_rslora and use_dora included)."
-            )
-        raise ValueError(
-            "The model has no trainable matrix: its linear layers are frozen, or it has none. Type optim=adamw_torch."
-        )
-    found = "a list of them" if _is_all_linear(target_modules) else "a list of them, or 'all-linear'"
-    raise ValueError(
-        f"optim_target_modules={target_modules!r} matched no trainable matrix. Linear layers, convolutions and heads "
-        f"of this model: {', '.join(sorted(names))}. Type {found}, such as optim_target_modules={[min(names)]!r}."
     )
