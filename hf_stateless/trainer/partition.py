@@ -118,26 +118,6 @@ def _keep_pairs_together(entries: list[PartitionedParameter]) -> None:
     entries.sort(key=lambda entry: place[id(entry.pair.a if entry.pair else entry.parameter)])
 
 
-def describe(groups: Sequence[dict[str, object]]) -> str:
-    """Return the table of who went where, one line per group: role, algorithm, tensors, parameters, decay.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.trainer.partition import describe
-        >>> print(describe([{"role": "matrix", "algorithm": "multinorm", "weight_decay": 0.0,
-        ...                  "params": [torch.zeros(3, 4)]}]))
-        role       algorithm          tensors   parameters  weight decay
-        matrix     multinorm                1           12           0.0
-    """
-    lines = [f"{'role':<11}{'algorithm':<19}{'tensors':>7}{'parameters':>13}{'weight decay':>14}"]
-    for group in groups:
-        params: list[torch.Tensor] = group["params"]  # type: ignore[assignment]
-        numel = sum(p.numel() for p in params)
-        row = f"{group['role']:<11}{group['algorithm']:<19}{len(params):>7}{numel:>13,}"
-        lines.append(f"{row}{group['weight_decay']:>14}")
-    return "\n".join(lines)
-
-
 def _storage_key(p: torch.Tensor) -> tuple[object, ...]:
     """Identify a tensor by its memory, so that two Parameter objects over one storage count as tied."""
     if p.device.type == "meta" or p.numel() == 0 or type(p) not in (nn.Parameter, torch.Tensor):
