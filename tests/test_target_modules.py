@@ -59,16 +59,17 @@ REFUSED = [
     ("q_proj,k_proj", WHOLE, {"q_proj", "k_proj"}),
     ("['q_proj', 'k_proj']", WHOLE, {"q_proj", "k_proj"}),
     ("q_proj k_proj", WHOLE, {"q_proj", "k_proj"}),
-    ("model.layers.0.mlp", r"no linear layer and no convolution \(LlamaMLP\)", ALL_OF_LLAMA - set("qkvo")),
+    ("model.layers.0.mlp", r"no linear layer and no convolution \(LlamaMLP\)", {"gate_proj", "up_proj", "down_proj"}),
     ("mlp", WHOLE, {"gate_proj", "up_proj", "down_proj"}),
     (["embed_tokens"], LISTED, ALL_OF_LLAMA),
     (".*norm", r"no linear layer and no convolution \(LlamaRMSNorm\)", ALL_OF_LLAMA),
     ("*q_proj", "is no regular expression", {"q_proj"}),
-    (["*"], "is no regular expression", {"q_proj"}),
-    ("(q_proj", "is no regular expression", {"q_proj"}),
-    ("a{99999999999}", "is no regular expression", {"q_proj"}),
-    (5, "expected a list of names, 'all-linear', or a regular expression", {"q_proj"}),
-    ([5], "expected a list of names, 'all-linear', or a regular expression", {"q_proj"}),
+    (["*"], "is no regular expression", ALL_OF_LLAMA),
+    ("(q_proj|v_proj", "is no regular expression", {"q_proj", "v_proj"}),
+    ("[*norm", "is no regular expression", ALL_OF_LLAMA),
+    ("a{99999999999}", "is no regular expression", ALL_OF_LLAMA),
+    (5, "is no list of names, regular expression or 'all-linear'", ALL_OF_LLAMA),
+    ([["q_proj"]], "is no list of names, regular expression or 'all-linear'", {"q_proj"}),
 ]
 
 
@@ -94,7 +95,7 @@ def test_targets_without_a_matrix_are_refused_with_a_value_that_works(make_model
     model = make_model("llama")
     said, value = advised(model, target_modules)
     assert re.search(message, said)
-    assert not set(matrices(model, typed(value))) ^ (expected & ALL_OF_LLAMA) or target_modules == "model.layers.0.mlp"
+    assert matrices(model, typed(value)) == expected
 
 
 def test_a_long_value_is_not_repeated_whole(make_model):
@@ -173,6 +174,7 @@ def test_frozen_and_tied_layers_are_said_to_be_so(make_model):
     frozen.model.layers[0].requires_grad_(False)
     assert "what it names (q_proj) is frozen" in advised(frozen, r".*layers.0.*q_proj")[0]
     assert "what it names (lm_head) is an embedding too" in advised(make_model("llama_tied"), ["lm_head"])[0]
+    assert advised(make_model("llama_tied"), "(lm_head")[1] == "all-linear"
     norms = make_model("llama").requires_grad_(False)
     norms.model.norm.requires_grad_(True)
     assert "its 15 linear layers and convolutions are frozen, and what it trains (1 tensors" in advised(norms)[0]

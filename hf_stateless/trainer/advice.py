@@ -56,22 +56,24 @@ def refuse_no_matrix(
     raise ValueError(_nothing_to_select(model))
 
 
-def refuse_target(target_modules: object, error: Exception) -> NoReturn:
+def refuse_target(
+    target_modules: object, error: Exception, selectable: Mapping[str, Sequence[nn.Parameter]]
+) -> NoReturn:
     """Raise the error of an `optim_target_modules` that cannot be compared with names.
+
+    Args:
+        target_modules: what the user gave.
+        error: of the comparison.
+        selectable: as for `refuse_no_matrix`.
 
     Raises:
         ValueError: always.
     """
-    example = _joined([f".*{word}" for word in _words(target_modules)][:_MOST_IN_A_VALUE] or [".*q_proj"])
-    if isinstance(error, TypeError):
-        raise ValueError(
-            f"optim_target_modules={_short(target_modules)}: expected a list of names, 'all-linear', or a regular "
-            f"expression, such as {_as_typed(example)}."
-        ) from None
-    raise ValueError(
-        f"optim_target_modules={_short(target_modules)} is no regular expression ({error}): a string has to match the "
-        f"whole name of a module. Type {_as_typed(example)}."
-    ) from None
+    value = _meant(target_modules, {name: weights for name, weights in selectable.items() if weights}) or "all-linear"
+    wrong = "is no list of names, regular expression or 'all-linear'"
+    if not isinstance(error, TypeError):
+        wrong = f"is no regular expression ({error}): a string has to match the whole name of a module"
+    raise ValueError(f"optim_target_modules={_short(target_modules)} {wrong}. Type {_as_typed(value)}.") from None
 
 
 def target_value(names: Iterable[str], selectable: Mapping[str, Sequence[nn.Parameter]]) -> str:
@@ -176,7 +178,7 @@ def _why_unmatched(model: nn.Module, target_modules: object) -> str:
         return _under_parametrization(wrapped)
     if any(isinstance(module, _LAYERS) for module in matched.values()):
         layers = {name: module for name, module in matched.items() if isinstance(module, _LAYERS)}
-        tied = any(module.weight.requires_grad for module in layers.values())
+        tied = any(getattr(module.weight, "requires_grad", False) for module in layers.values())
         return f"what it names ({_listed(map(_last, layers))}) is {'an embedding too' if tied else 'frozen'}"
     if matched:
         kinds = _listed(type(module).__name__ for module in matched.values())

@@ -100,8 +100,7 @@ def partition_parameters(
         entries.append(PartitionedParameter(name, p, role, layout, name in decayed, pairs.get(id(p))))
     if not any(entry.role in ("matrix", "adapter") for entry in entries):
         others = _matrix_layouts(model, None).keys() - heads - embeddings
-        selectable = _selectable(model, embeddings)
-        refuse_no_matrix(model, target_modules, selectable, typed=explicit, all_linear=bool(others))
+        refuse_no_matrix(model, target_modules, _selectable(model), typed=explicit, all_linear=bool(others))
     _keep_pairs_together(entries)
     return sorted(entries, key=lambda entry: ROLES.index(entry.role))
 
@@ -140,22 +139,23 @@ def _matrix_layouts(
     adapters = {id(m) for module in model.modules() for m in lora_linears(module)}
     routers = {id(m) for module in model.modules() if _ROUTER.search(type(module).__name__) for m in module.modules()}
     for name, module in model.named_modules(remove_duplicate=False):
-        wanted = id(module) not in routers - adapters if all_linear else _is_target(target_modules, name)
+        wanted = id(module) not in routers - adapters if all_linear else _is_target(target_modules, name, model)
         for p, layout in _matrix_weights(module, explicit=not all_linear) if wanted else ():
             if p.requires_grad:
                 found[_storage_key(p)] = (layout, id(module) in adapters)
     return found
 
 
-def _is_target(target_modules: str | Sequence[str] | None, name: str) -> bool:
+def _is_target(target_modules: str | Sequence[str] | None, name: str, model: nn.Module) -> bool:
     try:
         return bool(check_target_module_exists(target_modules, name))
     except (re.error, OverflowError, RecursionError, TypeError) as error:
-        refuse_target(target_modules, error)
+        refuse_target(target_modules, error, _selectable(model))
 
 
-def _selectable(model: nn.Module, embeddings: set[tuple[object, ...]]) -> dict[str, list[nn.Parameter]]:
+def _selectable(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the trained weights, by the names of their modules, that become matrices once they are named."""
+    embeddings = {_storage_key(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(False)}
     return {
         name: [
             p
