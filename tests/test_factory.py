@@ -213,14 +213,6 @@ def test_construction_keeps_no_state_and_changes_nothing(make_model):
     torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0)
 
 
-def test_table_of_groups_is_logged_once(make_model, caplog):
-    with caplog.at_level("INFO", logger="hf_stateless.trainer.factory"):
-        from_trainer(make_model("llama"), "sinkgd")
-    tables = [record.getMessage() for record in caplog.records if "optim=sinkgd" in record.getMessage()]
-    assert len(tables) == 1
-    assert "embedding" in tables[0]
-
-
 def refusal(function, *args, **kwargs):
     with pytest.raises(ValueError, match=r"\S") as error:
         function(*args, **kwargs)

@@ -129,7 +129,9 @@ def test_whitening_keys_without_whitening_are_explained(name, norms, key):
 
 def test_release_is_explained_to_the_other_names():
     message = message_of("swan", {"release": "all"})
-    assert message.endswith("(release belongs to layer-wise updates: take optim='swan_layerwise'.)")
+    assert message.startswith("optim_args for optim='swan' take no release. Valid keys: ")
+    fix = "take optim='swan_layerwise', with max_grad_norm=0 for release=all."
+    assert message.endswith(f"(release belongs to layer-wise updates: {fix})")
 
 
 @pytest.mark.parametrize("key", ["min_signal", "split_whitening"])

@@ -11,7 +11,7 @@ import torch
 from conftest import dense
 from optimizer_groups import assert_equal, each_algorithm, each_dtype, each_precision, group, parameter, take_steps
 
-from hf_stateless import StatelessOptimizer
+from hf_stateless import StatelessOptimizer, create_optimizer
 
 
 STATES = {
@@ -81,11 +81,27 @@ def test_options_changed_at_resume_are_applied_with_a_warning(caplog):
         after.load_state_dict(through_file(before.state_dict()))
     options = {key: after.param_groups[0][key] for key in ("num_iterations", "weight_decay", "seed", "lr")}
     assert options == {"num_iterations": 3, "weight_decay": 0.2, "seed": 7, "lr": 0.004}
-    assert sorted(record.getMessage().split("written with ")[1].split(";")[0] for record in caplog.records) == [
-        "num_iterations=5",
-        "seed=0",
-        "weight_decay=0.1",
-    ]
+    (record,) = caplog.records
+    saved, _, now = record.getMessage().removeprefix("The checkpoint was written with ").partition("; ")
+    assert set(saved.split(", ")) == {"num_iterations=5", "seed=0", "weight_decay=0.1"}
+    assert set(now.removeprefix("this run goes on with ")[:-1].split(", ")) == {
+        "num_iterations=3",
+        "seed=7",
+        "weight_decay=0.2",
+    }
+
+
+CHANGES = [("sinkgd", "swan"), ("swan", "sinkgd"), ("sinkgd", "multinorm")]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_a_change_of_the_name_at_resume_is_one_warning(before, after, make_model, caplog):
+    state = create_optimizer(make_model("llama"), before, lr=0.01).state_dict()
+    resumed = create_optimizer(make_model("llama"), after, lr=0.01)
+    with caplog.at_level(logging.WARNING):
+        resumed.load_state_dict(state)
+    (record,) = caplog.records
+    assert "norms=" in record.getMessage()
 
 
 def test_an_unchanged_resume_warns_of_nothing(caplog):
@@ -191,6 +207,34 @@ def test_a_group_that_is_added_later_is_trained():
     optimizer.add_param_group(group(late, algorithm="adamw", lr=0.5))
     take_steps(optimizer, range(1, 2))
     torch.testing.assert_close((late.detach() - dense(5, seed=3)).abs(), torch.full((5,), 0.5), rtol=1e-4, atol=1e-6)
+
+
+LATE = {
+    "one tensor": lambda p: p,
+    "a list": lambda p: [p],
+    "a generator": lambda p: (q for q in [p]),
+    "with its name": lambda p: [("late", p)],
+}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["among names", "without names"])
+@pytest.mark.parametrize("form", LATE.values(), ids=LATE)
+def test_a_late_group_needs_no_names_and_may_have_some(form, named):
+    names = {"param_names": ["first"]} if named else {}
+    optimizer = StatelessOptimizer([group(parameter(8, 12), **names)], lr=0.01)
+    late = parameter(5, seed=3)
+    optimizer.add_param_group({"params": form(late), "algorithm": "adamw"})
+    assert optimizer.name_of(1) in ("parameter 1", "late")
+    late.grad = torch.ones(5)
+    optimizer.step()
+    assert (late.detach() != dense(5, seed=3)).all()
+    optimizer.load_state_dict(through_file(optimizer.state_dict()))
+
+
+def test_a_late_group_without_a_rule_is_told_what_one_looks_like():
+    optimizer = StatelessOptimizer([group(parameter(8, 12))], lr=0.01)
+    with pytest.raises(ValueError, match=r"\{'params': \[...\], 'algorithm': 'adamw'\} for a group .* later"):
+        optimizer.add_param_group({"params": [parameter(5)]})
 
 
 @each_precision

@@ -167,6 +167,7 @@ def test_a_trl_script_trains_the_same_adapters_in_one_process_and_in_two(workpla
         flags += ["--model_name_or_path", str(workplace.folder / "model")]
         printed = workplace(*launcher, "sft.py", "--config", "sft.yaml", *flags)
         assert printed.count(f"world {world} OptimizerNames.SINKGD") == int(world)
+        assert printed.count("optim=sinkgd updates ") == 1
         (group,) = saved_groups(workplace.folder / output / "checkpoint-2")
         assert (group["norms"], group["num_iterations"]) == (PRESETS["sinkgd"].norms, 2)
     one, two = (

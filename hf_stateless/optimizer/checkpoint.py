@@ -15,7 +15,12 @@ from ..ranks.placement import local_shard
 
 logger = logging.getLogger(__name__)
 
-_FROM_WEIGHTS = "the checkpoint is damaged; delete optimizer.pt (and scheduler.pt) to go on from its weights alone."
+# The Trainer loads the files of optimizer and scheduler both or neither.
+_FROM_WEIGHTS = (
+    "To go on from the weights alone, give the checkpoint's folder as the model of a new run. If you delete "
+    "optimizer.pt and resume, the learning rate schedule starts over, warm-up included, at the old step count."
+)
+_DAMAGED = f"the checkpoint is damaged. {_FROM_WEIGHTS}"
 _NEVER_NEGATIVE = ("step", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "momentum_scale", "recent_norms")
 # What a checkpoint decides when it is resumed; everything else in a group is an option of the run.
 _FROM_CHECKPOINT = ("params", "param_names", "lr", "initial_lr")
@@ -33,7 +38,7 @@ def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]]) -> None:
-    """Put the options of the run back into groups that were loaded, with a warning for each that differs.
+    """Put the options of the run back into groups that were loaded, with one warning that has all that differ.
 
     Args:
         groups: groups as they were loaded, changed in place.
@@ -51,8 +56,9 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
         changed |= {key: (group.get(key), value) for key, value in current.items() if group.get(key) != value}
         group.update(current)
     changed.pop("layouts", None)  # how factors of experts are divided: no option, and older checkpoints lack it
-    for key, (saved, value) in changed.items():
-        logger.warning("The checkpoint was written with %s=%r; this run goes on with %r.", key, saved, value)
+    if changed:
+        saved, now = (", ".join(f"{key}={values[i]!r}" for key, values in sorted(changed.items())) for i in (0, 1))
+        logger.warning("The checkpoint was written with %s; this run goes on with %s.", saved, now)
 
 
 def with_saved_dtypes(saved: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
@@ -68,14 +74,14 @@ def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapp
     """
     if any("algorithm" not in group for group in saved):
         raise ValueError(
-            "This optimizer state was written by another optimizer than hf_stateless and cannot be converted: "
-            "delete optimizer.pt (and scheduler.pt) from the checkpoint to go on from its weights alone."
+            "This optimizer state was written by another optimizer than hf_stateless and cannot be converted. "
+            + _FROM_WEIGHTS
         )
     sizes = [[(_kept(group["algorithm"]), len(group["params"])) for group in groups] for groups in (saved, current)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"The checkpoint has the groups (algorithm, parameters) {sizes[0]}, this run has {sizes[1]}: use the "
-            "same optim, embeddings and optim_target_modules, or delete optimizer.pt to go on from the weights."
+            f"same optim, embeddings and optim_target_modules. {_FROM_WEIGHTS}"
         )
 
 
@@ -96,7 +102,7 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int
         if not fits:
             raise ValueError(
                 f"The state of {name} has {key} of shape {got}, expected {tuple(shape)}: after a change of shape, "
-                "such as resize_token_embeddings, make a new optimizer; a checkpoint goes on without its optimizer.pt."
+                f"such as resize_token_embeddings, make a new optimizer. {_FROM_WEIGHTS}"
             )
 
 
@@ -112,9 +118,9 @@ def check_values(state: Mapping[str, Tensor], name: str) -> None:
             continue
         least, most = (float(extreme) for extreme in torch.aminmax(tensor))
         if not (math.isfinite(least) and math.isfinite(most)):
-            raise ValueError(f"The saved {key} of {name} is not finite: {_FROM_WEIGHTS}")
+            raise ValueError(f"The saved {key} of {name} is not finite: {_DAMAGED}")
         if least < 0 and key in _NEVER_NEGATIVE:
-            raise ValueError(f"The saved {key} of {name} is negative ({least:.3g}): {_FROM_WEIGHTS}")
+            raise ValueError(f"The saved {key} of {name} is negative ({least:.3g}): {_DAMAGED}")
 
 
 def _kept(algorithm: str) -> str:

@@ -20,7 +20,7 @@ from .min_signal import guarded, log_held, measure_signal, new_history, refuse_r
 from .momentum import fit_momentum_, has_momentum
 from .release import RELEASES, Release, unhook
 from .rule import Entry, state_shapes
-from .rules import RULES, complete_group
+from .rules import RULES, complete_group, named_alike
 from .unread_flags import UnreadFlags
 
 
@@ -103,7 +103,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
             ValueError: no or unknown `algorithm`, an unknown key, a learning rate that is negative or not finite, or a
                 complex parameter for a rule that cannot update it.
         """
-        group = complete_group(param_group, self.defaults["lr"])
+        group = named_alike(complete_group(param_group, self.defaults["lr"]), self.param_groups)
         super().add_param_group(group)
         complex_one = next((p for p in group["params"] if p.is_complex()), None)
         if complex_one is not None and not RULES[group["algorithm"]].takes_complex:

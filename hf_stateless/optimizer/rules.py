@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from ..norms.chain import Chain
 from ..update.layout import layout_at
@@ -49,7 +51,8 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
     if algorithm not in RULES:
         raise ValueError(
             f"A parameter group needs algorithm={' | '.join(RULES)}, got {algorithm!r}: "
-            "type hf_stateless.create_optimizer(model, name, lr=...) to have the groups made from a model."
+            "type hf_stateless.create_optimizer(model, name, lr=...) to have the groups made from a model, or "
+            "{'params': [...], 'algorithm': 'adamw'} for a group that is added later."
         )
     defaults = {
         **COMMON,
@@ -74,6 +77,33 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
     if algorithm == "lora_product" and isinstance(factors, list | tuple) and len(factors) % 2:
         raise ValueError(f"A group of LoRA pairs has params A_0, B_0, A_1, B_1, ..., got {len(factors)} of them.")
     return {**defaults, **param_group}
+
+
+def named_alike(group: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a late group with names where the others have some, and without where not: torch refuses a mixture.
+
+    Args:
+        group: as it is given to `add_param_group`; pairs of name and parameter are taken apart.
+        others: the groups that there are.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.rules import named_alike
+        >>> first, late = torch.zeros(2), torch.zeros(3)
+        >>> named_alike({"params": [late]}, [{"params": [first], "param_names": ["norm.weight"]}])["param_names"]
+        ['parameter 1']
+    """
+    params, named = group["params"], any("param_names" in other for other in others)
+    # A set has no order: torch refuses it.
+    if not others or isinstance(params, set) or (named and "param_names" in group):
+        return group
+    params = [params] if isinstance(params, Tensor) else list(params)
+    first = sum(len(other["params"]) for other in others)
+    pairs = [p if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(params, start=first)]
+    alike = {**group, "params": [p for _, p in pairs], "param_names": [name for name, _ in pairs]}
+    if not named:
+        del alike["param_names"]
+    return alike
 
 
 def told_options(group: Mapping[str, Any]) -> dict[str, Any]:

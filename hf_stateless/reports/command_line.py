@@ -1,9 +1,8 @@
-"""What the subcommands of `hf-stateless` share: errors of one line that say what to type, and tables of text."""
+"""What the subcommands of `hf-stateless` share: errors of one line that say what to type."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import NoReturn
 
 
@@ -18,14 +17,3 @@ class Parser(argparse.ArgumentParser):
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def aligned(rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
-    """Return rows of cells as lines of text with equal columns; those whose numbers are in `text` to the left."""
-    left = {index % len(rows[0]) for index in text}
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        lines.append("  ".join(c.ljust(width) if i in left else c.rjust(width) for i, (c, width) in cells).rstrip())
-    return lines

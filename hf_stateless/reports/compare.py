@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .command_line import Parser, aligned
+from ..trainer.table import aligned
+from .command_line import Parser
 from .figures import draw_bars, new_figure, save_plot
 from .files import GIB
 from .finished_run import Run, read_run

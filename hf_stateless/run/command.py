@@ -18,6 +18,7 @@ AUTOLOAD = Path(__file__).resolve().parent / "autoload"
 SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "memory": lambda argv: import_module("..reports.predicted.command", __package__).main(argv),
     "compare": lambda argv: import_module("..reports.compare", __package__).main(argv),
+    "explain": lambda argv: import_module(".explain", __package__).main(argv),
     "export": lambda argv: import_module(".export", __package__).main(argv),
 }
 

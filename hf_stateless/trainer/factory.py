@@ -19,8 +19,9 @@ from ..update.layout import listed_layouts, one_layout
 from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
 from .optim_args import Options, parse_options
-from .partition import PartitionedParameter, describe, partition_parameters
+from .partition import PartitionedParameter, partition_parameters
 from .patches import count_released_gradients_in_clipping, keep_out_of_ddp
+from .table import announce, describe, trainer_prints
 
 
 logger = logging.getLogger(__name__)
@@ -154,10 +155,11 @@ def create_optimizer(
         >>> optimizer.param_groups[0]["num_iterations"]
         3
     """
-    arguments = optimizer_arguments(
-        model, name, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules
-    )
-    optimizer = StatelessOptimizer(**arguments, lr=lr)
+    return _create(model, name, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
+
+
+def _create(model: nn.Module, name: str, options: Mapping[str, Any], **settings: Any) -> StatelessOptimizer:
+    optimizer = StatelessOptimizer(**optimizer_arguments(model, name, options, **settings), lr=settings["lr"])
     optimizer.train()
     return optimizer
 
@@ -205,18 +207,20 @@ def optimizer_arguments(
     given: Mapping[str, Any],
     *,
     lr: float,
-    weight_decay: float,
-    target_modules: str | Sequence[str] | None,
+    weight_decay: float = 0.0,
+    target_modules: str | Sequence[str] | None = None,
+    printed: bool = False,
 ) -> dict[str, Any]:
-    """Return what `StatelessOptimizer` is made from, after all checks and with the table logged.
+    """Return what `StatelessOptimizer` is made from, after all checks and with the table of who went where announced.
 
     Where updates are done in backward, the model is made ready for DDP. The arguments are those of `create_optimizer`;
-    option values may be text. What that refuses is refused here.
+    option values may be text. What that refuses is refused here. `printed` says whether the table may be printed where
+    logs of level INFO are not seen.
     """
     options = parse_options(name, given)
     lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
     groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
-    logger.info("optim=%s:\n%s", name, describe(groups))
+    announce(describe(groups, name, model), printed=printed)
     alone = [n for g in groups if (g["role"], g["algorithm"]) == ("adapter", "multinorm") for n in g["param_names"]]
     if options.lora == "product" and alone:
         logger.warning(
@@ -258,8 +262,17 @@ class _Factory:
 
     name: str
 
-    def __call__(self, model: nn.Module, **kwargs: Any) -> StatelessOptimizer:
-        return create_optimizer(model, self.name, **kwargs)
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        target_modules: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> StatelessOptimizer:
+        settings = {"lr": lr, "weight_decay": weight_decay, "target_modules": target_modules}
+        return _create(model, self.name, options, **settings, printed=trainer_prints())
 
 
 class SwanFactory(_Factory):

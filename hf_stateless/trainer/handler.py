@@ -15,6 +15,7 @@ from ..weights.int8.convert import int8_layers
 from .factory import optimizer_arguments
 from .optim_args import is_layerwise
 from .partition import refuse_fsdp1
+from .table import trainer_prints
 
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
         lr=ctx.args.learning_rate,
         weight_decay=ctx.args.weight_decay,
         target_modules=ctx.args.optim_target_modules,
+        printed=trainer_prints(ctx.args),
     )
     if "split_whitening" not in given and getattr(ctx.args, "world_size", 1) > 1:
         # The Trainer steps all processes together, with gradients that DDP has averaged.

@@ -134,15 +134,17 @@ def _misplaced(option: Option, name: str, norms: Sequence[str]) -> str:
     if to.release is False and is_layerwise(name):
         return f"{key} needs all gradients at once, which layer-wise updates free: take optim={plain!r}."
     if to.release and not is_layerwise(name):
-        return f"{key} belongs to layer-wise updates: take optim={name + LAYERWISE!r}."
+        layerwise = name + LAYERWISE
+        return f"{key} belongs to layer-wise updates: take optim={layerwise!r}, with max_grad_norm=0 for {key}=all."
     if to.optim and to.optim != plain:
         return f"{key} belongs to optim={to.optim!r}."
     return ""
 
 
 def _unknown_key(name: str, key: str, valid: list[str], norms: Sequence[str]) -> str:
-    message = f"Unknown key {key!r} in optim_args for optim={name!r}. Valid keys: {', '.join(sorted(valid))}."
+    keys = f"Valid keys: {', '.join(sorted(valid))}."
     if key in OPTIONS:
-        return f"{message} ({_misplaced(OPTIONS[key], name, norms)})"
+        return f"optim_args for optim={name!r} take no {key}. {keys} ({_misplaced(OPTIONS[key], name, norms)})"
+    message = f"Unknown key {key!r} in optim_args for optim={name!r}. {keys}"
     near = difflib.get_close_matches(key, valid, n=1)
     return f"{message} Did you mean {near[0]!r}?" if near else message

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from .adapters import LoraPair, expert_layouts, lora_linears, lora_pairs
+from .advice import refuse_no_matrix, refuse_target
 
 
 ROLES = ("matrix", "adapter", "embedding", "head", "rest")
@@ -28,8 +29,6 @@ ROLES = ("matrix", "adapter", "embedding", "head", "rest")
 _IN_OUT_EXPERTS = {"GptOssExperts", "Llama4TextExperts"}
 # Classes that choose experts; some hold a linear layer, some are one.
 _ROUTER = re.compile(r"Router$|Mo[eE]\w*(Gate|Gating)$")
-# What PEFT adds to the name of a layer that it wraps.
-_PEFT_TAIL = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)(\..*)?$")
 
 
 @dataclass
@@ -101,7 +100,8 @@ def partition_parameters(
             role = "rest"
         entries.append(PartitionedParameter(name, p, role, layout, name in decayed, pairs.get(id(p))))
     if not any(entry.role in ("matrix", "adapter") for entry in entries):
-        _refuse_no_matrix(model, target_modules)
+        others = _matrix_layouts(model, None).keys() - heads - embeddings
+        refuse_no_matrix(model, target_modules, _selectable(model), typed=explicit, all_linear=bool(others))
     _keep_pairs_together(entries)
     return sorted(entries, key=lambda entry: ROLES.index(entry.role))
 
@@ -116,26 +116,6 @@ def _keep_pairs_together(entries: list[PartitionedParameter]) -> None:
         elif entry.pair and entry.pair.layout == "in_out" and entry.parameter is entry.pair.a:
             entry.layout = "in_out"
     entries.sort(key=lambda entry: place[id(entry.pair.a if entry.pair else entry.parameter)])
-
-
-def describe(groups: Sequence[dict[str, object]]) -> str:
-    """Return the table of who went where, one line per group: role, algorithm, tensors, parameters, decay.
-
-    Example:
-        >>> import torch
-        >>> from hf_stateless.trainer.partition import describe
-        >>> print(describe([{"role": "matrix", "algorithm": "multinorm", "weight_decay": 0.0,
-        ...                  "params": [torch.zeros(3, 4)]}]))
-        role       algorithm          tensors   parameters  weight decay
-        matrix     multinorm                1           12           0.0
-    """
-    lines = [f"{'role':<11}{'algorithm':<19}{'tensors':>7}{'parameters':>13}{'weight decay':>14}"]
-    for group in groups:
-        params: list[torch.Tensor] = group["params"]  # type: ignore[assignment]
-        numel = sum(p.numel() for p in params)
-        row = f"{group['role']:<11}{group['algorithm']:<19}{len(params):>7}{numel:>13,}"
-        lines.append(f"{row}{group['weight_decay']:>14}")
-    return "\n".join(lines)
 
 
 def _storage_key(p: torch.Tensor) -> tuple[object, ...]:
@@ -161,21 +141,31 @@ def _matrix_layouts(
     of_experts = expert_layouts(model)
     routers = {id(m) for module in model.modules() if _ROUTER.search(type(module).__name__) for m in module.modules()}
     for name, module in model.named_modules(remove_duplicate=False):
-        wanted = id(module) not in routers - adapters if all_linear else _is_target(target_modules, name)
+        wanted = id(module) not in routers - adapters if all_linear else _is_target(target_modules, name, model)
         for p, layout in _matrix_weights(module, explicit=not all_linear) if wanted else ():
             if p.requires_grad:
                 found[_storage_key(p)] = (of_experts.get(id(module), layout), id(module) in adapters)
     return found
 
 
-def _is_target(target_modules: str | Sequence[str] | None, name: str) -> bool:
+def _is_target(target_modules: str | Sequence[str] | None, name: str, model: nn.Module) -> bool:
     try:
         return bool(check_target_module_exists(target_modules, name))
-    except re.error as error:
-        raise ValueError(
-            f"optim_target_modules={target_modules!r} is no regular expression ({error}): a string has to match the "
-            'whole name of a module, such as ".*q_proj"; type a list for substrings, such as ["q_proj"].'
-        ) from None
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        refuse_target(target_modules, error, _selectable(model))
+
+
+def _selectable(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the trained weights, by the names of their modules, that become matrices once they are named."""
+    embeddings = {_storage_key(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(False)}
+    return {
+        name: [
+            p
+            for p, _ in _matrix_weights(module, explicit=True)
+            if isinstance(p, nn.Parameter) and p.requires_grad and _storage_key(p) not in embeddings
+        ]
+        for name, module in model.named_modules()
+    }
 
 
 def _matrix_weights(module: nn.Module, explicit: bool) -> Iterator[tuple[torch.Tensor, str]]:
@@ -235,28 +225,4 @@ def refuse_fsdp1() -> NoReturn:
     raise ValueError(
         "FSDP1 flattens parameters, so row norms, column norms and whitening are undefined: set fsdp_version: 2 in "
         "the accelerate config, or fsdp_config={'version': 2} in TrainingArguments."
-    )
-
-
-def _refuse_no_matrix(model: nn.Module, target_modules: str | Sequence[str] | None) -> NoReturn:
-    names = {
-        _PEFT_TAIL.sub("", name).rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if any(p.requires_grad for p, _ in _matrix_weights(module, explicit=True))
-    }
-    if not names:
-        configs = getattr(model, "peft_config", {})
-        methods = sorted({str(config.peft_type.value) for config in configs.values()})
-        if methods and methods != ["LORA"]:
-            raise ValueError(
-                f"The model has no trainable matrix: what PEFT's {', '.join(methods)} trains is no weight of a linear "
-                "layer. Type optim=adamw_torch, or use LoraConfig (use_rslora and use_dora included)."
-            )
-        raise ValueError(
-            "The model has no trainable matrix: its linear layers are frozen, or it has none. Type optim=adamw_torch."
-        )
-    found = "a list of them" if _is_all_linear(target_modules) else "a list of them, or 'all-linear'"
-    raise ValueError(
-        f"optim_target_modules={target_modules!r} matched no trainable matrix. Linear layers, convolutions and heads "
-        f"of this model: {', '.join(sorted(names))}. Type {found}, such as optim_target_modules={[min(names)]!r}."
     )

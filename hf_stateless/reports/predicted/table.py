@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...optimizer.options import LAYERWISE
-from ..command_line import aligned
+from ...trainer.table import aligned
 from ..figures import axes_unit, draw_bars, new_figure, save_plot
 from ..files import GIB
 from ..provenance import versions
