@@ -154,6 +154,20 @@ PRIVATE_PARTS = (
         until="torch has a public hook for it",
     ),
     PrivatePart(
+        part="torch.nn:Module._save_to_state_dict",
+        used_by=("weights/int8/linear.py",),
+        why="codes are saved in a shape that no plain layer takes; torch names it as the place for that",
+        upstream="torch/nn/modules/module.py",
+        until="8-bit weights are saved in a format that others read",
+    ),
+    PrivatePart(
+        part="transformers.core_model_loading#_is_hf_initialized",
+        used_by=("weights/int8/linear.py",),
+        why="tells codes and scales that were read from those that were missing and made anew",
+        upstream="transformers/core_model_loading.py, set_param_for_module",
+        until="quantizers are told which tensors were missing",
+    ),
+    PrivatePart(
         part="torch.autograd:Variable._execution_engine",
         used_by=("optimizer/release.py",),
         why="a callback at the end of backward, before DDP waits for other ranks",

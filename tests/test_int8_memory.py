@@ -1,11 +1,14 @@
 """What 8-bit training takes: bytes counted, and `hf-stateless memory --dtype int8` against a real step."""
 
+import copy
+
 import pytest
 import torch
+from conftest import tiny_inputs
 from memory_models import measured_peak, small_llama
 from transformers import AutoModelForCausalLM
 
-from hf_stateless import Int8TrainingConfig, quantize
+from hf_stateless import Int8TrainingConfig, create_optimizer, quantize
 from hf_stateless.reports.predicted import Settings, build_model, estimate
 from hf_stateless.reports.predicted.model import weight_bytes_of_rank
 from hf_stateless.weights.int8.convert import int8_layers
@@ -30,6 +33,49 @@ def test_weights_are_counted_as_they_are_stored():
     real, predicted = int8_model(), build_model(small_llama(), Settings(dtype="int8"))
     stored = sum(tensor.nbytes for tensor in real.state_dict().values()) + sum(b.nbytes for b in real.buffers())
     assert weight_bytes_of_rank(predicted) == weight_bytes_of_rank(real) == stored
+
+
+@pytest.mark.parametrize("group_size", [16, 64, None])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "t5", "bert", "vit"])
+def test_transformers_counts_bytes_as_stored_and_no_scales(name, group_size, make_model, tmp_path):
+    plain = make_model(name).to(torch.bfloat16)
+    plain.get_input_embeddings().requires_grad_(False)
+    kinds = [{}, {"only_trainable": True}, {"exclude_embeddings": True}]
+    kinds.append({"only_trainable": True, "exclude_embeddings": True})
+    expected = [plain.num_parameters(**kind) for kind in kinds]
+    saved = sum(p.numel() for p in plain.parameters())
+    model = quantize(plain, Int8TrainingConfig(group_size))
+    layers = [layer for _, layer in int8_layers(model)]
+    fewer = sum(layer.weight.nelement() - layer.weight_scale.nbytes for layer in layers)
+    for counted in (model, copy.deepcopy(model)):
+        assert [counted.num_parameters(**kind) for kind in kinds] == expected
+        assert sum(p.numel() for p in counted.parameters()) == saved
+        assert counted.get_memory_footprint(return_buffers=False) == 2 * saved - fewer
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.num_parameters() == expected[0]
+    assert again.get_memory_footprint(False) == model.get_memory_footprint(False)
+
+
+@pytest.mark.parametrize("optim", ["sinkgd", "swan", "sinkgd_layerwise"])
+def test_counts_stay_in_training_and_under_adapters(optim, make_model):
+    model = quantize(make_model("llama").to(torch.bfloat16))
+    before = model.num_parameters(), model.num_parameters(only_trainable=True), model.get_memory_footprint()
+    assert before[0] == before[1] == make_model("llama").num_parameters()
+    optimizer = create_optimizer(model, optim, lr=1e-2)
+    for _ in range(2):
+        model(**tiny_inputs("llama")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (model.num_parameters(), model.num_parameters(only_trainable=True), model.get_memory_footprint()) == before
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    added = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    assert adapted.get_nb_trainable_parameters() == (added, before[0] + added)
+    assert adapted.base_model.model.num_parameters(only_trainable=True) == added
+    assert adapted.base_model.model.get_memory_footprint() == before[2] + sum(
+        p.nbytes for name, p in adapted.named_parameters() if "lora_" in name
+    )
 
 
 @pytest.mark.parametrize("optim", ["sinkgd", "swan", "sinkgd_layerwise", "swan_layerwise"])

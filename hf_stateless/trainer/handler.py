@@ -58,7 +58,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
 
 
 def _warn_of_accumulation(name: str, groups: Sequence[Mapping[str, Any]], steps: int) -> None:
-    held = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
+    held = sum(p.numel() * p.dtype.itemsize for group in groups for p in group["params"])
     logger.warning(
         "optim=%s with gradient_accumulation_steps=%d: the gradients of all %.2f GiB of weights are held between "
         "micro-batches, and only the last one frees them layer by layer. One batch without accumulation saves that "

@@ -155,7 +155,7 @@ def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
     for p in params:
         key = (p.shape, p.dtype)
         counts[key] = counts.get(key, 0) + 1
-        if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * p.numel() * p.element_size() < BATCH_BYTES):
+        if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * p.numel() * p.dtype.itemsize < BATCH_BYTES):
             fakes.append(stand_in(p, device))
             fakes[-1].grad = torch.empty_like(fakes[-1])
     return fakes

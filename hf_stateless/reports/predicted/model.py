@@ -126,4 +126,4 @@ def weight_bytes_of_rank(model: nn.Module, ranks: int = 1) -> int:
 
 def tensor_bytes(tensors: Iterable[Tensor], ranks: int = 1) -> int:
     """Sum the bytes of tensors, or of the parts of them that one rank holds."""
-    return sum(torch.Size(shard(t.shape, ranks)).numel() * t.element_size() for t in tensors)
+    return sum(torch.Size(shard(t.shape, ranks)).numel() * t.dtype.itemsize for t in tensors)

@@ -87,6 +87,48 @@ def dequantize_matrix(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     return grouped.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)
 
 
+def checked_codes(codes: Tensor, scale: Tensor, shape: tuple[int, int], group_size: int | None) -> Tensor:
+    """Return codes that somebody else stored, as a matrix, after a look at whether they can be ours.
+
+    Args:
+        codes: int8 of shape (rows, groups, length), or (rows, columns) as 0.1 saved them.
+        scale: (rows, groups) bfloat16.
+        shape: (rows, columns) of the weight.
+        group_size: see `group_length`.
+
+    Raises:
+        ValueError: another dtype or shape; a scale or code that is never written; codes that do not fit their scales.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.int8.codes import checked_codes
+        >>> codes, scale = torch.tensor([[[3, -127]]], dtype=torch.int8), torch.tensor([[0.5]], dtype=torch.bfloat16)
+        >>> checked_codes(codes, scale, (1, 2), None)
+        tensor([[   3, -127]], dtype=torch.int8)
+    """
+    rows, columns = shape
+    length = group_length(columns, group_size)
+    grouped = (rows, columns // length, length)
+    if codes.dtype != torch.int8 or scale.dtype != torch.bfloat16:
+        raise ValueError(f"got codes of {codes.dtype} and scales of {scale.dtype}, expected int8 and bfloat16.")
+    if tuple(codes.shape) not in (grouped, shape) or tuple(scale.shape) != grouped[:2]:
+        raise ValueError(
+            f"got codes {tuple(codes.shape)} and scales {tuple(scale.shape)}, expected {grouped} and {grouped[:2]}: "
+            "load with the group_size it was saved with."
+        )
+    codes = codes.reshape(shape)
+    if codes.is_meta or not codes.numel():
+        return codes
+    if not bool(((scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)).all()):
+        raise ValueError("a scale is NaN, infinite, zero or negative, so the file is damaged: copy the folder again.")
+    smallest, largest = torch.aminmax(codes.view(grouped), dim=-1)
+    # What requantize_ writes fits in every group; a rare exception is left to the arithmetic of other devices.
+    fits = (torch.maximum(largest, -smallest) >= LARGEST_CODE - 1) | (scale <= SMALLEST_SCALE)
+    if int(smallest.min()) < -LARGEST_CODE or float(fits.float().mean()) < 0.95:
+        raise ValueError("the codes do not fit their scales, so the file is damaged: copy the folder again.")
+    return codes
+
+
 def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: RoundingKey | None, *, first_row: int = 0) -> None:
     """Write changed weights into codes and scales; groups that did not change keep every byte.
 

@@ -11,20 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from .hf_quantizer import METHOD, dequantize
+from .hf_quantizer import dequantize
+from .source import KEPT, files_of, load_whole
 
 
 FORMATS = ("bf16", "bitsandbytes")
-# Beside weights and config, which are written anew: tokenizers, chat templates, processors.
-_KEPT = [
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
-    *("chat_template*", "preprocessor_config.json", "processor_config.json"),
-]
-_READ = [*_KEPT, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
 
 
 def export_model(
@@ -46,7 +39,8 @@ def export_model(
         The folder.
 
     Raises:
-        ValueError: an unknown format, a folder that is not empty, no such source, or one without 8-bit layers.
+        ValueError: an unknown format, a folder that is not empty, no such source, or one without 8-bit layers; a
+            source that is damaged, or of which a file is a link to somewhere else.
         ImportError: `bitsandbytes` is not installed.
 
     Example:
@@ -67,8 +61,12 @@ def export_model(
         raise ImportError("format bitsandbytes needs its package: pip install bitsandbytes")
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not an empty folder: name a new one.")
-    files = None if isinstance(source, PreTrainedModel) else _files_of(os.fspath(source))
-    model = copy.deepcopy(source) if isinstance(source, PreTrainedModel) else _load(files, os.fspath(source))
+    files = None
+    if isinstance(source, PreTrainedModel):
+        model = copy.deepcopy(source)
+    else:
+        files = files_of(os.fspath(source))
+        model = load_whole(files, os.fspath(source))
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Written to a temporary folder beside it, which is then renamed: the folder appears whole or not at all.
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as beside:
@@ -81,34 +79,10 @@ def export_model(
             model = kind.from_pretrained(written, quantization_config=bits, dtype=torch.bfloat16, device_map=where)
             written = Path(beside, "bitsandbytes")
             model.save_pretrained(written)
-        for name in sorted({path for pattern in _KEPT for path in (files.glob(pattern) if files else ())}):
+        for name in sorted({path for pattern in KEPT for path in (files.glob(pattern) if files else ())}):
             if name.is_file():
                 shutil.copyfile(name, written / name.name)
         if folder.is_dir():
             folder.rmdir()  # empty; Windows renames onto no folder
         os.replace(written, folder)
     return folder
-
-
-def _files_of(source: str) -> Path:
-    """Return the folder of a saved model, downloaded if it is on the Hub."""
-    if os.path.isdir(source):
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, allow_patterns=_READ))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no such folder, and the Hub does not provide it: {error}") from error
-
-
-def _load(files: Path | None, source: str) -> PreTrainedModel:
-    """Load the 8-bit model as the class that it was saved as."""
-    if files is None or not (files / "config.json").is_file():
-        raise ValueError(f"{source}: no config.json; expected the folder of a whole model.")
-    config = AutoConfig.from_pretrained(files)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method != METHOD:
-        raise ValueError(f"{source}: not stored by Int8TrainingConfig (quant_method: {method}); it needs no export.")
-    names = [name for name in config.architectures or () if hasattr(transformers, name)]
-    kind = getattr(transformers, names[0]) if names else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_pretrained(files)
-    return model

@@ -13,6 +13,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .convert import int8_layers, layers_to_quantize, quantize_layer, to_float
+from .folder import check_folder, is_own_class
 from .linear import Int8Linear
 from .weight import Int8Weight
 
@@ -35,7 +36,7 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: names of further modules that stay in float, as for transformers' other quantizers.
 
     Raises:
-        ValueError: a group size that is no positive integer.
+        ValueError: a group size that is no positive integer, or modules that are no list of names.
 
     Example:
         >>> from hf_stateless import Int8TrainingConfig
@@ -55,8 +56,15 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"group_size={group_size!r}: type a positive integer such as 64 or 128, or None for one scale per row."
             )
+        names = modules_to_not_convert
+        if names is not None and not (
+            isinstance(names, list | tuple | set) and all(isinstance(n, str) for n in names)
+        ):
+            raise ValueError(
+                f"modules_to_not_convert={names!r}: type a list of names of modules, such as ['lm_head']."
+            )
         self.quant_method, self.group_size = METHOD, group_size
-        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.modules_to_not_convert = None if names is None else list(names)
 
 
 @register_quantizer(METHOD)
@@ -97,6 +105,8 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         names = layers_to_quantize(model, self.quantization_config.modules_to_not_convert)
         self._names = frozenset(names)
         if self.pre_quantized:
+            files = [file for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
+            check_folder(files, model, self.quantization_config.group_size, self._names)
             for name in names:
                 linear = model.get_submodule(name)
                 sizes = (linear.in_features, linear.out_features, linear.bias is not None)
@@ -108,7 +118,11 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in self._names:
             layer = model.get_submodule(name)
             if isinstance(layer, Int8Linear):
-                layer.adopt()
+                try:
+                    if not layer.adopt() and is_own_class(model):
+                        raise ValueError("its codes and scales are missing.")
+                except ValueError as error:
+                    raise ValueError(f"{model.name_or_path}: {name}: {error}") from None
             else:  # the checkpoint does not hold it, so that it was initialised in float
                 quantize_layer(model, name, self.quantization_config.group_size)
         return model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .codes import SMALLEST_SCALE, dequantize_matrix, group_length, quantize_matrix
+from .codes import SMALLEST_SCALE, checked_codes, dequantize_matrix, group_length, quantize_matrix
 from .weight import Int8Weight, Scale
 
 
@@ -18,7 +18,9 @@ class Int8Linear(nn.Linear):
 
     Forward and backward each make the float weight for the moment of their product. The gradient of the weight goes to
     the parameter as for any layer: layer-wise updates take it at once, otherwise it accumulates. A state dict holds
-    `weight` (int8) and `weight_scale`; one with a float `weight` is quantised when it is loaded.
+    `weight` (int8, one group of codes beside the other) and `weight_scale`. No plain layer takes a `weight` of that
+    shape, so that who does not know the format gets an error and no wrong weights. A float `weight` is quantised when
+    it is loaded.
 
     Args:
         in_features: columns of W.
@@ -34,7 +36,7 @@ class Int8Linear(nn.Linear):
         >>> layer = Int8Linear.from_float(torch.nn.Linear(256, 8, bias=False), group_size=128)
         >>> layer(torch.ones(1, 256)).sum().backward()
         >>> {name: (t.dtype, tuple(t.shape)) for name, t in layer.state_dict().items()}
-        {'weight': (torch.int8, (8, 256)), 'weight_scale': (torch.bfloat16, (8, 2))}
+        {'weight': (torch.int8, (8, 2, 128)), 'weight_scale': (torch.bfloat16, (8, 2))}
         >>> layer.weight.grad.dtype
         torch.float32
     """
@@ -80,11 +82,23 @@ class Int8Linear(nn.Linear):
         self.weight_scale = Scale(scale.detach())
         self.weight = Int8Weight(codes.detach(), self.weight_scale, dtype)
 
-    def adopt(self) -> None:
-        """Take over int8 codes that a loader has put in the place of the parameter, and new scales."""
-        codes, scale = self._parameters["weight"], self._parameters["weight_scale"]
-        if codes is not None and scale is not None and not isinstance(codes, Int8Weight):
-            self.store(codes.detach(), scale.detach(), self._dtype)
+    def adopt(self) -> bool:
+        """Take over the codes and scales that `from_pretrained` has read; False if it found none and made new weights.
+
+        Raises:
+            ValueError: codes or scales are missing or damaged.
+        """
+        weight, scale = self._parameters["weight"], self._parameters["weight_scale"]
+        if weight is None or scale is None or isinstance(weight, Int8Weight):
+            return True
+        read = [getattr(tensor, "_is_hf_initialized", False) for tensor in (weight, scale)]
+        if all(read):
+            self.store(self._checked(weight.detach(), scale.detach()), scale.detach(), self._dtype)
+        elif any(read):
+            raise ValueError(f"only its {'codes' if read[0] else 'scales'} are there.")
+        else:
+            self.store(*quantize_matrix(weight, self.group_size), self._dtype)
+        return any(read)
 
     def to_float(self, dtype: torch.dtype) -> nn.Linear:
         """Return the plain layer with the dequantised weight."""
@@ -128,6 +142,12 @@ class Int8Linear(nn.Linear):
             self.weight.requires_grad_(weight.requires_grad)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        codes = destination.get(f"{prefix}weight")
+        if codes is not None and codes.dtype == torch.int8 and not keep_vars:
+            destination[f"{prefix}weight"] = codes.view(*self.weight_scale.shape, -1)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
     ) -> None:
@@ -145,22 +165,20 @@ class Int8Linear(nn.Linear):
         for name, tensor in stored.items():
             if tensor is not None:
                 state_dict[prefix + name] = tensor
-            elif name == "weight" or stored["weight"] is None or stored["weight"].dtype == torch.int8:
+            elif name == "weight" or stored["weight"] is None or not stored["weight"].is_floating_point():
                 missing.append(prefix + name)
+
+    def _checked(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return checked_codes(codes, scale, (self.out_features, self.in_features), self.group_size)
 
     def _load_stored(self, weight: Tensor | None, scale: Tensor | None) -> None:
         """Copy codes and scales, or the codes and scales of a float weight."""
-        if weight is None or (weight.dtype == torch.int8 and scale is None):
+        if weight is None or (scale is None and not weight.is_floating_point()):
             return
-        if weight.dtype != torch.int8:
+        if weight.is_floating_point():
             weight, scale = quantize_matrix(weight, self.group_size)
         assert scale is not None
-        if weight.shape != self.weight.shape or scale.shape != self.weight_scale.shape:
-            raise ValueError(
-                f"got codes {tuple(weight.shape)} and scales {tuple(scale.shape)}, expected "
-                f"{tuple(self.weight.shape)} and {tuple(self.weight_scale.shape)}: load with the group_size it was "
-                "saved with."
-            )
+        weight = self._checked(weight, scale)
         if self.weight.is_meta:
             self.store(weight, scale, self.weight.dtype)
         else:

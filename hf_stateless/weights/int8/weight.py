@@ -59,6 +59,10 @@ class Int8Weight(StoredWeight):
         """Return the codes."""
         return self.codes.detach()
 
+    def element_size(self) -> int:
+        """Return 1: what a weight takes, as `get_memory_footprint()` asks; its gradient takes `dtype.itemsize`."""
+        return self.codes.element_size()
+
     @property
     def stored(self) -> tuple[Tensor, ...]:
         """The codes and their scales."""
@@ -109,12 +113,19 @@ class Int8Weight(StoredWeight):
 
 
 class Scale(nn.Parameter):
-    """The scales beside the codes: saved, moved and sent as a parameter is, but never trained."""
+    """The scales beside the codes: saved, moved and sent as a parameter is, but never trained nor counted as weights.
+
+    `nelement()` is their true number, which `get_memory_footprint()` asks for.
+    """
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> Scale:
         """Make a frozen parameter."""
         scale: Scale = super().__new__(cls, data, False)
         return scale
+
+    def numel(self) -> int:
+        """Return 0: `num_parameters()`, PEFT and reports count parameters with it, and scales are not of the model."""
+        return 0
 
     def requires_grad_(self, requires_grad: bool = True) -> Scale:
         """Stay frozen where a module's `requires_grad_` unfreezes all it has: DDP would wait for a gradient."""
