@@ -9,6 +9,7 @@ from ..reports.command_line import Parser
 from ..reports.predicted.model import build_model, load_config
 from ..reports.predicted.table import Settings
 from ..reports.run_facts import base_of, option_pairs
+from ..trainer.assumed import assumptions
 from ..trainer.factory import parameter_groups
 from ..trainer.optim_args import parse_options
 from ..trainer.table import describe, explain
@@ -56,7 +57,9 @@ def _answer(args: argparse.Namespace) -> str:
     trained = f"{type(base_of(model)).__name__} of {args.model}, as it is trained with optim={args.optim}:"
     if getattr(config, "quantization_config", None):
         trained += "\nThe quantization that the config names is left out: quantised weights are frozen in a run."
-    return "\n".join([trained, "", explain(groups, args.optim), "", describe(groups, args.optim, model)])
+    notes = list(assumptions(model, groups)) if args.target_modules is None else []
+    table = [explain(groups, args.optim), "", describe(groups, args.optim, model)]
+    return "\n".join([trained, "", *table, *(f"\n{note}" for note in notes)])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ..optimizer.rules import RULES
 from ..update.layout import listed_layouts, one_layout
 from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
+from .assumed import assumptions
 from .optim_args import Options, parse_options
 from .partition import PartitionedParameter, partition_parameters
 from .patches import count_released_gradients_in_clipping, keep_out_of_ddp
@@ -221,6 +222,8 @@ def optimizer_arguments(
     lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
     groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
     announce(describe(groups, name, model), printed=printed)
+    for line in assumptions(model, groups) if target_modules is None else ():
+        logger.warning("optim=%s: %s", name, line)
     alone = [n for g in groups if (g["role"], g["algorithm"]) == ("adapter", "multinorm") for n in g["param_names"]]
     if options.lora == "product" and alone:
         logger.warning(

@@ -8,27 +8,25 @@ mixture of experts is no matrix.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
-from transformers.pytorch_utils import Conv1D
+from transformers import Trainer
 from transformers.trainer_utils import check_target_module_exists
 
+from ..update.layout import layout_of
+from ..weights.int8.linear import Int8Linear
 from .adapters import LoraPair, expert_layouts, lora_linears, lora_pairs
 from .advice import refuse_no_matrix, refuse_target
+from .heads import Heads, find_heads
+from .matrices import chooses, is_thin, matrix_weights, pointwise
 
 
 ROLES = ("matrix", "adapter", "embedding", "head", "rest")
 """What a parameter is, in the order of the groups: the learning rate that the Trainer logs is the first group's."""
-
-# Expert stacks stored (experts, in, out) whose module does not say so by `is_transposed` (in every supported version).
-_IN_OUT_EXPERTS = {"GptOssExperts", "Llama4TextExperts"}
-# Classes that choose experts; some hold a linear layer, some are one.
-_ROUTER = re.compile(r"Router$|Mo[eE]\w*(Gate|Gating)$")
 
 
 @dataclass
@@ -77,11 +75,8 @@ def partition_parameters(
     if not named:
         raise ValueError("The model has no trainable parameter: every requires_grad is False.")
     matrices = _matrix_layouts(model, target_modules)
-    heads = _head_keys(model)
-    embeddings = {_storage_key(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(False)}
-    # The low-rank factors that PEFT trains for an embedding are looked up by token, like the embedding itself.
-    wrappers = (m for m in model.modules() if isinstance(getattr(m, "base_layer", None), nn.Embedding))
-    embeddings |= {_storage_key(p) for m in wrappers for p in m.parameters() if p.requires_grad}
+    heads = _keys_of(model, find_heads(model))
+    embeddings = _embedding_keys(model)
     pairs = {id(p): pair for pair in lora_pairs(model) for p in (pair.a, pair.b)}
     explicit = not _is_all_linear(target_modules)
     # The Trainer's own rule, a method that does not use its self: norms and biases are not decayed.
@@ -89,16 +84,16 @@ def partition_parameters(
     entries = []
     for name, p in named:
         key = _storage_key(p)
-        layout, adapter = matrices.get(key, ("out_in", False))
+        found = matrices.get(key)
         if key in embeddings:
             role = "embedding"
-        elif key in heads and not (explicit and key in matrices):
+        elif key in heads and not (explicit and found):
             role = "head"
-        elif key in matrices:
-            role = "adapter" if adapter else "matrix"
         else:
-            role = "rest"
+            role = found.role if found else "rest"
+        layout = found.layout if found else "out_in"
         entries.append(PartitionedParameter(name, p, role, layout, name in decayed, pairs.get(id(p))))
+    _take_back_pointwise(entries, matrices)
     if not any(entry.role in ("matrix", "adapter") for entry in entries):
         others = _matrix_layouts(model, None).keys() - heads - embeddings
         refuse_no_matrix(model, target_modules, _selectable(model), typed=explicit, all_linear=bool(others))
@@ -131,21 +126,68 @@ def _is_all_linear(target_modules: str | Sequence[str] | None) -> bool:
     )
 
 
-def _matrix_layouts(
-    model: nn.Module, target_modules: str | Sequence[str] | None
-) -> dict[tuple[object, ...], tuple[str, bool]]:
-    """Map the storage of each weight that can be treated as a matrix to (layout, belongs to an adapter)."""
-    all_linear = _is_all_linear(target_modules)
-    found: dict[tuple[object, ...], tuple[str, bool]] = {}
+@dataclass
+class _Found:
+    """What a weight is as a matrix."""
+
+    layout: str
+    role: str
+    only_beside_others: bool
+    """A convolution of one point in more than one dimension: a matrix where the model has others."""
+
+
+def _matrix_layouts(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[tuple[object, ...], _Found]:
+    """Find each weight that can be treated as a matrix, by its storage."""
+    explicit = not _is_all_linear(target_modules)
+    found: dict[tuple[object, ...], _Found] = {}
     adapters = {id(m) for module in model.modules() for m in lora_linears(module)}
     of_experts = expert_layouts(model)
-    routers = {id(m) for module in model.modules() if _ROUTER.search(type(module).__name__) for m in module.modules()}
-    for name, module in model.named_modules(remove_duplicate=False):
-        wanted = id(module) not in routers - adapters if all_linear else _is_target(target_modules, name, model)
-        for p, layout in _matrix_weights(module, explicit=not all_linear) if wanted else ():
-            if p.requires_grad:
-                found[_storage_key(p)] = (of_experts.get(id(module), layout), id(module) in adapters)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        parents = tuple(modules[name[:end]] for end in [0, *(at.start() for at in re.finditer(r"\.", name))] if name)
+        is_adapter, point = id(module) in adapters, pointwise(module)
+        # AdamW cannot update 8-bit weights, so what is stored so is a matrix whatever it does.
+        always = is_adapter or isinstance(module, Int8Linear)
+        if explicit:
+            wanted = _is_target(target_modules, name, model)
+        else:
+            wanted = always or not (chooses(name, module, parents) or (point and _in_tuner_layer(parents)))
+        for p, layout in matrix_weights(module, convolutions=explicit or point) if wanted else ():
+            thin = not (explicit or always) and is_thin(layout_of(layout).sizes(p.shape))
+            if p.requires_grad and not thin:
+                beside = point and not explicit and not isinstance(module, nn.Conv1d)
+                layout = of_experts.get(id(module), layout)
+                found[_storage_key(p)] = _Found(layout, "adapter" if is_adapter else "matrix", beside)
     return found
+
+
+def _in_tuner_layer(parents: Sequence[nn.Module]) -> bool:
+    return any(hasattr(m, "base_layer") for m in parents)
+
+
+def _take_back_pointwise(entries: Sequence[PartitionedParameter], matrices: dict[tuple[object, ...], _Found]) -> None:
+    """Leave convolutions of one point to AdamW, in place, where they would be the only matrices."""
+    taken = [(entry, matrices.get(_storage_key(entry.parameter))) for entry in entries if entry.role == "matrix"]
+    if all(found is not None and found.only_beside_others for _, found in taken):
+        for entry, _ in taken:
+            entry.role, entry.layout = "rest", "out_in"
+
+
+def _embedding_keys(model: nn.Module) -> set[tuple[object, ...]]:
+    """Return what is looked up by token or position: embeddings, and the factors that PEFT trains for them."""
+    tables = [m for m in model.modules() if _is_table_of_rows(m)]
+    keys = {_storage_key(p) for m in tables for p in m.parameters(False)}
+    wrappers = (m for m in model.modules() if isinstance(getattr(m, "base_layer", None), nn.Embedding))
+    return keys | {_storage_key(p) for m in wrappers for p in m.parameters() if p.requires_grad}
+
+
+def _is_table_of_rows(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None) if type(module).__name__.endswith("Embedding") else None
+    return isinstance(module, nn.Embedding) or (isinstance(weight, nn.Parameter) and weight.ndim == 2)
+
+
+def _keys_of(model: nn.Module, heads: Heads) -> set[tuple[object, ...]]:
+    return {_storage_key(p) for m in model.modules() if id(m) in heads.modules for p in m.parameters(recurse=False)}
 
 
 def _is_target(target_modules: str | Sequence[str] | None, name: str, model: nn.Module) -> bool:
@@ -161,63 +203,11 @@ def _selectable(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {
         name: [
             p
-            for p, _ in _matrix_weights(module, explicit=True)
+            for p, _ in matrix_weights(module, convolutions=True)
             if isinstance(p, nn.Parameter) and p.requires_grad and _storage_key(p) not in embeddings
         ]
         for name, module in model.named_modules()
     }
-
-
-def _matrix_weights(module: nn.Module, explicit: bool) -> Iterator[tuple[torch.Tensor, str]]:
-    """Yield the weights of one module that are matrices, with their layout."""
-    if isinstance(module, nn.Linear):
-        yield module.weight, "out_in"
-    elif isinstance(module, Conv1D):
-        yield module.weight, "in_out"
-    elif explicit and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        yield module.weight, "conv"
-    elif type(module).__name__.endswith("Experts"):
-        # FSDP2 puts a subclass of its own in place of the class, so the table is looked up along the bases.
-        in_table = any(base.__name__ in _IN_OUT_EXPERTS for base in type(module).__mro__)
-        in_out = getattr(module, "is_transposed", False) or in_table
-        for p in module.parameters(recurse=False):
-            if p.ndim == 3:
-                yield p, "in_out" if in_out else "out_in"
-
-
-def _head_keys(model: nn.Module) -> set[tuple[object, ...]]:
-    """Return every weight outside the backbone, and the output embedding wherever it lies; adapters stay matrices."""
-    outside: list[nn.Module | None] = []
-    for inner in _outermost_transformers(model):
-        backbone = inner.base_model
-        children = [child for child in inner.children() if all(m is not backbone for m in child.modules())]
-        outside += children if backbone is not inner else [child for child in children if _classifies(inner, child)]
-    # A model may be made of others that have a head of their own (BLIP-2, encoder-decoder pairs).
-    outside += [m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)]
-    adapters = {id(m) for module in model.modules() for m in lora_linears(module)}
-    return {
-        _storage_key(p)
-        for root in outside
-        if root is not None
-        for module in root.modules()
-        if id(module) not in adapters
-        for p in module.parameters(recurse=False)
-    }
-
-
-def _outermost_transformers(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """Yield the transformers models inside PEFT, DDP, `torch.compile` and other wrappers, not the models in those."""
-    if isinstance(module, PreTrainedModel):
-        yield module
-    else:
-        for child in module.children():
-            yield from _outermost_transformers(child)
-
-
-def _classifies(model: PreTrainedModel, child: nn.Module) -> bool:
-    """Tell a classification head by its outputs, for models that do not name their backbone (CLIP, Whisper)."""
-    layer = getattr(child, "original_module", child)  # PEFT wraps what `modules_to_save` names
-    return isinstance(layer, nn.Linear) and layer.out_features == getattr(model.config, "num_labels", None)
 
 
 def refuse_fsdp1() -> NoReturn:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..update.layout import layout_at
 from ..weights.stored import StoredWeight
 from .optim_args import plain_name
 
@@ -55,8 +56,9 @@ def alike(groups: Iterable[Mapping[str, Any]], optim: str) -> list[Alike]:
     """
     found: dict[tuple[str, str, str, str, tuple[int, ...]], list[str]] = {}
     for group in groups:
-        role, method, layout = group["role"], _method(group, optim), group.get("layout", "")
-        for name, p in zip(group["param_names"], group["params"], strict=True):
+        role, method = group["role"], _method(group, optim)
+        for i, (name, p) in enumerate(zip(group["param_names"], group["params"], strict=True)):
+            layout = layout_at(group, i).name if "layout" in group else ""
             found.setdefault((_NUMBER.sub("*", name), role, method, layout, tuple(p.shape)), []).append(name)
     return [Alike(*key, tuple(names)) for key, names in found.items()]
 

@@ -27,7 +27,7 @@ def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list
     if isinstance(model, PreTrainedModel):
         backbone = model.base_model
         stays = HfQuantizer.get_modules_to_not_convert(model, stays, add_default_skips=True)
-    inside = {id(m) for m in backbone.modules() if type(m) is nn.Linear or isinstance(m, Int8Linear)}
+    inside = {id(m) for m in backbone.modules() if isinstance(m, Int8Linear) or _is_matrix(m)}
     names = [name for name, m in model.named_modules() if id(m) in inside and should_convert_module(name, stays)]
     if not names:
         raise ValueError(
@@ -36,6 +36,11 @@ def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list
             "load the model without quantization_config."
         )
     return names
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Tell whether a layer is one to store in 8 bits: a gate of one output has nothing to save and trains in float."""
+    return type(module) is nn.Linear and module.out_features > 1
 
 
 def quantize_layer(model: nn.Module, name: str, group_size: int | None) -> Int8Linear:

@@ -1,0 +1,229 @@
+"""Which layers are heads: the last ones, which write tokens, classes, boxes or values.
+
+A transformers model says where its backbone ends. Everywhere else a head is known by what it writes (an output for
+each token or label), by its name, or by standing behind the last layer. Transformer layers are never heads, wherever
+they stand: the decoder of a masked autoencoder lies outside the backbone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from .adapters import lora_linears
+
+
+_OUTPUT = r"class(es)?|cls|b?box(es)?|obj(ect)?|mask|label|score|logits?|token|value|reward|vocab"
+# A name of a layer, or of a module around it, that says that it writes what the model is asked for.
+_HEAD = re.compile(
+    r"(^|_)heads?\d*(_|$)|[a-z]head$|classif(y|ier)s?\d*$|logits?(_\w+)?$|"
+    rf"(^|_)({_OUTPUT})_?(embed|predict(or|ion)s?|out(put)?)s?$|"
+    r"(^|_)pred(ict(ion|or)s?)?$|^predict_|^(cls|scores?|qa_outputs)$"
+)
+# Names that say it only of what no layer follows; `fc` outside transformers alone, which has some in the middle.
+_LAST = re.compile(r"^(final_layer|generator)$")
+_LAST_ELSEWHERE = "fc"
+# Modules that read rather than write, though they may be called heads: attention has heads, and pools.
+_READS = re.compile(r"Atten|Attn|MultiHead|Pool")
+# Names of what leads from one part of a model into another.
+_BRIDGE = re.compile(r"proj(ect(ion|or)s?)?(_|\d|$)|adapter|connector|merger|resampl|bridge|align|pool|embed")
+_LAYERS = (GradientCheckpointingLayer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclass
+class Heads:
+    """The modules that are heads, by identity, and what was assumed where it could not be known."""
+
+    modules: set[int]
+    assumed: list[str]
+    """Names of linear layers that are heads only because of where they stand."""
+    undecided: str | None = None
+    """The last linear layer, if nothing tells whether it is a head."""
+
+
+@dataclass
+class _Place:
+    """A module with its place in the model, in the order in which modules were entered."""
+
+    name: str
+    module: nn.Module
+    parents: tuple[nn.Module, ...]
+    in_layer: bool
+    in_transformer: bool
+    """Whether the layer is one of a transformer: it has attention, or is checkpointed as one."""
+    reads: bool
+
+
+def find_heads(model: nn.Module) -> Heads:
+    """Return the heads of a model; the factors of LoRA and what lies inside of a transformer layer are none.
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_stateless.trainer.heads import find_heads
+        >>> model = nn.Sequential()
+        >>> model.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2)
+        >>> model.out = nn.Linear(8, 3)
+        >>> find_heads(model).assumed
+        ['out']
+    """
+    places = list(_places(model))
+    by_id = {id(place.module): i for i, place in enumerate(places)}
+    outermost = list(_outermost_transformers(model))
+    heads = {i for inner in outermost for i in _outside_backbone(inner, places, by_id)}
+    heads |= {i for i, place in enumerate(places) if _is_labelled(place)} | set(_named(places))
+    for inner in (place.module for place in places if isinstance(place.module, PreTrainedModel)):
+        # A model may be made of others that have a head of their own (BLIP-2, encoder-decoder pairs).
+        output = inner.get_output_embeddings()
+        heads |= {by_id[id(m)] for m in output.modules() if id(m) in by_id} if output is not None else set()
+    heads |= set(_as_large_as_vocabulary(places))
+    assumed, undecided = _by_place(places, heads, outermost)
+    adapters = {id(m) for place in places for m in lora_linears(place.module)}
+    found = {id(places[i].module) for i in heads | set(assumed)} - adapters
+    return Heads(found, [places[i].name for i in assumed if id(places[i].module) in found], undecided)
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    """Yield every module once, with the modules around it."""
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module, around: _Place | None) -> Iterator[_Place]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        parents = (*around.parents, around.module) if around else ()
+        in_transformer = bool(around and around.in_transformer) or _is_transformer_layer(module, parents)
+        in_layer = in_transformer or bool(around and around.in_layer) or _is_block(name, module, parents)
+        reads = bool(around and around.reads) or bool(around and _READS.search(type(module).__name__))
+        place = _Place(name, module, parents, in_layer, in_transformer, reads)
+        yield place
+        for child_name, child in module.named_children():
+            yield from walk(f"{name}.{child_name}" if name else child_name, child, place)
+
+    yield from walk("", model, None)
+
+
+def _is_transformer_layer(module: nn.Module, parents: tuple[nn.Module, ...]) -> bool:
+    """Tell whether a module is a layer of a transformer, by its class or as a numbered module with attention."""
+    if isinstance(module, _LAYERS):
+        return True
+    kinds = [type(m).__name__ for m in module.modules() if m is not module] if _is_numbered(module, parents) else []
+    return any(_READS.search(kind) and "Pool" not in kind for kind in kinds)
+
+
+def _is_block(name: str, module: nn.Module, parents: tuple[nn.Module, ...]) -> bool:
+    """Tell whether a module is one of several alike, with a norm or some weights, in a container that is no head."""
+    container = re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2]
+    if not _is_numbered(module, parents) or type(module) is nn.Sequential or _HEAD.search(container):
+        return False
+    alike = sum(type(m) is type(module) for m in parents[-1].children())
+    normed = any("Norm" in type(m).__name__ for m in module.modules() if m is not module)
+    weights = sum(1 for _ in _weights(module))
+    return (alike > 1 and weights > 1) or (weights > 0 and normed and isinstance(parents[-1], nn.ModuleList))
+
+
+def _is_numbered(module: nn.Module, parents: tuple[nn.Module, ...]) -> bool:
+    inside = bool(parents) and isinstance(parents[-1], nn.ModuleList | nn.Sequential)
+    return inside and not isinstance(module, PreTrainedModel)
+
+
+def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights of the linear layers and convolutions of a module."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+    yield from (p for m in module.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False) if p.ndim > 1)
+
+
+def _outermost_transformers(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """Yield the transformers models inside PEFT, DDP, `torch.compile` and other wrappers, not the models in those."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost_transformers(child)
+
+
+def _outside_backbone(inner: PreTrainedModel, places: list[_Place], by_id: dict[int, int]) -> Iterator[int]:
+    """Yield what lies outside the backbone of a transformers model, behind the layers that lie there too."""
+    backbone = inner.base_model
+    if backbone is inner:
+        return
+    children = [child for child in inner.children() if all(m is not backbone for m in child.modules())]
+    outside = [by_id[id(m)] for child in children for m in child.modules() if id(m) in by_id]
+    last = max((i for i in outside if places[i].in_transformer), default=-1)
+    yield from (i for i in outside if i > last)
+
+
+def _is_labelled(place: _Place) -> bool:
+    """Tell a classifier by its outputs, for models that do not name their backbone (CLIP, Whisper)."""
+    owner = next((m for m in reversed(place.parents) if isinstance(m, PreTrainedModel)), None)
+    direct = owner is not None and len(place.parents) - place.parents.index(owner) <= 2  # PEFT may wrap it
+    labels = getattr(owner.config, "num_labels", None) if owner is not None and direct else None
+    return isinstance(place.module, nn.Linear) and place.module.out_features == labels
+
+
+def _named(places: list[_Place]) -> Iterator[int]:
+    """Yield what is a head by a name on its way, behind the layers that this module holds."""
+    last = max((i for i, place in enumerate(places) if place.in_layer), default=-1)
+    for i, place in enumerate(places):
+        part = place.name.rpartition(".")[2]
+        elsewhere = part == _LAST_ELSEWHERE and not any(_is_of_transformers(m) for m in place.parents)
+        named = _HEAD.search(part) or (i > last and (elsewhere or _LAST.search(part)))
+        if not named or place.in_layer or place.reads or isinstance(place.module, PreTrainedModel):
+            continue
+        inside = [i, *(j for j in range(i + 1, len(places)) if places[j].name.startswith(f"{place.name}."))]
+        behind = max((j for j in inside if places[j].in_layer), default=i - 1)
+        yield from (j for j in inside if j > behind and not places[j].reads)
+
+
+def _as_large_as_vocabulary(places: list[_Place]) -> Iterator[int]:
+    """Yield the linear layers that have an output for each row of the largest embedding, and its width as inputs."""
+    tables = [place.module for place in places if isinstance(place.module, nn.Embedding)]
+    if not tables:
+        return
+    largest = max(tables, key=lambda table: table.num_embeddings)
+    vocabulary = (largest.num_embeddings, largest.embedding_dim)
+    for i, place in enumerate(places):
+        m, free = place.module, not (place.in_layer or place.reads)
+        sizes = (m.out_features, m.in_features) if isinstance(m, nn.Linear) and free else None
+        if sizes == vocabulary and sizes[0] > sizes[1]:
+            yield i
+
+
+def _by_place(places: list[_Place], heads: set[int], outermost: list[PreTrainedModel]) -> tuple[list[int], str | None]:
+    """Find heads behind the last layer of a module that is no class of transformers, or say that none is known."""
+    known = {id(m) for place in places if _is_of_transformers(place.module) for m in place.module.modules()}
+    last = max((i for i, place in enumerate(places) if place.in_layer or id(place.module) in known), default=-1)
+    linears = [
+        i
+        for i, place in enumerate(places)
+        if isinstance(place.module, nn.Linear) and id(place.module) not in known and not place.in_layer
+    ]
+    if last >= 0:
+        hidden = {m.config.hidden_size for m in outermost if hasattr(m.config, "hidden_size")}
+        candidates = [i for i in linears if i not in heads and _may_be_head(places[i])]
+        return [i for i in candidates if i > last or _writes(places[i].module, hidden)], None
+    open_question = len(linears) > 1 and not any(i in heads for i in linears)
+    return [], places[linears[-1]].name if open_question else None
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    """Tell whether a model says itself where its head is: a class of transformers, or one with a backbone."""
+    if not isinstance(module, PreTrainedModel):
+        return False
+    # FSDP2 puts a subclass of its own in place of the class.
+    kind = next(base for base in type(module).__mro__ if not base.__name__.startswith("FSDP"))
+    return module.base_model is not module or kind.__module__.startswith("transformers.")
+
+
+def _writes(module: nn.Module, hidden: set[int]) -> bool:
+    """Tell whether a layer beside a transformers model reads its hidden states and makes something else of them."""
+    return isinstance(module, nn.Linear) and module.in_features in hidden and module.out_features not in hidden
+
+
+def _may_be_head(place: _Place) -> bool:
+    return not place.reads and not any(_BRIDGE.search(part) for part in place.name.split(".")[-2:])
