@@ -77,6 +77,13 @@ PRIVATE_PARTS = (
         until="transformers reports the malformed part itself",
     ),
     PrivatePart(
+        part="transformers:Trainer.train",
+        used_by=("trainer/patches.py",),
+        why="replaced, so that hooks of layer-wise updates sleep when it has ended or failed",
+        upstream="transformers/trainer.py; public; it calls optimizer.train() before each forward",
+        until="the Trainer calls optimizer.eval() at its end, errors included",
+    ),
+    PrivatePart(
         part="transformers:Trainer.get_decay_parameter_names",
         used_by=("trainer/partition.py",),
         why="the Trainer's rule of weight decay without a Trainer: the method does not look at its self",

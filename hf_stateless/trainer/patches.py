@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,6 +52,39 @@ def _malformed(optim_args: object) -> str:
     )
 
 
+def end_layerwise_training(trainer_class: Any) -> None:
+    """Let hooks of layer-wise updates sleep when `Trainer.train` has ended or failed; repeated calls do nothing.
+
+    Else a later backward would still change weights. No callback comes after an error, and a handler is not given the
+    trainer. Training wakes its own hooks, by `optimizer.train()` before each forward. Delete when the Trainer calls
+    `optimizer.eval()` at its end, errors included.
+    """
+    original = trainer_class.train
+    if hasattr(original, OURS):
+        return
+
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        live = _hooks_of(self.model)
+        if live:
+            live.begin_training(self.model.parameters(), self.optimizer)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            live = _hooks_of(self.model)
+            if live:
+                live.end_training(self.model.parameters())
+
+    setattr(train, OURS, True)
+    trainer_class.train = train
+
+
+def _hooks_of(model: Any) -> Any:
+    """Return what knows of hooks on parameters, or None if it was never loaded, so that there are none."""
+    live = sys.modules.get(f"{__name__.partition('.')[0]}.optimizer.live")
+    return live if isinstance(model, torch.nn.Module) else None
+
+
 def count_released_gradients_in_clipping() -> None:
     """Make `Accelerator.clip_grad_norm_` see gradients that layer-wise updates have freed; repeated calls do nothing.
 
@@ -65,7 +99,7 @@ def count_released_gradients_in_clipping() -> None:
     @functools.wraps(original)
     def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         parameters = list(parameters)
-        from ..optimizer.release import released_norm  # only now: registering names must load little
+        from ..optimizer.live import released_norm  # only now: registering names must load little
         from ..ranks.placement import whole_matrix
 
         released = released_norm(parameters)
