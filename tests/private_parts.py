@@ -113,10 +113,24 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="accelerate:Accelerator.clip_grad_norm_",
-        used_by=("trainer/patches.py",),
+        used_by=("trainer/clipping.py",),
         why="replaced, so that clipping and the logged grad_norm count gradients that backward has freed",
         upstream="accelerate/accelerator.py; public, but nobody promised that the Trainer clips by it",
         until="accelerate lets an optimizer take part in clipping",
+    ),
+    PrivatePart(
+        part="torch.nn.utils.clip_grad:_clip_grads_with_norm_",
+        used_by=("trainer/clipping.py",),
+        why="replaced, so that clip_grad_norm_ of torch counts gradients that backward has freed",
+        upstream="torch/nn/utils/clip_grad.py; clip_grad_norm_ calls it with the norm that it returns",
+        until="torch lets an optimizer take part in clipping",
+    ),
+    PrivatePart(
+        part="torch.nn.utils:clip_grad_value_",
+        used_by=("trainer/clipping.py",),
+        why="replaced, so that it says once that it does not see gradients that backward has freed",
+        upstream="torch/nn/utils/clip_grad.py; public",
+        until="torch lets an optimizer take part in clipping",
     ),
     PrivatePart(
         part="torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",

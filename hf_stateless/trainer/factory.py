@@ -17,9 +17,10 @@ from ..optimizer.release import is_released
 from ..optimizer.rules import RULES
 from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
+from .clipping import count_released_gradients
 from .optim_args import Options, parse_options
 from .partition import PartitionedParameter, describe, partition_parameters
-from .patches import count_released_gradients_in_clipping, keep_out_of_ddp
+from .patches import keep_out_of_ddp
 
 
 logger = logging.getLogger(__name__)
@@ -241,7 +242,7 @@ def _prepare_release(model: nn.Module, groups: list[dict[str, Any]], release: st
         )
     released = [g for g in groups if is_released(g["algorithm"], release)]
     keep_out_of_ddp(model, [p for group in released for p in group["params"]])
-    count_released_gradients_in_clipping()
+    count_released_gradients()
 
 
 class _Factory:
