@@ -138,6 +138,57 @@ def run_sharded_norm(rank, kind):
     return norms
 
 
+def run_sharded_clipped(rank):
+    """Weights after clipping by torch, and by the whole norm, of sharded gradients, layer-wise and plain."""
+    trained = []
+    for name in ("sinkgd_layerwise", "sinkgd"):
+        model = built(Tower)
+        model.spare.requires_grad_(False)
+        optimizer = create_optimizer(sharded(model), name, lr=0.01, adamw_eps=1e-2)
+        for step in range(STEPS):
+            model(tokens(rank, step)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(weights_of(model))
+    return trained
+
+
+# Rules whose state of another shape is refused, with a tensor that they keep.
+OF_ANOTHER_SHAPE = {
+    "exp_avg": {"algorithm": "adamw"},
+    "exp_avg_sq": {"algorithm": "adamw"},
+    "momentum_buffer": {"algorithm": "sinkhorn_momentum"},
+    "momentum_buffer, multinorm": {"algorithm": "multinorm", "momentum": 0.9, "momentum_dtype": "float32"},
+}
+
+
+def run_other_shapes(rank):
+    """What is said of states with more rows, fewer columns and one element, at loading, in a step and in backward."""
+    mesh, messages = init_device_mesh("cpu", (WORLD,)), {}
+    shapes = {"more rows": (24, 8), "fewer columns": (12, 7), "one element": (1,)}
+    for key, group in OF_ANOTHER_SHAPE.items():
+        for kind, shape in shapes.items():
+            other = distribute_tensor(torch.zeros(shape), mesh, [Shard(0)])
+            for when in ("loading", "step", "backward"):
+                weight = nn.Parameter(distribute_tensor(torch.ones(12, 8), mesh, [Shard(0)]))
+                groups = [{"params": [weight], "param_names": ["layers.0.w"], **group}]
+                optimizer = StatelessOptimizer(groups, lr=0.1, release="all" if when == "backward" else None)
+                optimizer.train()
+                weight.pow(2).sum().backward()
+                optimizer.step()
+                before, name = weight.full_tensor().clone(), key.split(",")[0]
+                saved = optimizer.state_dict()
+                saved["state"] = {0: {**saved["state"][0], name: other}}
+                if when != "loading":
+                    optimizer.state[weight][name] = other
+                act = {"loading": lambda o=optimizer, s=saved: o.load_state_dict(s), "step": optimizer.step}
+                act["backward"] = lambda w=weight: w.pow(2).sum().backward()
+                message = refusal(act[when])
+                messages[f"{key}, {kind}, {when}"] = (message, torch.equal(weight.full_tensor(), before))
+    return messages
+
+
 # Name, release, whether one block is used in part.
 COUNTED = [("sinkgd", "matrices", False), ("sinkgd", "matrices", True), ("sinkgd", "all", False)]
 COUNTED += [("swan", "matrices", False)]

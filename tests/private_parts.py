@@ -77,6 +77,13 @@ PRIVATE_PARTS = (
         until="transformers reports the malformed part itself",
     ),
     PrivatePart(
+        part="transformers:Trainer.train",
+        used_by=("trainer/patches.py",),
+        why="replaced, so that hooks of layer-wise updates sleep when it has ended or failed",
+        upstream="transformers/trainer.py; public; it calls optimizer.train() before each forward",
+        until="the Trainer calls optimizer.eval() at its end, errors included",
+    ),
+    PrivatePart(
         part="transformers:Trainer.get_decay_parameter_names",
         used_by=("trainer/partition.py",),
         why="the Trainer's rule of weight decay without a Trainer: the method does not look at its self",
@@ -106,10 +113,24 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="accelerate:Accelerator.clip_grad_norm_",
-        used_by=("trainer/patches.py",),
+        used_by=("trainer/clipping.py",),
         why="replaced, so that clipping and the logged grad_norm count gradients that backward has freed",
         upstream="accelerate/accelerator.py; public, but nobody promised that the Trainer clips by it",
         until="accelerate lets an optimizer take part in clipping",
+    ),
+    PrivatePart(
+        part="torch.nn.utils.clip_grad:_clip_grads_with_norm_",
+        used_by=("trainer/clipping.py",),
+        why="replaced, so that clip_grad_norm_ of torch counts gradients that backward has freed",
+        upstream="torch/nn/utils/clip_grad.py; clip_grad_norm_ calls it with the norm that it returns",
+        until="torch lets an optimizer take part in clipping",
+    ),
+    PrivatePart(
+        part="torch.nn.utils:clip_grad_value_",
+        used_by=("trainer/clipping.py",),
+        why="replaced, so that it says once that it does not see gradients that backward has freed",
+        upstream="torch/nn/utils/clip_grad.py; public",
+        until="torch lets an optimizer take part in clipping",
     ),
     PrivatePart(
         part="torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, prepare_multi_gpu_env
 from distributed_worker import train
 from documents import ROOT
+from packaging.requirements import Requirement
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 
@@ -43,6 +46,13 @@ def commands_of(name):
     comment = "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
     joined = comment.replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in joined if line.startswith("accelerate launch")]
+
+
+@pytest.mark.parametrize(("version", "admitted"), [("1.10.1", False), ("1.11.0", True), (version("accelerate"), True)])
+def test_the_floor_of_accelerate_is_the_oldest_that_was_tried(version, admitted):
+    """LLaMA-Factory pins 1.11.0 and below; `tests/compat/transformers_versions.py accelerate==1.11.0` tries it."""
+    [floor] = re.findall(r'"(accelerate>=[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert Requirement(floor).specifier.contains(version) == admitted
 
 
 def test_every_config_of_the_folder_is_tested():

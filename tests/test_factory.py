@@ -15,6 +15,7 @@ import hf_stateless
 from hf_stateless import PRESETS, MultiNormFactory, SinkGDFactory, StatelessOptimizer, SwanFactory, create_optimizer
 from hf_stateless.optimizer.options import embeddings
 from hf_stateless.trainer.handler import handle
+from hf_stateless.trainer.optim_args import optimizer_names
 from hf_stateless.trainer.partition import partition_parameters
 
 
@@ -256,10 +257,14 @@ def test_unknown_names_options_and_groups_without_a_role_are_refused(make_model)
     assert "matched no trainable matrix" in refusal(create_optimizer, model, "swan", lr=1e-3, target_modules=["x"])
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_missing_model_is_refused(name):
-    message = refusal(Trainer.get_optimizer_cls_and_kwargs, arguments(name), None)
+@pytest.mark.parametrize("name", optimizer_names())
+def test_a_framework_that_makes_its_own_groups_is_told_what_to_leave_out(name):
+    """LLaMA-Factory asks for the class without a model, to give it the groups of LoRA+ or BAdam."""
+    message = refusal(Trainer.get_optimizer_cls_and_kwargs, arguments(name))
     assert message.startswith(f"optim={name!r} needs the model")
+    assert "makes its own parameter groups" in message
+    assert "loraplus_lr_ratio, use_badam" in message
+    assert "\n" not in message
 
 
 def ask(model, name="sinkgd", **announced):

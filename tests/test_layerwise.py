@@ -160,21 +160,6 @@ def ids_of(model):
     return {id(p) for p in model.parameters()}
 
 
-def test_a_foreign_optimizer_beside_a_live_one_is_refused_with_the_fix():
-    model = make("llama")
-    ours = create_optimizer(model, "sinkgd_layerwise", lr=1e-2)
-    foreign = torch.optim.SGD(model.parameters(), lr=1e-2)
-    loss_of(model).backward()
-    foreign.step()
-    foreign.zero_grad()
-    with pytest.raises(RuntimeError, match=r"old_optimizer\.release\.remove\(\)"):
-        loss_of(model).backward()
-    ours.release.remove()
-    foreign.zero_grad()
-    loss_of(model).backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
 def test_a_hooked_model_can_be_copied_and_saved():
     model = make("llama")
     optimizer = create_optimizer(model, "sinkgd_layerwise", lr=1e-2)

@@ -1,11 +1,13 @@
 """Updates in backward: the norm that clipping and the log see, and accelerate without the Trainer."""
 
 import copy
+import math
 
 import pytest
 import torch
 from accelerate import Accelerator
 from layerwise_runs import assert_same, each_release, loss_of, make
+from torch.nn.utils import clip_grad_norm_ as imported_before
 
 from hf_stateless import create_optimizer
 
@@ -31,30 +33,67 @@ def test_the_norm_of_released_gradients_is_that_of_the_gradients(release):
     assert optimizer.released_norm() is None
 
 
-def test_accelerate_clips_by_the_norm_of_all_gradients():
-    accelerator = Accelerator(cpu=True)
+CLIPS = {
+    "accelerate": lambda *args, **more: Accelerator(cpu=True).clip_grad_norm_(*args, **more),
+    "torch": lambda *args, **more: torch.nn.utils.clip_grad_norm_(*args, **more),
+    "torch, imported before": imported_before,
+}
+each_clip = pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+
+
+@each_clip
+@pytest.mark.parametrize("max_norm", [1e-2, 1e9, math.inf])
+def test_every_way_to_clip_counts_the_gradients_that_are_freed(clip, max_norm):
     norms, trained = [], []
     for name in ("sinkgd_layerwise", "sinkgd"):
         model = make("llama")
         optimizer = create_optimizer(model, name, lr=1e-2, adamw_eps=1e-2)
-        loss_of(model).backward()
-        norms.append(accelerator.clip_grad_norm_(model.parameters(), 1e-2))
-        optimizer.step()
+        for seed in range(2):
+            loss_of(model, seed=seed).backward()
+            norms.append(clip((p for p in model.parameters()), max_norm))
+            optimizer.step()
+            optimizer.zero_grad()
         trained.append(model)
-    assert norms[1] > 0.1
-    torch.testing.assert_close(norms[0], norms[1], rtol=1e-6, atol=0)
-    # Clipping rounds the plain optimizer's gradients of the matrices once more.
+    assert norms[2] > 0.1
+    torch.testing.assert_close(norms[:2], norms[2:], rtol=1e-6, atol=0)
     assert_same(*trained, rtol=1e-6, atol=1e-7)
 
 
-def test_a_norm_other_than_the_2_norm_is_refused_with_the_fix():
-    accelerator, model = Accelerator(cpu=True), make("llama")
+@each_clip
+def test_the_norm_is_whole_where_no_gradient_is_left(clip):
+    model, plain = make("llama"), make("llama")
+    optimizer = create_optimizer(model, "sinkgd_layerwise", lr=1e-2, release="all")
+    loss_of(model).backward()
+    loss_of(plain).backward()
+    expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+    torch.testing.assert_close(clip(model.parameters(), 1.0), expected, rtol=1e-6, atol=0)
+    optimizer.step()
+
+
+@each_clip
+@pytest.mark.parametrize("norm_type", [1, 3.0, float("inf")])
+def test_a_norm_other_than_the_2_norm_is_refused_with_the_fix(clip, norm_type):
+    model = make("llama")
     create_optimizer(model, "sinkgd_layerwise", lr=1e-2)
     optimizer = create_optimizer(model, "sinkgd_layerwise", lr=1e-2)
     loss_of(model).backward()
-    with pytest.raises(ValueError, match=r"norm_type=inf.*leave norm_type out"):
-        accelerator.clip_grad_norm_(model.parameters(), 1.0, norm_type=float("inf"))
+    with pytest.raises(ValueError, match=r"only the 2-norm is known; leave norm_type out"):
+        clip(model.parameters(), 1.0, norm_type=norm_type)
     optimizer.step()
+
+
+@pytest.mark.parametrize("place", [Accelerator(cpu=True), torch.nn.utils], ids=["accelerate", "torch"])
+def test_clipping_by_value_says_once_what_it_does_not_see(place, caplog, monkeypatch):
+    monkeypatch.setattr("hf_stateless.trainer.clipping._SAID", set())
+    plain, model = make("llama"), make("llama")
+    for each, name in ((plain, "sinkgd"), (model, "sinkgd_layerwise")):
+        optimizer = create_optimizer(each, name, lr=1e-2)
+        for _ in range(2):
+            loss_of(each).backward()
+            place.clip_grad_value_(each.parameters(), 1e-3)
+            assert max(p.grad.abs().max() for p in each.parameters() if p.grad is not None) <= 1e-3
+            optimizer.step()
+        assert sum("clip_grad_value_ sees only" in r.message for r in caplog.records) == (each is model)
 
 
 def test_clipping_of_other_models_is_untouched():
@@ -64,6 +103,7 @@ def test_clipping_of_other_models_is_untouched():
     loss_of(other).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in other.parameters()])
     assert accelerator.clip_grad_norm_(other.parameters(), 1e9) == expected
+    assert torch.nn.utils.clip_grad_norm_(other.parameters(), 1e9, 1.0) > expected
     optimizer.step()
 
 

@@ -156,8 +156,9 @@ def test_a_list_of_parameters_is_refused():
         lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3),
         lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6),
         lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 6, cycle_momentum=False),
+        lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, 4, cycle_momentum=False),
     ],
-    ids=("LambdaLR", "LinearLR", "CosineAnnealingLR", "OneCycleLR"),
+    ids=("LambdaLR", "LinearLR", "CosineAnnealingLR", "OneCycleLR", "CyclicLR"),
 )
 def test_each_step_takes_the_scheduled_learning_rate(make):
     weight = parameter(8, 12)
@@ -172,6 +173,13 @@ def test_each_step_takes_the_scheduled_learning_rate(make):
         assert moved == pytest.approx(rates[-1] * 0.5, rel=1e-4)
         scheduler.step()
     assert len(set(rates)) > 3 or len(set(rates[:4])) == 4
+
+
+def test_schedules_that_cycle_a_momentum_are_refused_by_torch_with_the_word_to_type():
+    optimizer = StatelessOptimizer([group(parameter(8, 12), momentum=0.9)], lr=0.1)
+    for make in (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR):
+        with pytest.raises(ValueError, match="cycle_momentum"):
+            make(optimizer, 0.01, 6)
 
 
 def test_a_closure_is_run_with_gradients_and_its_loss_returned():

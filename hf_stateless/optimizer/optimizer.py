@@ -16,9 +16,10 @@ from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
 from ..weights.noise import TensorCache
 from .checkpoint import apply_options, check_same_groups, check_state, check_values, options_of, with_saved_dtypes
+from .live import unhook
 from .min_signal import guarded, log_held, measure_signal, new_history, refuse_release, strong
 from .momentum import fit_momentum_, has_momentum
-from .release import RELEASES, Release, unhook
+from .release import RELEASES, Release
 from .rule import Entry, state_shapes
 from .rules import RULES, complete_group, named_alike
 from .unread_flags import UnreadFlags
@@ -180,14 +181,16 @@ class StatelessOptimizer(torch.optim.Optimizer):
             self.release.forget()
 
     def train(self) -> None:
-        """Install the hooks of layer-wise updates on the parameters of now; called by the Trainer before each forward.
-
-        Hooks that another optimizer has on them are taken off.
-        """
+        """Hook the parameters of now for layer-wise updates, and nobody else's; the Trainer does so each forward."""
         if self.release:
             self.release.install()
         else:  # an optimizer that updates in backward may have trained this model before
             unhook(p for _, p, _ in self._located())
+
+    def eval(self) -> None:
+        """Let backward leave weights and gradients alone until `train()` or `step()`, as after `Trainer.train()`."""
+        if self.release:
+            self.release.asleep = True
 
     def hold(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which backward only accumulates, for all but the last of several passes in one step.

@@ -11,7 +11,7 @@ import contextlib
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..ranks.averaging import Averaging, are_replicas
 from ..ranks.placement import is_sharded, total_norm, wide_norm
+from .live import enter, unhook
 from .rules import RULES
 
 
@@ -30,7 +31,6 @@ RELEASES = ("matrices", "all")
 """What may be updated in backward: each value includes those before it."""
 # Elements of a gradient whose norm is taken at once.
 _PART = 1 << 20
-_LIVE: weakref.WeakSet[Release] = weakref.WeakSet()
 # What stands in front of a layer's parameters: `model.layers.3`, up to the first number.
 _BLOCK = re.compile(r"(?:\D[^.]*\.)*?\d+(?=\.)")
 
@@ -48,30 +48,6 @@ def block_of(name: str) -> str:
     """
     match = _BLOCK.match(name)
     return match.group() if match else name
-
-
-def released_norm(parameters: Iterable[Tensor]) -> Tensor | None:
-    """Return the norm of the gradients of these parameters that backward has freed, or None if there are none.
-
-    Args:
-        parameters: those of a model, as for `torch.nn.utils.clip_grad_norm_`.
-    """
-    ids = {id(p) for p in parameters}
-    norms = [updates.released_norm() for updates in _LIVE if updates.hooks_any(ids)]
-    released = [norm for norm in norms if norm is not None]
-    return torch.linalg.vector_norm(torch.stack(released)) if released else None
-
-
-def unhook(parameters: Iterable[Tensor]) -> None:
-    """Take the hooks of every optimizer off these parameters: whichever optimizer trains them now has them alone.
-
-    Args:
-        parameters: those of the optimizer that takes over.
-    """
-    ids = {id(p) for p in parameters}
-    for updates in list(_LIVE):
-        if updates.hooks_any(ids):
-            updates.remove()
 
 
 def is_released(algorithm: str, release: str) -> bool:
@@ -112,10 +88,12 @@ class Release:
     """
 
     def __init__(self, optimizer: UpdatesParameters, released: str, order: Sequence[str] = ()) -> None:
-        self.optimizer = optimizer
+        # Weak, so that hooks go with an optimizer that is thrown away, and at once.
+        self._optimizer = weakref.ref(optimizer)
         self.released = released
         self._position = {name: position for position, name in enumerate(order)}
         self.held = False
+        self.asleep = False
         self._hooked: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._done: set[int] = set()
@@ -126,15 +104,33 @@ class Release:
         self._averaging: Averaging | None = None
         self._process_group: Any = None
         self._end_queued = False
-        _LIVE.add(self)
+        weakref.finalize(optimizer, _take_off, self._handles).atexit = False
+        enter(self)
+
+    @property
+    def optimizer(self) -> UpdatesParameters:
+        """The optimizer whose parameters are hooked."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError("The optimizer of these layer-wise updates was thrown away: create another one.")
+        return optimizer
+
+    @property
+    def awake(self) -> bool:
+        """Whether a backward pass of now is taken for one of training."""
+        return bool(self._handles) and not self.asleep and self._optimizer() is not None
 
     def hooks_any(self, ids: set[int]) -> bool:
         """Tell whether one of the parameters with these identities is updated in backward."""
         return any(id(p) in ids for p in self._hooked.values())
 
     def install(self) -> None:
-        """Hook the parameters that are in the groups now; FSDP2 puts others there after the optimizer was made."""
+        """Hook the parameters that are in the groups now; FSDP2 puts others there after the optimizer was made.
+
+        Hooks that slept are awake then.
+        """
         _refuse_fp16()
+        self.asleep = False
         groups = self.optimizer.param_groups
         every = enumerate((group["algorithm"], p) for group in groups for p in group["params"])
         params = [(i, one) for i, one in every if one[1].requires_grad]  # others may be thawed before a later forward
@@ -153,7 +149,7 @@ class Release:
             self._average()
         # Under DDP any parameter tells that backward runs: a rank may use none of those that are hooked.
         listened = {i: p for i, (_, p) in params} if averages else hooked
-        self._handles = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in listened.items()]
+        self._handles += [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in listened.items()]
 
     def _average(self) -> None:
         self._process_group = self._process_group or torch.distributed.new_group()
@@ -166,10 +162,9 @@ class Release:
 
     def remove(self) -> None:
         """Take all hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        _take_off(self._handles)
         self.forget()
-        self._handles, self._hooked, self._averaging = [], {}, None
+        self._hooked, self._averaging = {}, None
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -190,6 +185,7 @@ class Release:
         """Complete what backward left undone; called by `step()` before the rest is updated, on all ranks."""
         self._complete_step()
         self.forget()
+        self.asleep = False  # training goes on
 
     def _complete_step(self) -> None:
         self._release_waiting()
@@ -214,7 +210,7 @@ class Release:
 
         def update_in_backward(p: Tensor) -> None:
             updates = reference()
-            if updates is None:
+            if updates is None or not updates.awake:
                 return
             updates._expect_the_end()
             if p.grad is not None and index in updates._hooked:
@@ -289,6 +285,12 @@ class Release:
         p.grad = None
 
 
+def _take_off(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
 def _norm(grad: Tensor) -> Tensor:
     """Return the norm in float32; on CPU torch makes a copy of that dtype, so large matrices are taken in parts."""
     parts = torch.split(grad, max(1, _PART // grad.shape[1])) if grad.ndim == 2 and grad.numel() > _PART else (grad,)
@@ -308,8 +310,8 @@ def _second_gradient(name: str) -> str:
     return (
         f"{name} got a second gradient after it was updated in this step. Call optimizer.step() after each backward "
         "pass, or put all but the last of several into `with optimizer.hold():`. If it comes from activation "
-        "checkpointing, set its use_reentrant=False. If another optimizer trains this model now, type "
-        "old_optimizer.release.remove()."
+        "checkpointing, set its use_reentrant=False. If this pass is none of training, or for another optimizer, type "
+        "optimizer.eval() before it."
     )
 
 

@@ -19,9 +19,10 @@ from ..update.layout import listed_layouts, one_layout
 from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
 from .assumed import assumptions
+from .clipping import count_released_gradients
 from .optim_args import Options, parse_options
 from .partition import PartitionedParameter, partition_parameters
-from .patches import count_released_gradients_in_clipping, keep_out_of_ddp
+from .patches import keep_out_of_ddp
 from .table import announce, describe, trainer_prints
 
 
@@ -257,7 +258,7 @@ def _prepare_release(model: nn.Module, groups: list[dict[str, Any]], release: st
         )
     released = [g for g in groups if is_released(g["algorithm"], release)]
     keep_out_of_ddp(model, [p for group in released for p in group["params"]])
-    count_released_gradients_in_clipping()
+    count_released_gradients()
 
 
 class _Factory:

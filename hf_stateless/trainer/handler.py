@@ -31,7 +31,11 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
         ValueError: what `create_optimizer` refuses, a missing model, FSDP1, or DeepSpeed ZeRO.
     """
     if ctx.model is None:
-        raise ValueError(f"optim={name!r} needs the model to tell matrices from the rest: pass model= to the call.")
+        raise ValueError(
+            f"optim={name!r} needs the model to tell matrices from the rest, got none: a framework or script that "
+            "makes its own parameter groups asks so. Leave out what makes them (LLaMA-Factory: loraplus_lr_ratio, "
+            "use_badam), or type Trainer.get_optimizer_cls_and_kwargs(args, model)."
+        )
     _refuse_partitioning(ctx.args)
     _refuse_sharded_int8(ctx.args, ctx.model)
     beta1, beta2 = ctx.adam_kwargs["betas"]

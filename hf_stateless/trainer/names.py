@@ -17,7 +17,7 @@ import transformers
 from packaging.version import Version
 
 from .optim_args import optimizer_names
-from .patches import OURS, explain_optim_args
+from .patches import OURS, end_layerwise_training, explain_optim_args
 
 
 _MINIMUM_TRANSFORMERS = (5, 2)  # which brought the table of handlers
@@ -55,6 +55,7 @@ def register(names: Iterable[str] | None = None) -> None:
             for name in optimizer_names() if names is None else names:
                 _add_name(name, training_args.OptimizerNames, trainer_optimizer._OPTIMIZER_HANDLERS)
             explain_optim_args(trainer)
+            end_layerwise_training(trainer.Trainer)
         except AttributeError as error:
             raise ImportError(
                 f"transformers {installed} has changed a private part that hf_stateless registers with ({error}); "

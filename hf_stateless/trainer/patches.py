@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -51,38 +50,37 @@ def _malformed(optim_args: object) -> str:
     )
 
 
-def count_released_gradients_in_clipping() -> None:
-    """Make `Accelerator.clip_grad_norm_` see gradients that layer-wise updates have freed; repeated calls do nothing.
+def end_layerwise_training(trainer_class: Any) -> None:
+    """Let hooks of layer-wise updates sleep when `Trainer.train` has ended or failed; repeated calls do nothing.
 
-    The Trainer clips, and logs as `grad_norm`, by this public method, which looks at `.grad` alone: without the freed
-    gradients it would clip the rest too little and log a part for the whole. Delete when accelerate lets an optimizer
-    take part in clipping.
+    Else a later backward would still change weights. No callback comes after an error, and a handler is not given the
+    trainer. Training wakes its own hooks, by `optimizer.train()` before each forward. Delete when the Trainer calls
+    `optimizer.eval()` at its end, errors included.
     """
-    original = Accelerator.clip_grad_norm_
+    original = trainer_class.train
     if hasattr(original, OURS):
         return
 
     @functools.wraps(original)
-    def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        parameters = list(parameters)
-        from ..optimizer.release import released_norm  # only now: registering names must load little
-        from ..ranks.placement import whole_matrix
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        live = _hooks_of(self.model)
+        if live:
+            live.begin_training(self.model.parameters(), self.optimizer)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            live = _hooks_of(self.model)
+            if live:
+                live.end_training(self.model.parameters())
 
-        released = released_norm(parameters)
-        if released is None:
-            return original(self, parameters, max_norm, norm_type)
-        if norm_type != 2:
-            raise ValueError(
-                f"norm_type={norm_type}: of gradients that layer-wise updates have freed only the 2-norm is known; "
-                "leave norm_type out, or take the optimizer without _layerwise."
-            )
-        rest = whole_matrix(original(self, parameters, math.inf, norm_type))
-        total = torch.linalg.vector_norm(torch.stack([rest.to(released), released]), norm_type)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
-        return total
+    setattr(train, OURS, True)
+    trainer_class.train = train
 
-    setattr(clip_grad_norm_, OURS, True)
-    Accelerator.clip_grad_norm_ = clip_grad_norm_
+
+def _hooks_of(model: Any) -> Any:
+    """Return what knows of hooks on parameters, or None if it was never loaded, so that there are none."""
+    live = sys.modules.get(f"{__name__.partition('.')[0]}.optimizer.live")
+    return live if isinstance(model, torch.nn.Module) else None
 
 
 def keep_out_of_ddp(model: torch.nn.Module, parameters: Iterable[torch.Tensor]) -> None:

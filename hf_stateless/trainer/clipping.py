@@ -1,0 +1,128 @@
+"""Clipping beside updates in backward: the norm counts gradients that are freed already."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..optimizer.live import released_norm
+from ..ranks.placement import is_sharded, whole_matrix
+from .patches import OURS
+
+
+logger = logging.getLogger(__name__)
+
+_WITHIN = threading.local()
+"""Has `accelerate` while accelerate clips, which is counted already."""
+_SAID: set[str] = set()
+_BY_VALUE = (
+    "clip_grad_value_ sees only the gradients that layer-wise updates have left, none of those that they have freed: "
+    "clip by norm, or take the optimizer without _layerwise."
+)
+_RETURNED = (
+    "clip_grad_norm_ clips by the norm of all gradients, but returns that of those that were left after backward: use "
+    "accelerator.clip_grad_norm_ to log it, or optimizer.released_norm() for the rest."
+)
+
+
+def count_released_gradients() -> None:
+    """Make clipping see gradients that layer-wise updates have freed; repeated calls do nothing.
+
+    The Trainer clips, and logs as `grad_norm`, by `Accelerator.clip_grad_norm_`; Lightning and loops of one's own do
+    by `torch.nn.utils.clip_grad_norm_`, which scripts import before us, so what it calls is replaced. Both look at
+    `.grad` alone: they would clip the rest too little and report a part for the whole. Delete when torch lets an
+    optimizer take part in clipping.
+    """
+    if hasattr(Accelerator.clip_grad_norm_, OURS):
+        return
+    Accelerator.clip_grad_norm_ = _of_accelerate(Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
+    module: Any = sys.modules["torch.nn.utils.clip_grad"]
+    module._clip_grads_with_norm_ = _of_torch(module._clip_grads_with_norm_)
+    module.clip_grad_value_ = torch.nn.utils.clip_grad_value_ = _by_value(module.clip_grad_value_)
+
+
+def _of_accelerate(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        parameters = _listed(parameters)
+        released = released_norm(parameters)
+        if released is None:
+            return original(self, parameters, max_norm, norm_type)
+        if float(norm_type) != 2:
+            raise ValueError(_other_norm(norm_type))
+        _WITHIN.accelerate = True
+        try:
+            rest = whole_matrix(original(self, parameters, math.inf, norm_type))
+        finally:
+            _WITHIN.accelerate = False
+        total = _both(rest, released)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        return total
+
+    setattr(clip_grad_norm_, OURS, True)
+    return clip_grad_norm_
+
+
+def _of_torch(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def clip_grads_with_norm_(
+        parameters: Any, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+    ) -> None:
+        parameters = _listed(parameters)
+        released = None if getattr(_WITHIN, "accelerate", False) else released_norm(parameters)
+        if released is not None:
+            grads = [p.grad for p in parameters if p.grad is not None]
+            rest = whole_matrix(torch.nn.utils.get_total_norm(grads, foreach=foreach))
+            if not torch.allclose(whole_matrix(total_norm), rest, rtol=0, atol=0, equal_nan=True):
+                raise ValueError(_other_norm("another than 2"))
+            whole = _both(rest, released)
+            if is_sharded(total_norm):
+                _say(_RETURNED)
+            else:
+                total_norm.copy_(whole)  # it is what clip_grad_norm_ returns
+            total_norm = whole
+        original(parameters, max_norm, total_norm, foreach)
+
+    return clip_grads_with_norm_
+
+
+def _by_value(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def clip_grad_value_(parameters: Any, *args: Any, **kwargs: Any) -> None:
+        parameters = _listed(parameters)
+        if released_norm(parameters) is not None:
+            _say(_BY_VALUE)
+        original(parameters, *args, **kwargs)
+
+    return clip_grad_value_
+
+
+def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _both(rest: Tensor, released: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([rest.to(released), released]))
+    return norm
+
+
+def _say(line: str) -> None:
+    if line not in _SAID:
+        _SAID.add(line)
+        logger.warning(line)
+
+
+def _other_norm(norm_type: object) -> str:
+    return (
+        f"norm_type={norm_type}: of gradients that layer-wise updates have freed only the 2-norm is known; "
+        "leave norm_type out, or take the optimizer without _layerwise."
+    )
