@@ -17,7 +17,7 @@ from ..optimizer.release import is_released
 from ..optimizer.rules import RULES
 from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
-from .optim_args import Options, parse_options
+from .optim_args import Options, check_target_modules, parse_options
 from .partition import PartitionedParameter, describe, partition_parameters
 from .patches import count_released_gradients_in_clipping, keep_out_of_ddp
 
@@ -47,6 +47,7 @@ def parameter_groups(
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     in_8_bits = {id(layer.weight) for _, layer in int8_layers(model)}
+    check_target_modules(target_modules)
     for entry in partition_parameters(model, target_modules):
         if id(entry.parameter) in in_8_bits and entry.role not in ("matrix", "adapter"):
             # AdamW would need float weights and moments.

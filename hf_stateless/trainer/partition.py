@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
+from ..optimizer.option_kinds import shown
 from .adapters import LoraPair, lora_linears, lora_pairs
 
 
@@ -169,10 +170,10 @@ def _matrix_layouts(
 def _is_target(target_modules: str | Sequence[str] | None, name: str) -> bool:
     try:
         return bool(check_target_module_exists(target_modules, name))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"optim_target_modules={target_modules!r} is no regular expression ({error}): a string has to match the "
-            'whole name of a module, such as ".*q_proj"; type a list for substrings, such as ["q_proj"].'
+            f"optim_target_modules={shown(target_modules)} is no regular expression ({error}): a string has to match "
+            'the whole name of a module, such as ".*q_proj"; type a list for substrings, such as ["q_proj"].'
         ) from None
 
 
@@ -255,6 +256,7 @@ def _refuse_no_matrix(model: nn.Module, target_modules: str | Sequence[str] | No
         )
     found = "a list of them" if _is_all_linear(target_modules) else "a list of them, or 'all-linear'"
     raise ValueError(
-        f"optim_target_modules={target_modules!r} matched no trainable matrix. Linear layers, convolutions and heads "
-        f"of this model: {', '.join(sorted(names))}. Type {found}, such as optim_target_modules={[min(names)]!r}."
+        f"optim_target_modules={shown(target_modules)} matched no trainable matrix. Linear layers, convolutions and "
+        f"heads of this model: {', '.join(sorted(names))}. Type {found}, such as "
+        f"optim_target_modules={[min(names)]!r}."
     )

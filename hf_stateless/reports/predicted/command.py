@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ...optimizer.options import LAYERWISE
+from ...trainer.optim_args import refuse_repeated_keys
 from ...weights.stored import StoredWeight
 from ..command_line import Parser
 from ..run_facts import base_of, option_pairs
@@ -101,6 +102,7 @@ def _options(text: str) -> dict[str, str]:
     pairs = option_pairs(text)
     if not all(key and value and "=" not in value for key, value in pairs):
         raise ValueError(f"--optim-args {text!r}: expected key=value,key=value, such as num_iterations=3.")
+    refuse_repeated_keys(text)
     return dict(pairs)
 
 
