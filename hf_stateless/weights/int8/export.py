@@ -104,11 +104,17 @@ def _load(files: Path | None, source: str) -> PreTrainedModel:
     """Load the 8-bit model as the class that it was saved as."""
     if files is None or not (files / "config.json").is_file():
         raise ValueError(f"{source}: no config.json; expected the folder of a whole model.")
-    config = AutoConfig.from_pretrained(files)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    try:
+        config = AutoConfig.from_pretrained(files)
+    except Exception as error:  # whatever somebody has written there
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{source}: config.json is not the config of a model ({why}).") from None
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != METHOD:
         raise ValueError(f"{source}: not stored by Int8TrainingConfig (quant_method: {method}); it needs no export.")
-    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    listed = config.architectures if isinstance(config.architectures, list) else []
+    names = [name for name in listed if isinstance(name, str) and hasattr(transformers, name)]
     kind = getattr(transformers, names[0]) if names else AutoModelForCausalLM
     model: PreTrainedModel = kind.from_pretrained(files)
     return model
