@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from finished_run import train
 from pretraining_data import load_blocks
 from pretraining_text import DataArguments, InputError
 from script_start import find_checkpoint, read_recipe, refuse_other_optimizers, use_all_cores
@@ -169,7 +170,7 @@ def main() -> None:
         held_out_tokens = len(held_out_blocks) * data_args.block_size
         print(f"{trainer.model.num_parameters():,} parameters, vocabulary of {len(tokenizer):,}")
         print(f"Perplexity is measured on {held_out_tokens:,} held-out tokens")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train(trainer, checkpoint)
     if all(entry["step"] < trainer.state.global_step for entry in trainer.state.log_history if "eval_loss" in entry):
         trainer.evaluate()
     save(trainer)

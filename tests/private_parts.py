@@ -232,7 +232,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="torch.utils._pytree:tree_iter",
-        used_by=("reports/predicted/trace.py",),
+        used_by=("reports/predicted/batch.py", "reports/predicted/trace.py"),
         why="finds the tensors among the arguments of an operation",
         upstream="torch/utils/_pytree.py; torch.utils.pytree has no iterator",
         until="torch.utils.pytree has one",

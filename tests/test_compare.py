@@ -1,6 +1,7 @@
 """`hf-stateless compare` says what the folders of runs say, and what is missing in them."""
 
 import json
+from pathlib import Path
 
 import pytest
 from measured_runs import new_trainer
@@ -9,6 +10,7 @@ import hf_stateless
 from hf_stateless.reports.compare import main
 from hf_stateless.reports.files import GIB
 from hf_stateless.reports.finished_run import read_run
+from hf_stateless.reports.measured.picture import draw
 from hf_stateless.reports.measured.schema import MemoryReport
 from hf_stateless.run.command import main as cli
 
@@ -116,3 +118,113 @@ def test_bad_input_gets_one_line(arguments, message, folders, tmp_path, monkeypa
 def test_the_command_line_knows_it(folders, capsys):
     assert cli(["compare", str(folders / "sinkgd")]) == 0
     assert "sinkgd" in capsys.readouterr().out
+
+
+# ---- Files that somebody else has written
+
+
+STATE = {
+    "global_step": 4,
+    "log_history": [
+        {"step": 1, "loss": 2.0, "num_input_tokens_seen": 5},
+        {"step": 2, "eval_loss": 1.0},
+        {"step": 4, "loss": 1.5, "train_runtime": 3.0},
+    ],
+}
+STEP, LOSS = ("log_history", 0, "step"), ("log_history", 0, "loss")
+VALUES = [
+    None,
+    "x",
+    -1,
+    1.5,
+    True,
+    [],
+    {},
+    10**400,
+    float("nan"),
+    float("inf"),
+    "\x1b[31mred\x07",
+    "$\\frac$",
+    "\ud800",
+]
+
+
+def put(values, path, value):
+    values = json.loads(json.dumps(values))
+    if not path:
+        return value
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return values
+
+
+def answer(folder, capsys, *arguments):
+    """Status, output and errors, checked to be what a terminal can show and JSON that a program can read."""
+    status = main([str(folder), *arguments])
+    out, err = capsys.readouterr()
+    assert (status, out == "", err.count("\n")) in [(0, False, 0), (2, True, 1)]
+    assert all(c.isprintable() or c == "\n" for c in out + err)
+    assert len(err) < 1100
+    if status == 0 and "--json" in arguments:
+        json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    return status, out, err
+
+
+@pytest.fixture
+def run_of(folders, tmp_path):
+    """`run_of(state, report)`: a folder with these files; bytes as they are."""
+    report = json.loads((folders / "sinkgd" / "memory_report.json").read_text())
+
+    def make(state=STATE, change=((), None)):
+        values = put(report, *change) if change[0] else report
+        for name, content in (("trainer_state.json", state), ("memory_report.json", values)):
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            (tmp_path / name).write_bytes(data)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("value", VALUES, ids=ascii)
+def test_any_value_in_a_state_or_report_is_told_or_left_out(value, run_of, capsys):
+    for path in [(), ("global_step",), ("log_history",), ("log_history", 1), STEP, LOSS]:
+        answer(run_of(put(STATE, path, value)), capsys, "--json")
+    for path in [("setup",), ("setup", "optimizer"), ("measured", "peak", "max"), ("cost", "seconds"), ("groups",)]:
+        answer(run_of(change=(path, value)), capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\xff", b"[" * 100_000, b"9" * 5000, b"NaN", b"null", b"[{}]", b'"x"'])
+def test_files_that_are_no_json_of_ours_get_one_line(content, run_of, capsys):
+    assert answer(run_of(content), capsys)[0] == 2
+    folder = run_of()
+    (folder / "memory_report.json").write_bytes(content)
+    assert answer(folder, capsys)[0] == 2
+
+
+def test_a_loss_that_is_no_number_is_shown_and_is_null_in_json(run_of, capsys):
+    for value in (float("nan"), float("inf")):
+        folder = run_of(put(STATE, ("log_history", 2, "loss"), value))
+        assert str(value) in answer(folder, capsys)[1]
+        assert json.loads(answer(folder, capsys, "--json")[1])[0]["train_loss"] is None
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "\x1b[31mred", "two\nlines", "_hidden", "x" * 200])
+def test_a_name_that_is_a_formula_or_an_escape_is_drawn_as_it_is(name, run_of, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = run_of(change=(("setup", "optimizer"), name)).rename(tmp_path.parent / f"{name} of {tmp_path.name}")
+    plot = folder / "compare.png"
+    assert answer(folder, capsys, "--plot", str(plot))[0] == 0
+    assert plot.is_file()
+    change = put(json.loads((folder / "memory_report.json").read_text()), ("setup", "model"), name)
+    draw(MemoryReport.from_dict(change), folder / "memory.png")
+    assert (folder / "memory.png").is_file()
+
+
+def test_a_file_that_may_not_be_read_gets_one_line(run_of, monkeypatch, capsys):
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert "Permission denied" in answer(run_of(), capsys)[2]

@@ -137,6 +137,25 @@ def test_what_cannot_be_exported_is_told_in_one_line(arguments, message, int8, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("null", "", "{", "5", "[]", '"llama"', "[" * 100_000, '{"model_type": ["llama"]}', '{"model_type": null}'),
+        *('{"model_type": "llama", "hidden_size": null}', '{"model_type": "llama", "quantization_config": 5}'),
+    ],
+    ids=lambda config: config[:40],
+)
+def test_a_config_that_is_none_gets_one_line(config, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(config)
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"hf-stateless export: {tmp_path / 'model'}: ")
+    assert error.count("\n") == 1
+    assert len(error) < 500
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_bitsandbytes_and_an_unknown_format_are_told(int8, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_stateless.weights.int8.export.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):

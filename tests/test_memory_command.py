@@ -109,7 +109,7 @@ def test_bad_input_gets_one_line(arguments, message, config_file, capsys):
     [
         ("{", "no valid|not a valid|not valid"),
         ("{}", "model_type"),
-        ('{"model_type": "clip"}', "cannot be built|takes"),
+        ('{"model_type": "wav2vec2"}', "cannot be built|takes"),
     ],
 )
 def test_a_config_that_is_none_gets_one_line(content, message, tmp_path, capsys):

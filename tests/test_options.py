@@ -1,8 +1,11 @@
 """Claims about `optim_args`: every key takes text and Python values, and everything else is refused in one line."""
 
+import re
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import Trainer, TrainingArguments
 
 from hf_stateless import NORMS, PRESETS, create_optimizer
 from hf_stateless.norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
@@ -187,6 +190,88 @@ WRONG_CASES = [
 def test_wrong_value_is_answered_with_what_was_got_and_what_is_expected(name, key, value, expected):
     message = message_of(name, {key: value})
     assert message.startswith(f"optim_args for optim={name!r}: {key}={value!r} is not {expected}")
+
+
+class Unreadable:
+    """A value that says no to every question."""
+
+    def __repr__(self):
+        raise RuntimeError("\n")
+
+    __str__ = __int__ = __float__ = __hash__ = __repr__
+
+
+ENDLESS = []
+ENDLESS.append(ENDLESS)
+HOSTILE = {
+    "infinity": float("inf"),
+    "10**400": 10**400,
+    "-10**400": -(10**400),
+    "10**400 as text": "1" + "0" * 400,
+    "10**5000": 10**5000,
+    "5000 digits": "9" * 5000,
+    "10000 characters": "x" * 10_000,
+    "lines": "a\nb\x1b[31m",
+    "bytes": b"x",
+    "complex": 1j,
+    "tensor": torch.ones(3),
+    "two-dimensional tensor": torch.ones(40, 40),
+    "a list in itself": ENDLESS,
+    "unreadable": Unreadable(),
+    "dictionary": {},
+}
+KEYS = [(name, key) for name in ("swan", "multinorm_layerwise") for key in valid_keys(name)]
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_values_of_every_key_are_answered_with_one_short_line(value):
+    for name, key in [*KEYS, ("sinkgd", "x" * 10_000), ("sinkgd", "a\nb")]:
+        message = message_of(name, {key: value})
+        assert len(message) < 700
+        assert message.isprintable()
+
+
+def test_numbers_that_no_step_can_use_are_refused():
+    for key, value in (("lr_scale", "1e308"), ("num_iterations", 1_000_000), ("seed", 2**63), ("adamw_lr", 10**400)):
+        assert " is not a" in message_of("sinkgd", {key: value})
+    assert parse_options("sinkgd", {"seed": 2**63 - 1}).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("targets", [5, 1.5, True, b"q", [1, 2], [None], {}, torch.ones(2), Unreadable(), range(2)])
+def test_target_modules_that_are_no_texts_are_refused(targets, make_model):
+    with pytest.raises(ValueError, match=r"^optim_target_modules=.* is no text and no list of texts") as error:
+        create_optimizer(make_model("llama"), "sinkgd", lr=1e-3, target_modules=targets)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("targets", ["(", ["["], "(" * 5000, "a{99999999999}", "x" * 10_000, ["x" * 10_000]])
+def test_target_modules_that_match_nothing_are_repeated_in_part(targets, make_model):
+    with pytest.raises(ValueError, match=r"^optim_target_modules=") as error:
+        create_optimizer(make_model("llama"), "sinkgd", lr=1e-3, target_modules=targets)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "repeated"),
+    [
+        ("num_iterations=3,num_iterations=5", "'num_iterations' 2 times, as ['3', '5']"),
+        ("seed=1, lr_scale=2 ,seed = 1,seed=2", "'seed' 3 times"),
+        ("rank=" + "4" * 10_000 + ",rank=2", "'rank' 2 times"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(optim_args, repeated, make_model, tmp_path):
+    args = TrainingArguments(str(tmp_path), optim="sinkgd", optim_args=optim_args, report_to=[])
+    with pytest.raises(ValueError, match=re.escape(repeated)) as error:
+        Trainer(make_model("llama"), args).create_optimizer()
+    assert len(str(error.value)) < 300
+
+
+def test_a_malformed_text_is_repeated_in_part(make_model, tmp_path):
+    for optim_args in ("x" * 10_000, "seed=1," + "y" * 10_000, "=" * 10_000):
+        args = TrainingArguments(str(tmp_path), optim="sinkgd", optim_args=optim_args, report_to=[])
+        with pytest.raises(ValueError, match="is malformed") as error:
+            Trainer(make_model("llama"), args).create_optimizer()
+        assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("norms", ["row_l3", "", "row_l2+", "row_l2,col_l2", "row_l2+l2", [], ("l2",)])

@@ -327,3 +327,20 @@ def test_two_processes_train_one_model_and_report_once(workplace):
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Held-out perplexity") == 1
     assert AutoModelForCausalLM.from_pretrained(workplace / "out").num_parameters() > 0
+
+
+def test_a_finished_run_that_is_resumed_takes_no_step_and_finishes_the_rest(workplace, monkeypatch, capsys):
+    command = f"{RUN} --train_files text/*.txt --optim sinkgd --max_steps 3 --save_strategy steps --save_steps 1 "
+    run_in_process(command, monkeypatch)
+    perplexity = re.search("Held-out perplexity.*", capsys.readouterr().out)[0]
+    files = [workplace / "out" / name for name in ("model.safetensors", "README.md", "memory_report.json")]
+    weights = files[0].read_bytes()
+    for file in files:
+        file.unlink()
+    run_in_process(command + "--resume_from_checkpoint true", monkeypatch)
+    printed = capsys.readouterr().out
+    assert "checkpoint-3 is at step 3 of 3: nothing is left to train." in printed
+    assert perplexity in printed
+    assert files[0].read_bytes() == weights
+    assert all(file.is_file() for file in files)
+    assert sorted(path.name for path in workplace.glob("out/checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]

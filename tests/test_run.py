@@ -6,7 +6,7 @@ import signal
 import sys
 
 import pytest
-from interpreters import CLI, PACKAGE, RUN, write
+from interpreters import CLI, CONSOLE, PACKAGE, RUN, write
 
 from hf_stateless.run import __main__ as run
 from hf_stateless.run import command as cli
@@ -198,6 +198,76 @@ def test_a_subcommand_gets_the_arguments_behind_it(monkeypatch):
     assert seen == ["--model", "10m"]
 
 
-def test_the_command_is_declared():
+# ---- The console script: the package is imported by the command that needs it, not before
+
+
+@posix
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"], ["run"], ["run", "true"], ["no"]])
+def test_the_console_script_answers_without_importing_the_package(light, arguments):
+    console, module = (light(*start, *arguments) for start in (CONSOLE, CLI))
+    assert "registered" not in console.stdout
+    assert outcome(console) == outcome(module)
+
+
+@posix
+def test_a_command_starts_in_less_than_a_third_of_a_second(light):
+    import resource
+
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = light(*CONSOLE, "run", sys.executable, "-c", "print('started')")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Of the processor, which other tests share: both interpreters together.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "started\n", "")
+    assert min(seconds) < 0.3
+
+
+@posix
+@pytest.mark.parametrize("arguments", [["memory", "--colour"], ["compare"], ["export"]])
+def test_the_other_commands_import_what_they_need(python, arguments):
+    done = python(*CONSOLE, *arguments, PYTHONPATH=str(PACKAGE.parent))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"hf-stateless {arguments[0]}: ")
+
+
+@posix
+@pytest.mark.parametrize("name", ["trl-like", "with spaces", "python"])
+def test_a_program_of_an_environment_that_is_not_on_path_is_found_beside_its_python(tmp_path, light, name):
+    venv = tmp_path / "environment"
+    write(venv, {"pyvenv.cfg": f"home = {os.path.dirname(os.path.realpath(sys.executable))}\n", "bin/other": ""})
+    (venv / "bin" / "python3").symlink_to(os.path.realpath(sys.executable))
+    if name == "python":
+        (venv / "bin" / name).symlink_to("python3")
+        program = ["-c", "import sys; print(sys.executable, *sys.argv[1:])"]
+    else:
+        write(venv, {f"bin/{name}": '#!/bin/sh\necho "$0" "$@"\n'})
+        (venv / "bin" / name).chmod(0o755)
+        program = []
+    nowhere = {"PATH": str(tmp_path / "nowhere")}
+    code = f"""
+        import subprocess, sys
+        command = [{str(venv / "bin" / "python3")!r}, *{CONSOLE!r}, "run", {name!r}, *{program!r}]
+        command += ["--flag", "two words"]
+        sys.exit(subprocess.run(command).returncode)
+        """
+    write(tmp_path, {"start.py": code})
+    done = light("start.py", **nowhere)
+    assert (done.returncode, done.stdout) == (0, f"{venv / 'bin' / name} --flag two words\n"), done.stderr
+
+
+@posix
+def test_a_program_on_path_comes_before_the_one_beside_its_python(tmp_path, light):
+    write(tmp_path, {"first/python": "#!/bin/sh\necho mine\n"})
+    (tmp_path / "first" / "python").chmod(0o755)
+    done = light(*CONSOLE, "run", "python", "-c", "print('theirs')", PATH=f"{tmp_path / 'first'}:{os.defpath}")
+    assert done.stdout == "mine\n"
+
+
+def test_the_command_is_declared_and_its_module_is_part_of_the_distribution():
     project = (PACKAGE.parent / "pyproject.toml").read_text()
-    assert '[project.scripts]\nhf-stateless = "hf_stateless.run.command:main"' in project
+    assert '[project.scripts]\nhf-stateless = "hf_stateless_command:main"' in project
+    wheel, source = project.partition("targets.wheel]")[2].split("targets.sdist]")
+    assert '"hf_stateless_command.py"' in wheel
+    assert '"hf_stateless_command.py"' in source.partition("\n\n")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -126,4 +127,4 @@ def check_norms(norms: Sequence[str]) -> None:
     """Raise a ValueError that lists the valid names unless every entry of the chain is one."""
     unknown = [name for name in norms if name not in NORMS]
     if unknown or not norms or isinstance(norms, str):
-        raise ValueError(f"Unknown norms {norms!r}: expected a non-empty list of {', '.join(NORMS)}.")
+        raise ValueError(f"Unknown norms {reprlib.repr(norms)}: expected a non-empty list of {', '.join(NORMS)}.")

@@ -8,12 +8,34 @@ from dataclasses import dataclass
 from typing import Any
 
 
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError)
+"""What reading a value may raise: a tensor has no truth, a float no place for 10**400."""
+_MOST_SHOWN = 100
+# More iterations would never end, seeds have 64 bits, and float32 ends at 2**128.
+_COUNT_END, _SEED_END, _NUMBER_END = 1_000_000, 2**63, 2.0**127
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error text of one line: as Python writes it, a long one cut.
+
+    Example:
+        >>> from hf_stateless.optimizer.option_kinds import shown
+        >>> shown("3"), shown("3" * 10_000)[:9] + "..." + shown("3" * 10_000)[-23:]
+        ("'3'", "'33333333...... (10,002 characters)")
+    """
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # integers of many digits, and objects that cannot be shown
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 30]}... ({len(text):,} characters)"
+
+
 @dataclass(frozen=True)
 class Kind:
     """How a value is read."""
 
     parse: Callable[[Any], Any]
-    """Reads text and Python values; what it cannot read is a ValueError, TypeError or KeyError."""
+    """Reads text and Python values; what it cannot read is one of `UNREADABLE`."""
     values: str = ""
     """Which values there are, in words."""
     names: Callable[[], Sequence[str]] = tuple
@@ -53,9 +75,9 @@ def _chain(text: Any) -> tuple[str, ...]:
     return norms
 
 
-COUNT = _numbers(_integer, "an integer of at least 1", least=1)
-WHOLE = _numbers(_integer, "an integer of at least 0")
-NUMBER = _numbers(float, "a number of at least 0")
+COUNT = _numbers(_integer, f"an integer of at least 1, below {_COUNT_END:,}", least=1, below=_COUNT_END)
+WHOLE = _numbers(_integer, "an integer of at least 0, below 2**63", below=_SEED_END)
+NUMBER = _numbers(float, "a number of at least 0, below 2**127", below=_NUMBER_END)
 FRACTION = _numbers(float, "a number in [0, 1)", below=1)
 SWITCH = Kind(_boolean, "true or false")
 CHAIN = Kind(_chain, "norm projections joined by +, like row_l2+spectral")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..trainer.table import aligned
-from .command_line import Parser
-from .figures import draw_bars, new_figure, save_plot
+from .command_line import Parser, one_line
+from .figures import draw_bars, literal, new_figure, save_plot
 from .files import GIB
 from .finished_run import Run, read_run
 from .measured.picture import bars
@@ -33,7 +34,7 @@ _LINES = (("#000000", "-"), ("#E69F00", "-"), ("#CC79A7", "-"), ("#7F7F7F", "--"
 def as_table(runs: Sequence[Run]) -> str:
     """Return runs as lines of text."""
     rows = [list(_COLUMNS.values()), *([_cell(run, key) for key in _COLUMNS] for run in runs)]
-    notes = [f"{run.run}: {note}" for run in runs for note in run.notes]
+    notes = [f"{one_line(run.run, most=60)}: {one_line(note)}" for run in runs for note in run.notes]
     return "\n".join([*aligned(rows, text=(0, 1)), "", _LEGEND, *notes])
 
 
@@ -41,14 +42,22 @@ def _cell(run: Run, key: str) -> str:
     value = getattr(run, key)
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return one_line(value, most=60)
     if key in ("peak", "optimizer_state"):
         return f"{value / GIB:.3f}"
     return format(value, _FORMATS.get(key, ",.0f" if isinstance(value, float) else ""))
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """Return a run as plain values, its memory report left out."""
-    return {**{key: getattr(run, key) for key in _COLUMNS}, "history": run.history, "notes": run.notes}
+    """Return a run as plain values, its memory report left out; JSON has no word for a loss of NaN but null."""
+    values = {key: _as_json(getattr(run, key)) for key in _COLUMNS}
+    history = [{key: _as_json(value) for key, value in point.items()} for point in run.history]
+    return {**values, "history": history, "notes": run.notes}
+
+
+def _as_json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -80,7 +89,7 @@ def _draw_losses(axes: Any, runs: Sequence[Run], key: str) -> None:
         for loss, line in (("loss", {"linestyle": style}), ("eval_loss", {"linestyle": "", "marker": "o"})):
             points = [(point[key], point[loss]) for point in run.history if loss in point and key in point]
             x, y = zip(*points, strict=True) if points else ((), ())
-            label = run.run if loss == "loss" else None
+            label = literal(run.run, most=40) if loss == "loss" else None
             axes.plot(x, y, color=colour, linewidth=1.4, markersize=4.5, label=label, **line)
     axes.set_xlabel({"tokens": "tokens of training batches", "seconds": "seconds of training"}[key])
     axes.set_xlim(left=0)
@@ -102,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell_apart(runs, args.runs)
         if args.plot:
             draw(runs, args.plot)
-    except (ImportError, ValueError) as error:
-        print(f"hf-stateless compare: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"hf-stateless compare: {one_line(error)}", file=sys.stderr)
         return 2
     print(json.dumps([as_json(run) for run in runs], indent=2) if args.json else as_table(runs))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .command_line import one_line
 from .files import GIB, replacing
 
 
@@ -19,6 +20,11 @@ PARTS = {
     "temporary": "#F0E442",
     "gathered": "#CC79A7",
 }
+
+
+def literal(text: str, most: int = 100) -> str:
+    """Return a text that matplotlib draws as it is, each line cut: a dollar would begin a formula."""
+    return "\n".join(one_line(line, most) for line in text.splitlines()).replace("$", r"\$")
 
 
 def axes_unit(gib: float) -> tuple[str, int]:
@@ -42,8 +48,8 @@ def draw_bars(axes: Any, piles: dict[str, dict[str, int]]) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over lines that are drawn later
     for y, total in enumerate(left):
         axes.text(total + max(left) / 100, y, f"{total:.3g} {unit}", va="center", fontsize=9, bbox=box, zorder=3)
-    axes.set_xlim(0, max(left) * 1.16)
-    axes.set_yticks(range(len(piles)), list(piles), fontsize=9)
+    axes.set_xlim(0, max(left) * 1.16 or 1)
+    axes.set_yticks(range(len(piles)), [literal(label, most=40) for label in piles], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     axes.spines[["top", "right"]].set_visible(False)

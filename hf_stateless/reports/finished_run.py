@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,11 +70,29 @@ def _state(folder: Path) -> dict[str, Any] | None:
     for place in (folder, *latest):
         if (place / STATE_FILE).is_file():
             try:
-                state: dict[str, Any] = read_json(place / STATE_FILE)
-                return {"global_step": state["global_step"], "log_history": state["log_history"]}
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f"{place / STATE_FILE}: no state of a Trainer") from None
+                return _checked(read_json(place / STATE_FILE))
+            except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+                raise ValueError(
+                    f"{place / STATE_FILE}: no state of a Trainer; expected global_step, and log_history with the "
+                    "step of each entry"
+                ) from None
     return None
+
+
+def _checked(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what is read of a state: its last step, and log entries of which every value is a number."""
+    entries = [{key: _number(value) for key, value in entry.items()} for entry in state["log_history"]]
+    logs = [{key: value for key, value in entry.items() if value is not None} for entry in entries]
+    steps = state["global_step"]
+    if not all(isinstance(_number(step), int) for step in [steps, *(entry["step"] for entry in logs)]):
+        raise TypeError
+    return {"global_step": steps, "log_history": logs}
+
+
+def _number(value: Any) -> int | float | None:
+    """Return a value if it is a number that curves can show, None otherwise; a loss may be infinite or NaN."""
+    fits = not isinstance(value, int) or -(2**63) < value < 2**63
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and fits else None
 
 
 def _take_report(run: Run, report: MemoryReport) -> None:
@@ -94,14 +112,14 @@ def _take_state(run: Run, state: Mapping[str, Any]) -> None:
     logs = state["log_history"]
     run.steps = state["global_step"]
     for entry in logs:
-        values = {key: entry[key] for key in ("loss", "eval_loss") if isinstance(entry.get(key), (int, float))}
+        values = {key: entry[key] for key in ("loss", "eval_loss") if key in entry}
         run.train_loss, run.eval_loss = values.get("loss", run.train_loss), values.get("eval_loss", run.eval_loss)
         if values:
             run.history.append({"step": entry["step"], **values})
-    counted = [entry[key] for entry in logs for key in _TOKEN_KEYS if key in entry]
+    counted = [entry[key] for entry in logs for key in _TOKEN_KEYS if math.isfinite(entry.get(key, math.nan))]
     run.tokens = int(counted[-1]) if counted and run.tokens is None else run.tokens
     runtime = sum(entry.get("train_runtime", 0.0) for entry in logs)
-    run.seconds = (runtime or None) if run.seconds is None else run.seconds
+    run.seconds = (runtime if math.isfinite(runtime) and runtime > 0 else None) if run.seconds is None else run.seconds
     if run.tokens_per_second is None and run.tokens and run.seconds:
         run.tokens_per_second = run.tokens / run.seconds
     for point in run.history:

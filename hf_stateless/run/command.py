@@ -1,25 +1,27 @@
-"""`hf-stateless`: the command line of the package."""
+"""`hf-stateless`: the command line of the package.
+
+`hf_stateless_command.py` beside the package runs this file by its path, so that `run` starts without importing torch:
+it names modules of the package whole, and loads little of the standard library.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 
 
 AUTOLOAD = Path(__file__).resolve().parent / "autoload"
 # Each is loaded when it is called: torch takes seconds.
 SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "memory": lambda argv: import_module("..reports.predicted.command", __package__).main(argv),
-    "compare": lambda argv: import_module("..reports.compare", __package__).main(argv),
-    "explain": lambda argv: import_module(".explain", __package__).main(argv),
-    "export": lambda argv: import_module(".export", __package__).main(argv),
+    "memory": lambda argv: import_module("hf_stateless.reports.predicted.command").main(argv),
+    "compare": lambda argv: import_module("hf_stateless.reports.compare").main(argv),
+    "explain": lambda argv: import_module("hf_stateless.run.explain").main(argv),
+    "export": lambda argv: import_module("hf_stateless.run.export").main(argv),
 }
 
 _RUN_USAGE = """\
@@ -28,6 +30,7 @@ usage: hf-stateless run COMMAND [ARGUMENT ...]
 Runs any command; in every Python process that it starts, optim= and --optim know the names of hf_stateless:
     hf-stateless run trl sft --optim sinkgd --model_name_or_path MODEL --dataset_name DATASET
     hf-stateless run accelerate launch train.py --optim swan
+A command that is not on PATH is taken from beside the Python of hf-stateless.
 It works through PYTHONPATH, which python -I, -E and -S do not read.
 If a name stays unknown, HF_STATELESS_DEBUG=1 says why.
 """
@@ -50,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("       hf-stateless --version\n\nMore about one of them: hf-stateless run --help")
         return 0
     if first == "--version":
+        from importlib.metadata import version
+
         print(f"hf-stateless {version('hf_stateless')}")
         return 0
     if first == "run":
@@ -71,20 +76,37 @@ def _run(command: list[str]) -> int:
         return _error(f"run got {got}, expected a command, like: hf-stateless run trl sft --optim sinkgd")
     program = shutil.which(first)
     if program is None:
-        hint = f"hf-stateless run python {first}" if first.endswith(".py") else "a program that is on PATH"
-        return _error(f"run found no command {first!r}; type: {hint}", status=127)
+        # An environment that was not activated. Its Python finds its packages by the name that it is started with.
+        program = shutil.which(first, path=os.pathsep.join(own_programs()))
+        command = [program or first, *command[1:]]
+    if program is None:
+        return _not_found(first)
     os.environ["PYTHONPATH"] = python_path(os.environ.get("PYTHONPATH", ""))
     if os.name == "nt":
         # On Windows exec detaches from the terminal and loses the exit status.
+        import subprocess
+
         return subprocess.call([program, *command[1:]])
     # Python ignores these two, and a program started by exec would go on ignoring them.
     for name in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     sys.stdout.flush()
     try:
-        os.execvp(first, command)
+        os.execv(program, command)
     except OSError as error:
         return _error(f"run cannot start {first!r}: {error.strerror}", status=126)
+
+
+def own_programs() -> list[str]:
+    """Return the folders of the programs that were installed with this Python: of its environment, then beside it."""
+    import sysconfig
+
+    return list(dict.fromkeys([sysconfig.get_path("scripts"), os.path.dirname(sys.executable or "")]))
+
+
+def _not_found(first: str) -> int:
+    hint = f"hf-stateless run python {first}" if first.endswith(".py") else "a program that is on PATH"
+    return _error(f"run found no command {first!r}, on PATH or beside {sys.executable}; type: {hint}", status=127)
 
 
 def python_path(existing: str) -> str:

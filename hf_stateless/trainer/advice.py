@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
+from ..optimizer.option_kinds import shown
+
 
 # What PEFT adds to the name of a layer that it wraps.
 _PEFT_TAIL = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)(\..*)?$")
@@ -43,7 +45,7 @@ def refuse_no_matrix(
     """
     selectable = {name: weights for name, weights in selectable.items() if weights}
     if typed:
-        got = f"optim_target_modules={_short(target_modules)} matched no trainable matrix"
+        got = f"optim_target_modules={shown(target_modules)} matched no trainable matrix"
         value = _meant(target_modules, selectable) or ("all-linear" if all_linear else "")
         raise ValueError(f"{got}: {_why_unmatched(model, target_modules)}. {_choices(selectable, value)}")
     if selectable:
@@ -73,7 +75,7 @@ def refuse_target(
     wrong = "is no list of names, regular expression or 'all-linear'"
     if not isinstance(error, TypeError):
         wrong = f"is no regular expression ({error}): a string has to match the whole name of a module"
-    raise ValueError(f"optim_target_modules={_short(target_modules)} {wrong}. Type {_as_typed(value)}.") from None
+    raise ValueError(f"optim_target_modules={shown(target_modules)} {wrong}. Type {_as_typed(value)}.") from None
 
 
 def target_value(names: Iterable[str], selectable: Mapping[str, Sequence[nn.Parameter]]) -> str:
@@ -125,11 +127,6 @@ def _matches(target_modules: Any, name: str) -> bool:
 
 def _as_typed(value: str) -> str:
     return f"optim_target_modules='{value}' (on a command line in the same quotes)"
-
-
-def _short(target_modules: object) -> str:
-    text = repr(target_modules)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _words(target_modules: object) -> list[str]:

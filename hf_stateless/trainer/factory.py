@@ -20,7 +20,7 @@ from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
 from .assumed import assumptions
 from .clipping import count_released_gradients
-from .optim_args import Options, parse_options
+from .optim_args import Options, check_target_modules, parse_options
 from .partition import PartitionedParameter, partition_parameters
 from .patches import keep_out_of_ddp
 from .table import announce, describe, trainer_prints
@@ -52,6 +52,7 @@ def parameter_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     layouts: dict[tuple[Any, ...], list[str]] = {}
     in_8_bits = {id(layer.weight) for _, layer in int8_layers(model)}
+    check_target_modules(target_modules)
     for entry in partition_parameters(model, target_modules):
         if id(entry.parameter) in in_8_bits and entry.role not in ("matrix", "adapter"):
             # AdamW would need float weights and moments.

@@ -13,7 +13,7 @@ from torch import nn
 from ..optimizer.optimizer import StatelessOptimizer
 from ..weights.int8.convert import int8_layers
 from .factory import optimizer_arguments
-from .optim_args import is_layerwise
+from .optim_args import is_layerwise, refuse_repeated_keys
 from .partition import refuse_fsdp1
 from .table import trainer_prints
 
@@ -38,6 +38,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
         )
     _refuse_partitioning(ctx.args)
     _refuse_sharded_int8(ctx.args, ctx.model)
+    refuse_repeated_keys(getattr(ctx.args, "optim_args", None))
     beta1, beta2 = ctx.adam_kwargs["betas"]
     adamw = {"adamw_beta1": beta1, "adamw_beta2": beta2, "adamw_eps": ctx.adam_kwargs["eps"]}
     given = {**adamw, **ctx.optim_args}  # the training arguments, which optim_args may override

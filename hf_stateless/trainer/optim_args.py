@@ -6,13 +6,14 @@ The options themselves are rows of `hf_stateless.optimizer.options.OPTIONS`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..norms.chain import Chain, check_norms
 from ..norms.presets import PRESETS
 from ..norms.whitening import WHITENING_DEFAULTS
+from ..optimizer.option_kinds import UNREADABLE, shown
 from ..optimizer.options import LAYERWISE, OPTIONS, Option
 
 
@@ -65,7 +66,7 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Any:
         ValueError: unknown name, unknown key (with the nearest), or a value of the wrong type or range.
     """
     if name not in optimizer_names():
-        raise ValueError(f"Unknown optimizer {name!r}. Valid: {', '.join(optimizer_names())}.")
+        raise ValueError(f"Unknown optimizer {shown(name)}. Valid: {', '.join(optimizer_names())}.")
     norms = _norms(name, given)
     valid = valid_keys(name, norms)
     for key in given:
@@ -122,15 +123,45 @@ def _parse(name: str, key: str, value: Any) -> Any:
     kind = OPTIONS[key].kind
     try:
         return kind.parse(value)
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"optim_args for optim={name!r}: {key}={value!r} is not {kind.expected}.") from None
+    except UNREADABLE:
+        raise ValueError(f"optim_args for optim={name!r}: {key}={shown(value)} is not {kind.expected}.") from None
+
+
+def refuse_repeated_keys(optim_args: str | None) -> None:
+    """Refuse `optim_args` that give a key twice, of which the Trainer would take the last in silence.
+
+    Raises:
+        ValueError: it does, with the key and its values.
+    """
+    values: dict[str, list[str]] = {}
+    for part in (optim_args or "").split(","):
+        key, _, value = part.partition("=")
+        values.setdefault(key.strip(), []).append(value.strip())
+    for key, given in values.items():
+        if len(given) > 1:
+            raise ValueError(f"optim_args gives {shown(key)} {len(given)} times, as {shown(given)}: keep one of them.")
+
+
+def check_target_modules(value: Any) -> None:
+    """Refuse what cannot choose modules: neither a text nor a list of texts.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, Sequence | Set) or not all(isinstance(text, str) for text in value):
+        raise ValueError(
+            f"optim_target_modules={shown(value)} is no text and no list of texts: give a regular expression, or "
+            "parts of the names of modules such as ['q_proj']."
+        )
 
 
 def _misplaced(option: Option, name: str, norms: Sequence[str]) -> str:
     """Return why an option means nothing for a name and a chain; empty where it does."""
     key, to, plain = option.name, option.belongs_to, plain_name(name)
     if to.whitening and not Chain(tuple(norms)).whitens:
-        return f"{key} belongs to a whitening such as 'spectral', and the chain {'+'.join(norms)} has none."
+        return f"{key} belongs to a whitening such as 'spectral', and the chain {_joined(norms)} has none."
     if to.release is False and is_layerwise(name):
         return f"{key} needs all gradients at once, which layer-wise updates free: take optim={plain!r}."
     if to.release and not is_layerwise(name):
@@ -141,10 +172,14 @@ def _misplaced(option: Option, name: str, norms: Sequence[str]) -> str:
     return ""
 
 
-def _unknown_key(name: str, key: str, valid: list[str], norms: Sequence[str]) -> str:
+def _joined(norms: Sequence[str]) -> str:
+    return "+".join(norms) if len(norms) < 10 else f"of {len(norms)} norms"
+
+
+def _unknown_key(name: str, key: Any, valid: list[str], norms: Sequence[str]) -> str:
     keys = f"Valid keys: {', '.join(sorted(valid))}."
     if key in OPTIONS:
         return f"optim_args for optim={name!r} take no {key}. {keys} ({_misplaced(OPTIONS[key], name, norms)})"
-    message = f"Unknown key {key!r} in optim_args for optim={name!r}. {keys}"
-    near = difflib.get_close_matches(key, valid, n=1)
+    message = f"Unknown key {shown(key)} in optim_args for optim={name!r}. {keys}"
+    near = difflib.get_close_matches(str(key)[:100], valid, n=1)
     return f"{message} Did you mean {near[0]!r}?" if near else message

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from ..optimizer.option_kinds import shown
+
 
 OURS = "_hf_stateless"
 """The attribute by which an object that this package has put somewhere is known."""
@@ -41,11 +43,11 @@ def _malformed(optim_args: object) -> str:
     """Return one line that says what was got, what is wrong with it, and what to type."""
     if isinstance(optim_args, str):
         part = next((part for part in optim_args.split(",") if part.count("=") != 1), "").strip()
-        wrong = f"the part {part!r} is not key=value" if part else "a comma has nothing on one side"
+        wrong = f"the part {shown(part)} is not key=value" if part else "a comma has nothing on one side"
     else:
         wrong = f"a {type(optim_args).__name__} is not a string"
     return (
-        f"optim_args={optim_args!r} is malformed: {wrong}. Type key=value,key=value and join lists with +, "
+        f"optim_args={shown(optim_args)} is malformed: {wrong}. Type key=value,key=value and join lists with +, "
         'for example optim_args="norms=row_l2+col_l2,num_iterations=3".'
     )
 

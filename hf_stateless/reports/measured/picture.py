@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..figures import axes_unit, draw_bars, new_figure, save_figure
+from ..figures import axes_unit, draw_bars, literal, new_figure, save_figure
 from ..files import GIB
 from .schema import MemoryReport
 
@@ -43,8 +43,8 @@ def draw(report: MemoryReport, path: str | Path) -> None:
         axes.set_xlim(0, max(axes.get_xlim()[1], capacity * 1.03))
         label = f"all of the device: {capacity:.3g} {unit}"
         axes.annotate(label, (capacity, 1), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize=8)
-    axes.set_xlabel(f"{unit} at the peak of a step, {report.measured.kind}")
-    axes.set_title(_title(report), fontsize=9.5, loc="left", pad=16 if capacity else 8)
+    axes.set_xlabel(literal(f"{unit} at the peak of a step, {report.measured.kind}"))
+    axes.set_title(literal(_title(report)), fontsize=9.5, loc="left", pad=16 if capacity else 8)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8.5, columnspacing=1.2)
     save_figure(figure, path)
 

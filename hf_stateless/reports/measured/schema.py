@@ -13,6 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from ...optimizer.option_kinds import shown
 from ..files import read_json, write_json
 
 
@@ -202,7 +203,7 @@ class MemoryReport:
         version = values.get("schema_version") if isinstance(values, Mapping) else None
         if version != SCHEMA_VERSION:
             raise ValueError(
-                f"memory report: schema_version is {version!r}, expected {SCHEMA_VERSION}: "
+                f"memory report: schema_version is {shown(version)}, expected {SCHEMA_VERSION}: "
                 "type pip install -U hf_stateless, or train again with this version"
             )
         report: MemoryReport = _read(cls, values, "")
@@ -225,7 +226,7 @@ class MemoryReport:
         file = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
         try:
             return cls.from_dict(read_json(file))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{file}: no JSON ({error}); delete it or train again") from None
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
@@ -238,7 +239,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return value
     if is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise ValueError(f"memory report: {where.strip('.')!r} is {value!r}, expected an object")
+            raise ValueError(f"memory report: {where.strip('.')!r} is {shown(value)}, expected an object")
         hints = get_type_hints(kind)
         needed = [f.name for f in fields(kind) if f.default is MISSING]
         if missing := [name for name in needed if name not in value]:
@@ -253,5 +254,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return {str(key): _read(arguments[1], entry, f"{where}{key}.") for key, entry in value.items()}
     expected = (int, float) if kind is float else origin or kind
     if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"memory report: {where.strip('.')!r} is {value!r}, expected {(origin or kind).__name__}")
+        raise ValueError(
+            f"memory report: {where.strip('.')!r} is {shown(value)}, expected {(origin or kind).__name__}"
+        )
+    if isinstance(value, int | float) and not -(2**63) < value < 2**63:  # NaN is not between them either
+        raise ValueError(f"memory report: {where.strip('.')!r} is {shown(value)}, expected a number below 2**63")
     return value

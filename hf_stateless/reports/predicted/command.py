@@ -13,11 +13,14 @@ from typing import Any
 from torch import nn
 
 from ...optimizer.options import LAYERWISE
+from ...trainer.optim_args import refuse_repeated_keys
 from ...weights.stored import StoredWeight
-from ..command_line import Parser
+from ..command_line import Parser, one_line
 from ..run_facts import base_of, option_pairs
+from .batch import example_batch, max_positions
 from .estimate import estimate
-from .model import DTYPES, build_model, load_config, max_positions
+from .limits import bounded
+from .model import DTYPES, build_model, load_config
 from .state import is_ours, known_optimizers
 from .table import GPUS, Settings, as_json, as_table, plot
 
@@ -55,10 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Print what training a model takes; return 0, or 2 after one line on stderr that says what was wrong."""
     try:
-        print(_answer(_parser().parse_args(argv)))
-    except (ImportError, ValueError) as error:
-        print(f"hf-stateless memory: {' '.join(str(error).split())}", file=sys.stderr)
+        with bounded():
+            answer = _answer(_parser().parse_args(argv))
+    except (ImportError, OSError, ValueError) as error:
+        print(f"hf-stateless memory: {one_line(error, most=1500)}", file=sys.stderr)
         return 2
+    print(answer)
     return 0
 
 
@@ -101,6 +106,7 @@ def _options(text: str) -> dict[str, str]:
     pairs = option_pairs(text)
     if not all(key and value and "=" not in value for key, value in pairs):
         raise ValueError(f"--optim-args {text!r}: expected key=value,key=value, such as num_iterations=3.")
+    refuse_repeated_keys(text)
     return dict(pairs)
 
 
@@ -125,16 +131,16 @@ def _facts(
         notes.append("gathered: the layers that FSDP2 puts together, from a formula; step temporaries are of one GPU.")
     if getattr(config, "quantization_config", None) and settings.dtype != "int8":
         notes.append(f"The quantization that the config names is left out: weights are taken in {settings.dtype}.")
-    base = base_of(model)
+    base, batch = base_of(model), example_batch(model, settings)
     scales = {id(part) for p in model.parameters() if isinstance(p, StoredWeight) for part in p.stored[1:]}
     params = [p for p in model.parameters() if id(p) not in scales]
     path = Path(source).resolve()
     return {
         "model": path.parent.name if path.is_file() else path.name if path.is_dir() else source,
         "model_class": type(base).__name__,
-        "has_tokens": base.main_input_name == "input_ids",
+        "has_tokens": "input_ids" in batch.inputs,
         "parameters": sum(p.numel() for p in params),
         "trained_parameters": sum(p.numel() for p in params if p.requires_grad),
         "optim_args": optim_args,
-        "notes": notes,
+        "notes": [*notes, *batch.notes],
     }

@@ -15,8 +15,9 @@ from ...optimizer.release import is_released
 from ...trainer.optim_args import is_layerwise
 from ...update.batches import BATCH_BYTES
 from ...weights.stored import stand_in
-from ..command_line import first_line
-from .model import example_inputs, tensor_bytes, weight_bytes_of_rank
+from ..command_line import one_line
+from .batch import Batch, example_batch
+from .model import tensor_bytes, weight_bytes_of_rank
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .table import Estimate, Settings
 from .trace import LiveBytes, Peak, trace_training
@@ -51,13 +52,16 @@ def estimate(
         adamw_torch: weights 1272 MiB, state 2544 MiB
     """
     per_name = _share_out(optimizers, optim_args or {})
-    inputs = example_inputs(model, settings)
+    batch = example_batch(model, settings)
 
     @cache
     def trace(released: frozenset[tuple[int, int]]) -> Peak:
-        return _trace(model, inputs, settings, dict(released))
+        return _trace(model, batch, settings, dict(released))
 
-    return [_estimate(model, name, settings, per_name[name], trace) for name in optimizers]
+    try:
+        return [_estimate(model, name, settings, per_name[name], trace) for name in optimizers]
+    except (ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"The step of {type(model).__name__} cannot be predicted: {one_line(error, 300)}") from error
 
 
 def _share_out(optimizers: Sequence[str], optim_args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -69,14 +73,14 @@ def _share_out(optimizers: Sequence[str], optim_args: Mapping[str, Any]) -> dict
     return {name: {**shared.get(name, {}), **(rank if name == "galore_adamw" else {})} for name in optimizers}
 
 
-def _trace(model: nn.Module, inputs: Mapping[str, Tensor], settings: Settings, released: Mapping[int, int]) -> Peak:
+def _trace(model: nn.Module, batch: Batch, settings: Settings, released: Mapping[int, int]) -> Peak:
     """Return what forward and backward hold where some gradients are released and FSDP2 keeps a part of the others."""
     outcomes = {id(p): (tensor_bytes([p], settings.fsdp), 0) for p in model.parameters()} if settings.fsdp > 1 else {}
     outcomes.update((key, (0, size)) for key, size in released.items())
     try:
-        return trace_training(model, inputs, outcomes, settings.device)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{type(model).__name__} cannot be traced: {first_line(error)}") from error
+        return trace_training(model, batch.loss, outcomes, settings.device)
+    except Exception as error:  # of a model's own code, on tensors that it was not written for
+        raise ValueError(f"{type(model).__name__} cannot be traced: {one_line(error, 300)}") from error
 
 
 def _estimate(

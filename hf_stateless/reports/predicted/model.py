@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from ...optimizer.option_kinds import shown
 from ...weights.int8.hf_quantizer import quantize
-from ..command_line import first_line
+from ..command_line import one_line
 from ..run_facts import base_of
+from .limits import check_config, check_sizes
 from .state import shard
 from .table import Settings
 from .trace import LiveBytes
@@ -22,6 +34,15 @@ from .trace import LiveBytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}
 """Of everything that is in float; with int8, linear layers are stored as `Int8TrainingConfig` does."""
+# Tried in turn where a config names no class of this transformers, as old ones do (T5WithLMHeadModel).
+_TASKS: tuple[tuple[Any, Any], ...] = (
+    (AutoModelForSeq2SeqLM, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    (AutoModelForSpeechSeq2Seq, transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING),
+    (AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
+    (AutoModelForImageTextToText, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (AutoModelForMaskedLM, transformers.MODEL_FOR_MASKED_LM_MAPPING),
+    (AutoModel, transformers.MODEL_MAPPING),
+)
 
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
@@ -31,13 +52,14 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
         ValueError: no such config.
     """
     try:
+        check_config(PreTrainedConfig.get_config_dict(source)[0])
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        config.use_cache = False  # as the Trainer sets it
+    except Exception as error:  # the file is somebody's, and so may be the code that reads it
         raise ValueError(
-            f"MODEL={source!r}: expected a folder with a config.json, such a file, or the id of a model on the Hub "
-            f"that can be reached ({first_line(error)})"
+            f"MODEL={shown(source)}: expected a folder with a config.json, such a file, or the id of a model on the "
+            f"Hub that can be reached ({_why(error)})"
         ) from None
-    config.use_cache = False  # as the Trainer sets it
     return config
 
 
@@ -55,18 +77,30 @@ def build_model(config: Any, settings: Settings) -> nn.Module:
             model = _with_lora(model, settings.lora) if settings.lora else model
             if settings.checkpointing:
                 base_of(model).activation_checkpointing_enable()
-    except (AttributeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
+            check_sizes(model)
+    except Exception as error:  # of a model's own code, on whatever the config says
         kind = getattr(config, "model_type", "")
-        raise ValueError(f"The model of this config (type {kind!r}) cannot be built: {first_line(error)}") from None
+        raise ValueError(f"The model of this config (type {shown(kind)}) cannot be built: {_why(error)}") from None
     trained: nn.Module = model.train()
     return trained
 
 
 def _maker(config: Any) -> Callable[..., Any]:
-    """Return what builds the model: the class that the config names, or the causal language model of its type."""
-    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "?", None)
-    maker: Callable[..., Any] = AutoModelForCausalLM.from_config if named is None else partial(_in_dtype, named)
-    return maker
+    """Return what builds the model: the class that the config names, or else the first task that its type has."""
+    names = getattr(config, "architectures", None)
+    named = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+        return partial(_in_dtype, named)
+    trusted = type(config).__module__.startswith("transformers_modules.")  # its code was run when it was read
+    tasks = [task for task, mapping in _TASKS if type(config) in mapping]
+    task = AutoModelForCausalLM if trusted or not tasks else tasks[0]
+    return partial(task.from_config, trust_remote_code=trusted)
+
+
+def _why(error: BaseException) -> str:
+    """Return what an error says, in one line; transformers' lines are long, and the first often says the least."""
+    text = one_line(error, most=300)
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError | AssertionError) or not text else text
 
 
 def _in_dtype(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
@@ -87,36 +121,6 @@ def _with_lora(model: Any, rank: int) -> Any:
     with warnings.catch_warnings():  # PEFT asks transformers for an attribute that it has renamed
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
-
-
-def example_inputs(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
-    """Return a batch without contents that suits a model: tokens or pixels, and labels.
-
-    Raises:
-        ValueError: the model takes something else, or has no positions for so many tokens.
-    """
-    inner: Any = base_of(model)
-    name, config = inner.main_input_name, inner.config
-    tokens = (settings.batch, settings.seq)
-    labels = tokens[:1] if "Classification" in type(inner).__name__ else tokens
-    if name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
-        shape = (settings.batch, getattr(config, "num_channels", 3), *size)
-        inputs = torch.empty(shape, dtype=next(model.parameters()).dtype, device="meta")
-    elif name == "input_ids":
-        positions = max_positions(model)
-        if positions and settings.seq > positions:
-            raise ValueError(f"--seq {settings.seq}: this model has {positions} positions; type --seq {positions}.")
-        inputs = torch.empty(tokens, dtype=torch.long, device="meta")
-    else:
-        raise ValueError(f"{type(inner).__name__} takes {name}: only models of tokens or pixels can be traced.")
-    return {name: inputs, "labels": torch.empty(labels, dtype=torch.long, device="meta")}
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """Return the longest sequence a model was made for, if its config says so."""
-    config: Any = base_of(model).config
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def weight_bytes_of_rank(model: nn.Module, ranks: int = 1) -> int:

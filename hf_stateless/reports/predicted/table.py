@@ -9,7 +9,7 @@ from typing import Any
 
 from ...optimizer.options import LAYERWISE
 from ...trainer.table import aligned
-from ..figures import axes_unit, draw_bars, new_figure, save_plot
+from ..figures import axes_unit, draw_bars, literal, new_figure, save_plot
 from ..files import GIB
 from ..provenance import versions
 
@@ -164,7 +164,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         f"{axes.get_xlabel()} held at the fullest moment of a step, predicted (dashed: what fits a GPU of that size)"
     )
     model, size, *run = headline(report)
-    axes.set_title(f"{model}, {size}\n{', '.join(run)}", fontsize=8, loc="left", pad=20)
+    axes.set_title(literal(f"{model}, {size}\n{', '.join(run)}"), fontsize=8, loc="left", pad=20)
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     save_plot(figure, path)
 

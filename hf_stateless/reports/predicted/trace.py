@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from .fused import fused_kernels
 
@@ -69,6 +69,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             number = args[0]
             if number.device.type == "meta" or isinstance(number, FakeTensor):
                 return number.dtype == torch.bool or 1
+        args, kwargs = _without_contents(func, args, kwargs)
         self._see((args, kwargs), made_here=False)
         out = func(*args, **kwargs)
         self._see(out, made_here=True)
@@ -103,8 +104,34 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
 
 
+def _without_contents(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Make an operation on the meta device possible that also reads numbers, or picks by a mask.
+
+    Sizes of images are numbers, from which a model computes where to look. A mask without contents picks all.
+    """
+    tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+    if not any(t.device.type == "meta" for t in tensors):
+        return args, kwargs
+    if func is torch.ops.aten.index.Tensor:
+        args = (args[0], [part for index in args[1] for part in _positions(index)], *args[2:])
+    if any(t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors):
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    return args, kwargs
+
+
+def _positions(index: Tensor | None) -> Sequence[Tensor | None]:
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    if index.device.type == "meta":
+        return [torch.empty(index.numel(), dtype=torch.long, device="meta") for _ in range(index.dim())]
+    return index.nonzero(as_tuple=True)
+
+
 def trace_training(
-    model: nn.Module, inputs: Mapping[str, Any], outcomes: Mapping[int, tuple[int, int]], device: str
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    outcomes: Mapping[int, tuple[int, int]],
+    device: str,
 ) -> Peak:
     """Predict what forward and backward of a model on the meta device hold on top of weights and inputs.
 
@@ -129,5 +156,5 @@ def trace_training(
                 handle = p.register_post_accumulate_grad_hook(finish)  # type: ignore[no-untyped-call]
                 cleanup.callback(handle.remove)
         with torch.device("meta"), fused_kernels(device), live:
-            model(**inputs).loss.backward()
+            loss(model).backward()  # type: ignore[no-untyped-call]
     return live.peak

@@ -1,0 +1,17 @@
+"""Where `hf-stateless` starts: beside the package, since importing the package takes seconds and half a GiB.
+
+`hf-stateless run` hands over to another program at once; the other subcommands import what they need.
+"""
+
+import runpy
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def main() -> int:
+    """Run `hf_stateless/run/command.py` as a file, which imports no package; return the exit status."""
+    spec = find_spec("hf_stateless")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'hf_stateless': type pip install hf_stateless")
+    status: int = runpy.run_path(str(Path(spec.origin).parent / "run" / "command.py"))["main"]()
+    return status
