@@ -15,7 +15,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from ...optimizer.rules import COMMON, told_options
 from ...weights.int8.convert import int8_layers
-from ..provenance import versions, without_folders
+from ..provenance import published_options, published_values, versions, without_folders
 from ..run_facts import adapter_of, base_of, hub_id
 from .facts import CARD_FILE, CardFacts
 from .own_card import metadata, take_sections
@@ -137,6 +137,10 @@ def _hyperparameters(trainer: Trainer, adapter: Any) -> dict[str, Any]:
         if value is not None and value is not False and value != "" and value != {}:
             values[name] = without_folders(value) if isinstance(value, str) else value
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.optim_args:
+        values["optim_args"] = ",".join(f"{key}={value}" for key, value in published_options(args.optim_args).items())
+    if "lr_scheduler_kwargs" in values:
+        values["lr_scheduler_kwargs"] = published_values(values["lr_scheduler_kwargs"])
     values.update(processes=args.world_size, sequences_per_step=sequences, steps=trainer.state.global_step)
     values.update(_optimizer_options(trainer))
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
