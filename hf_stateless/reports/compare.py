@@ -10,7 +10,7 @@ from typing import Any
 
 from .command_line import Parser, aligned
 from .figures import draw_bars, new_figure, save_plot
-from .files import GIB
+from .files import size_text
 from .finished_run import Run, read_run
 from .measured.picture import bars
 from .measured.schema import REPORT_FILE
@@ -19,7 +19,7 @@ from .measured.schema import REPORT_FILE
 _PLAIN = ("run", "optimizer", "steps", "train_loss", "eval_loss", "tokens", "seconds")
 _COLUMNS = {
     **{key: key.replace("_", " ") for key in _PLAIN},
-    **{"tokens_per_second": "tokens/s", "peak": "peak GiB", "optimizer_state": "state GiB"},
+    **{"tokens_per_second": "tokens/s", "peak": "peak", "optimizer_state": "state"},
 }
 _FORMATS = {"train_loss": ".4f", "eval_loss": ".4f", "steps": ",", "tokens": ",", "seconds": ",.1f"}
 _LEGEND = """\
@@ -41,7 +41,7 @@ def _cell(run: Run, key: str) -> str:
     if value is None:
         return "-"
     if key in ("peak", "optimizer_state"):
-        return f"{value / GIB:.3f}"
+        return size_text(value)
     return format(value, _FORMATS.get(key, ",.0f" if isinstance(value, float) else ""))
 
 
