@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from ..files import write_text
 from ..patches import CardWriter
 from .facts import CARD_FILE
+from .hub_client import limit_waits
 from .pushing import Token
 from .render import render_folder
 from .sources import collect
@@ -47,6 +48,8 @@ def attach_model_card(
     """
     if trainer.args.hub_token:  # the Trainer pickles its arguments into `training_args.bin` and pushes that
         trainer.args.hub_token = Token(trainer.args.hub_token)
+    if trainer.args.push_to_hub:  # before it trains, so that the Trainer's own pushes do not hang either
+        limit_waits()
     writer = trainer.create_model_card
     if not isinstance(writer, CardWriter):
         writer = trainer.create_model_card = CardWriter(trainer, _write_over_own_card)

@@ -82,7 +82,7 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
         text = text.replace(raw, one_line(raw))
     take_sections(facts, text)
     licence = given.get("license") or theirs.get("license")
-    licences = {"license": licence} if licence else _licence_of(name) if base else {}
+    licences = {"license": licence} if licence else _licence_of(name, args.hub_token) if base else {}
     facts.metadata = metadata_values({**metadata(facts, theirs, tag, datasets, given), **licences})
     private = {loaded: Path(loaded).name} if os.path.isdir(loaded) else {}
     private |= {os.path.abspath(args.output_dir): facts.name, os.getcwd(): ".", str(Path.home()): "~"}
@@ -132,11 +132,11 @@ def _shortened(value: Any, private: Mapping[str, Any]) -> Any:
 
 
 @cache
-def _licence_of(model: str) -> dict[str, str]:
+def _licence_of(model: str, token: str | None) -> dict[str, str]:
     """Return the keys of a model's card that tell its licence; nothing if the card cannot be had."""
     place = Path(model) / CARD_FILE if os.path.isdir(model) else model
     try:
-        data = ModelCard.load(place, ignore_metadata_errors=True).data
+        data = ModelCard.load(place, token=token, ignore_metadata_errors=True).data
         found = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
     except Exception:  # whatever stands in somebody else's card, ours is written
         return {}
