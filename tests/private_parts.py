@@ -247,7 +247,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="huggingface_hub.utils:httpx",
-        used_by=("reports/card/pushing.py", "reports/card/sources.py"),
+        used_by=("reports/card/hub_client.py", "reports/card/pushing.py"),
         why="the errors of a network that fails, from whichever httpx the Hub client uses",
         upstream="huggingface_hub/utils/__init__.py; not exported",
         until=_HUB_ERRORS,
