@@ -31,7 +31,7 @@ from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, get_peft_config
 
 import hf_stateless
 from hf_stateless.reports.card.attach import attach_model_card
-from hf_stateless.reports.card.pushing import push
+from hf_stateless.reports.card.pushing import create_repository, push, repository_later
 
 
 def main() -> None:
@@ -45,18 +45,20 @@ def main() -> None:
         model = find_model(args, model_args)
         train, held_out = load_rows("dpo", data_args, mixture)
     try:
-        trainer = DPOTrainer(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            peft_config=get_peft_config(model_args),
-        )
+        with repository_later(args):
+            trainer = DPOTrainer(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=held_out,
+                peft_config=get_peft_config(model_args),
+            )
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
     prepare_trainer(trainer)
     hf_stateless.attach_memory_report(trainer)
     attach_model_card(trainer, **describe_model(model_args, model), **describe_rows(data_args, mixture))
+    create_repository(trainer)
     train_and_save(trainer, checkpoint)
     if trainer.is_world_process_zero():
         print(f"\nHeld-out loss: {before_and_after(trainer, 'eval_loss')}")

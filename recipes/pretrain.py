@@ -39,7 +39,7 @@ from transformers import (
 
 import hf_stateless  # makes swan, sinkgd and multinorm valid in --optim: before the parser is built
 from hf_stateless.reports.card.attach import attach_model_card, save
-from hf_stateless.reports.card.pushing import PushError, push
+from hf_stateless.reports.card.pushing import PushError, create_repository, push, repository_later
 
 
 RECIPES = Path(__file__).parent
@@ -156,16 +156,18 @@ def main() -> None:
     model = build_model(config, tokenizer, getattr(torch, model_args.dtype))
     if model_args.load_in_8bit_training:
         hf_stateless.quantize(model, hf_stateless.Int8TrainingConfig())
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=train_blocks,
-        eval_dataset=held_out_blocks,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-    )
+    with repository_later(args):
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=train_blocks,
+            eval_dataset=held_out_blocks,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+        )
     hf_stateless.attach_memory_report(trainer)
     attach_model_card(trainer, base_model="", **describe_text(data_args))
+    create_repository(trainer)
     if trainer.is_world_process_zero():
         held_out_tokens = len(held_out_blocks) * data_args.block_size
         print(f"{trainer.model.num_parameters():,} parameters, vocabulary of {len(tokenizer):,}")

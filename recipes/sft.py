@@ -32,7 +32,7 @@ from trl import DatasetMixtureConfig, SFTConfig, SFTTrainer, get_peft_config
 
 import hf_stateless
 from hf_stateless.reports.card.attach import attach_model_card
-from hf_stateless.reports.card.pushing import push
+from hf_stateless.reports.card.pushing import create_repository, push, repository_later
 
 
 def split_last_answer(row: dict) -> tuple[str | list[dict], str] | None:
@@ -67,18 +67,20 @@ def main() -> None:
         model = find_model(args, model_args)
         train, held_out = load_rows("sft", data_args, mixture, args.dataset_text_field)
     try:
-        trainer = SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            peft_config=get_peft_config(model_args),
-        )
+        with repository_later(args):
+            trainer = SFTTrainer(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=held_out,
+                peft_config=get_peft_config(model_args),
+            )
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
     prepare_trainer(trainer)
     hf_stateless.attach_memory_report(trainer)
     attach_model_card(trainer, **describe_model(model_args, model), **describe_rows(data_args, mixture))
+    create_repository(trainer)
     train_and_save(trainer, checkpoint)
     if trainer.is_world_process_zero():
         report(trainer, next(iter(held_out)))

@@ -54,12 +54,16 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that match: an HTTP status, or a connection cut after some bytes."""
+    """What happens to the next `times` requests that match: a status, a connection cut after some bytes, silence."""
 
     method: str
     path: str
     status: int | None = None
     cut_after: int | None = None
+    silent_for: float | None = None
+    """Seconds until the connection ends, without an answer."""
+    half_answer: bool = False
+    """Headers and a part of the body, then the end."""
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -70,6 +74,7 @@ class HubServer:
     def __init__(self, folder):
         self.folder, self.lock = Path(folder), threading.RLock()
         self.repositories, self.faults, self.log = {}, [], []
+        self.closing = threading.Event()
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -79,6 +84,7 @@ class HubServer:
         return self
 
     def __exit__(self, *error):
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -118,6 +124,12 @@ class Handler(BaseHTTPRequestHandler):
             return self._cut()
         # Read whatever the answer will be: what stays in the connection would be taken for the next request.
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fault and fault.silent_for:
+            self.hub.closing.wait(fault.silent_for)
+            return self._cut()
+        if fault and fault.half_answer:
+            self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"na')
+            return self._cut(lingering=True)
         try:
             if fault:
                 raise Refusal(fault.status, "injected")
@@ -146,9 +158,10 @@ class Handler(BaseHTTPRequestHandler):
                     return fault
         return None
 
-    def _cut(self):
+    def _cut(self, lingering=False):
         # Lingering for 0 seconds sends a reset instead of an orderly end.
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, int(lingering)))
         self.close_connection = True
         self.connection.close()
 

@@ -34,6 +34,13 @@ _HUB_ERRORS = "huggingface_hub raises errors of its own for failures of the netw
 
 PRIVATE_PARTS = (
     PrivatePart(
+        part="huggingface_hub.utils._http:_GLOBAL_CLIENT_FACTORY",
+        used_by=("reports/card/hub_client.py",),
+        why="a client that somebody has set keeps what it has, and gets bounds for what it waits",
+        upstream="huggingface_hub/utils/_http.py: set_client_factory has no counterpart that reads",
+        until="huggingface_hub has timeouts of its own and bounds Retry-After",
+    ),
+    PrivatePart(
         part="transformers.training_args:OptimizerNames._member_map_",
         used_by=("trainer/names.py",),
         why="iteration and OptimizerNames[name] know a new name",
@@ -275,7 +282,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="huggingface_hub.utils:httpx",
-        used_by=("reports/card/pushing.py", "reports/card/sources.py"),
+        used_by=("reports/card/hub_client.py", "reports/card/pushing.py"),
         why="the errors of a network that fails, from whichever httpx the Hub client uses",
         upstream="huggingface_hub/utils/__init__.py; not exported",
         until=_HUB_ERRORS,

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -37,13 +38,14 @@ class Worker:
         self.process.wait(timeout=60)
 
 
-def _trainer(output_dir, kind, base, options):
+def _trainer(output_dir, kind, base, later, options):
     import torch
     from conftest import TINY_MODELS
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
     import hf_stateless
+    from hf_stateless.reports.card.pushing import repository_later
 
     torch.manual_seed(0)
     common = {
@@ -63,7 +65,8 @@ def _trainer(output_dir, kind, base, options):
     if kind in ("trainer", "int8"):
         rows = Dataset.from_list([{"input_ids": tokens, "labels": tokens}] * 8)
         args = TrainingArguments(**{**common, **options})
-        return Trainer(model, args, train_dataset=rows, data_collator=default_data_collator)
+        with repository_later(args) if later else nullcontext():
+            return Trainer(model, args, train_dataset=rows, data_collator=default_data_collator)
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
@@ -92,17 +95,44 @@ def train_and_push_without_variable(*args, **kwargs):
         return train_and_push(*args, **kwargs)
 
 
-def train_and_push(output_dir, kind="trainer", base=None, way="ours", times=1, waits=(0.1,), **options):
-    """Train two steps and push; return the message of a `PushError`, or None."""
+def train_and_push_impatiently(*args, silence=0.5, longest_wait=0.2, implicit_token=True, **kwargs):
+    """Do as `train_and_push` does with shorter waits; `implicit_token=False` forbids tokens that are no argument."""
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils import _http
+
+    from hf_stateless.reports.card import hub_client
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+    bounds = {"SILENCE": silence, "LONGEST_WAIT": longest_wait}
+    slept = []
+    with (
+        mock.patch.multiple(hub_client, **bounds),
+        mock.patch.object(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", not implicit_token),
+        mock.patch.object(_http.time, "sleep", lambda seconds: slept.append(seconds)),
+    ):
+        set_client_factory(_http.default_client_factory)
+        try:
+            message = train_and_push(*args, **kwargs)
+        finally:
+            set_client_factory(before)
+    return message, slept
+
+
+def train_and_push(output_dir, kind="trainer", base=None, way="ours", times=1, waits=(0.1,), later=False, **options):
+    """Train two steps and push; return the message of a `PushError`, or None.
+
+    `later` makes the repository as the recipes do.
+    """
     from hf_stateless import attach_memory_report
     from hf_stateless.reports.card.attach import attach_model_card, save
-    from hf_stateless.reports.card.pushing import PushError, push
+    from hf_stateless.reports.card.pushing import PushError, create_repository, push
 
-    trainer = _trainer(output_dir, kind, base, options)
-    attach_memory_report(trainer)
-    attach_model_card(trainer, datasets=["someone/counting"])
-    trainer.train()
     try:
+        trainer = _trainer(output_dir, kind, base, later, options)
+        attach_memory_report(trainer)
+        attach_model_card(trainer, datasets=["someone/counting"])
+        create_repository(trainer, waits=waits)
+        trainer.train()
         for _ in range(times):
             if way == "ours":
                 save(trainer)

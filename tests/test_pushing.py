@@ -1,15 +1,19 @@
 """Pushes over real HTTP to a Hub on the loopback interface: whole models, repeated pushes, and networks that fail."""
 
+import datetime
+import email.utils
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import TOKEN, HubServer
 from push_worker import Worker
 
+from hf_stateless.reports.card.hub_client import LONGEST_WAIT, _bound_waits, seconds_asked
 from hf_stateless.reports.card.pushing import is_transient
 
 
@@ -175,3 +179,122 @@ def test_a_token_among_the_arguments_opens_the_hub_and_is_in_no_file(way, hub, w
 )
 def test_what_passes_by_itself(error, transient):
     assert is_transient(error) is transient
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("30", 30.0),
+        (" 7 ", 7.0),
+        ("1.5", 1.5),
+        ("0", 0.0),
+        ("864000", LONGEST_WAIT),
+        ("9" * 5000, LONGEST_WAIT),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", LONGEST_WAIT),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        *((text, 0.0) for text in ("", "-5", "nan", "inf", "-inf", "1e9", "\u00b2", "0x10", "soon", "1,5")),
+        ("Xyz, 99 Foo", 0.0),
+    ],
+)
+def test_what_a_busy_hub_asks_for_is_bounded(header, seconds):
+    assert seconds_asked(header) == seconds
+
+
+def test_a_date_to_come_back_at_is_understood():
+    moment = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=60)
+    assert seconds_asked(email.utils.format_datetime(moment, usegmt=True)) == pytest.approx(60, abs=3)
+
+
+@pytest.mark.parametrize(
+    ("header", "bounded"),
+    [
+        ({"Retry-After": "864000"}, {"Retry-After": "300"}),
+        ({"Retry-After": "nan"}, {"Retry-After": "0"}),
+        ({"ratelimit": '"api";r=0;t=864000'}, {"ratelimit": '"api";r=0;t=300'}),
+        ({"ratelimit": '"api";r=0;t=' + "9" * 5000}, {"ratelimit": '"api";r=0;t=300'}),
+        ({"ratelimit": '"api";r=0;t=55'}, {"ratelimit": '"api";r=0;t=55'}),
+        ({"other": "1"}, {"other": "1"}),
+    ],
+)
+def test_huggingface_hub_sees_bounded_waits(header, bounded):
+    response = SimpleNamespace(headers=dict(header))
+    _bound_waits(response)
+    assert response.headers == bounded
+
+
+@pytest.mark.parametrize(
+    ("path", "header"),
+    [
+        ("/objects/batch", {"Retry-After": "864000"}),
+        ("/commit/main", {"ratelimit": '"api";r=0;t=864000'}),
+        ("/repos/create", {"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT"}),
+    ],
+)
+def test_no_push_sleeps_for_days(path, header, hub, worker):
+    hub.fail("POST", path, status=429, headers=header, times=2)
+    name = f"days-{path.rsplit('/', 1)[1]}"
+    message, slept = worker.train_and_push_impatiently(
+        f"runs/{name}", push_to_hub=True, later=True, waits=[0.1, 0.1], longest_wait=3.0
+    )
+    assert message is None
+    assert len(slept) >= 2
+    assert max(slept) <= 4.0
+    assert set(hub.repository(f"tester/{name}").files) == PUSHED
+
+
+@pytest.mark.parametrize("status", [429, 500, 504])
+def test_making_the_repository_is_tried_again_before_training(status, hub, worker):
+    hub.fail("POST", "/repos/create", status=status, times=2)
+    assert worker.train_and_push(f"runs/made{status}", push_to_hub=True, later=True, waits=[0.1, 0.1]) is None
+    assert set(hub.repository(f"tester/made{status}").files) == PUSHED
+
+
+def test_a_hub_that_is_away_at_first_gets_the_model_at_the_end(hub, worker):
+    hub.fail("POST", "/repos/create", status=503, times=2)
+    options = {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
+    assert worker.train_and_push("runs/away", push_to_hub=True, later=True, waits=[0.1], **options) is None
+    assert [commit.title for commit in hub.repository("tester/away").commits] == ["initial commit", "End of training"]
+
+
+def test_a_wrong_token_ends_it_before_training(hub, worker, folder):
+    message = worker.train_and_push("runs/wrong", push_to_hub=True, later=True, hub_token="hf_wrong", waits=[60.0])
+    assert message.startswith("no repository wrong on the Hub, nothing was trained: ")
+    assert "401" in message
+    assert "hf_wrong" not in message
+    assert not (folder / "runs" / "wrong" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("/validate-yaml", {"silent_for": 60.0}),
+        ("/preupload/", {"silent_for": 60.0}),
+        ("/objects/batch", {"half_answer": True}),
+        ("/validate-yaml", {"half_answer": True}),
+        ("/preupload/", {"cut_after": 10}),
+    ],
+)
+def test_silence_and_half_answers_end_in_the_command_for_later(path, fault, hub, worker):
+    hub.fail("POST", path, times=1000, **fault)
+    name = f"{next(iter(fault))}{path.strip('/').replace('/', '-')}"
+    message, _ = worker.train_and_push_impatiently(f"runs/{name}", push_to_hub=True, waits=[0.1], silence=0.2)
+    hub.faults.clear()
+    assert message.startswith(f"not pushed to tester/{name} after 2 attempts: ")
+    assert "push it later with: hf upload" in message
+    assert "\n" not in message
+
+
+def test_a_token_that_must_be_an_argument_is_one_now_and_later(hub, worker, folder):
+    options = {"push_to_hub": True, "hub_token": TOKEN, "implicit_token": False, "later": True}
+    for kind, way in (("trainer", "ours"), ("trainer", "trainer")):
+        message, _ = worker.train_and_push_impatiently(f"runs/explicit{way}", kind, way=way, **options)
+        assert message is None
+    hub.fail("POST", "/commit/main", status=403)
+    message, _ = worker.train_and_push_impatiently("runs/forbidden", **options)
+    command = message.rsplit("push it later with: ", 1)[1]
+    assert command.endswith('--token "$HF_TOKEN"')
+    assert TOKEN not in message
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**hub.environment(), "PATH": path, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    subprocess.run([shutil.which("bash"), "-c", command], cwd=folder, env=environment, check=True, timeout=120)
+    assert set(hub.repository("tester/forbidden").files) == PUSHED

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .command_line import first_line
 from .files import GIB
 from .measured.build import build_report, continued
 from .measured.meter import Reading, RunMeter, highest
@@ -113,7 +114,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         self._rows, self._to_log, self._complete = [], {}, False
         self._earlier = None
         if state.global_step:
-            with contextlib.suppress(FileNotFoundError, ValueError):
+            with contextlib.suppress(OSError, ValueError, RecursionError):  # none, or not what this package writes
                 self._earlier = MemoryReport.load(self._checkpoint(args, state))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -197,8 +198,8 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
                 draw(report, Path(folder) / PICTURE_FILE)
         except ImportError as error:
             logger.info("%s", error)
-        except OSError as error:
-            logger.warning("The memory report cannot be written: %s", error.strerror)
+        except (OSError, ValueError) as error:
+            logger.warning("The memory report cannot be written: %s", first_line(error))
 
     @staticmethod
     def _checkpoint(args: Any, state: Any) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from ..trainer.table import aligned
 from .command_line import Parser, one_line
 from .figures import draw_bars, literal, new_figure, save_plot
-from .files import GIB
+from .files import size_text
 from .finished_run import Run, read_run
 from .measured.picture import bars
 from .measured.schema import REPORT_FILE
@@ -21,7 +21,7 @@ from .measured.schema import REPORT_FILE
 _PLAIN = ("run", "optimizer", "steps", "train_loss", "eval_loss", "tokens", "seconds")
 _COLUMNS = {
     **{key: key.replace("_", " ") for key in _PLAIN},
-    **{"tokens_per_second": "tokens/s", "peak": "peak GiB", "optimizer_state": "state GiB"},
+    **{"tokens_per_second": "tokens/s", "peak": "peak", "optimizer_state": "state"},
 }
 _FORMATS = {"train_loss": ".4f", "eval_loss": ".4f", "steps": ",", "tokens": ",", "seconds": ",.1f"}
 _LEGEND = """\
@@ -45,7 +45,7 @@ def _cell(run: Run, key: str) -> str:
     if isinstance(value, str):
         return one_line(value, most=60)
     if key in ("peak", "optimizer_state"):
-        return f"{value / GIB:.3f}"
+        return size_text(value)
     return format(value, _FORMATS.get(key, ",.0f" if isinstance(value, float) else ""))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import one_line
-from .files import GIB, replacing
+from .files import replacing, unit_of
 
 
 # From the bottom of the pile to its top, in Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -23,19 +23,14 @@ PARTS = {
 
 
 def literal(text: str, most: int = 100) -> str:
-    """Return a text that matplotlib draws as it is, each line cut: a dollar would begin a formula."""
-    return "\n".join(one_line(line, most) for line in text.splitlines()).replace("$", r"\$")
-
-
-def axes_unit(gib: float) -> tuple[str, int]:
-    """Return the unit that suits a size in GiB, and its bytes."""
-    return ("GiB", GIB) if gib >= 0.1 else ("MiB", 1 << 20)
+    """Return a text for a picture: what is no printable character is shown as such, and long lines are cut."""
+    return "\n".join(one_line(line, most) for line in text.splitlines())
 
 
 def draw_bars(axes: Any, piles: dict[str, dict[str, int]]) -> None:
     """Draw piles of parts as horizontal bars, each with its sum behind it."""
     sums = [sum(parts.values()) for parts in piles.values()]
-    unit, divisor = axes_unit(max(sums) / GIB)
+    unit, divisor = unit_of(max(sums))
     left = [0.0] * len(piles)
     for part, colour in PARTS.items():
         sizes = [parts.get(part, 0) / divisor for parts in piles.values()]
@@ -69,7 +64,11 @@ def new_figure(figsize: tuple[float, float]) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure to a temporary file, which then replaces the picture."""
+    """Write a figure to a temporary file, which then replaces the picture; names in it are no formulas."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, facecolor="white")
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, the JSON in them, and the unit that their sizes are shown in."""
+"""Files that appear whole or not at all, the JSON in them, and the units that sizes are shown in."""
 
 from __future__ import annotations
 
@@ -11,6 +11,29 @@ from typing import Any
 
 
 GIB = 1 << 30
+_UNITS = (("GiB", GIB, 0.1), ("MiB", 1 << 20, 1.0), ("KiB", 1 << 10, 1.0), ("B", 1, 0.0))
+"""Each unit with its bytes, and from how many of them on it is taken."""
+
+
+def unit_of(size: float) -> tuple[str, int]:
+    """Return the unit that suits a size in bytes, and its bytes."""
+    return next((name, unit) for name, unit, least in _UNITS if abs(size) >= least * unit)
+
+
+def size_text(size: float | None) -> str:
+    """Return bytes with three significant digits in the unit that suits them; nothing for None.
+
+    Example:
+        >>> from hf_stateless.reports.files import size_text
+        >>> [size_text(size) for size in (84, 8397980, 751190016, 3 << 40)]
+        ['84 B', '8.01 MiB', '0.700 GiB', '3072 GiB']
+    """
+    if size is None:
+        return ""
+    name, unit = unit_of(size)
+    value = size / unit
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:.{0 if name == 'B' else max(0, 3 - whole)}f} {name}"
 
 
 @contextlib.contextmanager

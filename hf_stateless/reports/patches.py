@@ -6,8 +6,12 @@ Predictions of memory replace two functions of torch for the time of a trace, se
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .card.markdown import one_line
 
 
 if TYPE_CHECKING:
@@ -38,12 +42,31 @@ class CardWriter:
     `on_push_begin` comes before. Delete this when the Trainer has an event after its card.
     """
 
-    def __init__(self, trainer: Trainer, write: Callable[[Trainer, dict[str, Any]], None]):
+    def __init__(self, trainer: Trainer, write: Callable[[Trainer, dict[str, Any], dict[str, Any]], None]):
         self.trainer, self.own_method, self.write = trainer, trainer.create_model_card, write
         self.given: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Write the trainer's own card, and ours over it."""
-        self.own_method(*args, **kwargs)
+        said = self._named(args, kwargs)
+        self.own_method(**said)
         if self.trainer.is_world_process_zero():
-            self.write(self.trainer, self.given)
+            self.write(self.trainer, self.given, said)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by the names of their parameters, each text on one line: the trainer writes them raw.
+
+        So it writes the name of its folder, which is given here if need be.
+        """
+        names = inspect.signature(self.own_method).parameters
+        said = {**dict(zip(names, args, strict=False)), **kwargs}
+        folder = Path(self.trainer.args.output_dir).name
+        if said.get("model_name") is None and "model_name" in names and folder != one_line(folder):
+            said["model_name"] = folder
+        return {name: _on_one_line(value) for name, value in said.items()}
+
+
+def _on_one_line(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_on_one_line(inner) for inner in value]
+    return one_line(value) if isinstance(value, str) else value

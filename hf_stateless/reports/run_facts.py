@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 def base_of(model: Any) -> Any:
@@ -25,9 +25,14 @@ def adapter_of(model: Any) -> tuple[str, Any] | None:
     return str(getattr(config.peft_type, "value", config.peft_type)), config
 
 
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name can be an id on the Hub."""
+    return _HUB_ID.fullmatch(name) is not None and len(name) <= 200 and ".." not in name
+
+
 def hub_id(name: str) -> str | None:
     """Return the name of a model if it is an id on the Hub, None for a local path."""
-    return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) else None
+    return name if is_hub_id(name) and not os.path.exists(name) else None
 
 
 def option_pairs(optim_args: str | None) -> list[tuple[str, str]]:

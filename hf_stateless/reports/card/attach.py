@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from ..files import write_text
 from ..patches import CardWriter
 from .facts import CARD_FILE
+from .hub_client import limit_waits
 from .pushing import Token
 from .render import render_folder
 from .sources import collect
@@ -32,8 +33,9 @@ def attach_model_card(
     """Let the trainer write our model card wherever it writes its own, and push that one.
 
     It wraps `trainer.create_model_card`, which transformers and TRL call at checkpoints and before they push. The
-    trainer's own card is written first; its tags, metadata, citations and links are taken over. Calling this again
-    only adds what is given. A `hub_token` among the arguments still works, but no file of the run holds it.
+    trainer's own card is written first; its tags, metadata, citations and links are taken over. What is passed to
+    `create_model_card` or `push_to_hub` wins over what is given here, and that over what is found out. Calling this
+    again only adds what is given. A `hub_token` among the arguments still works, but no file of the run holds it.
 
     Args:
         trainer: a `Trainer` of transformers or TRL.
@@ -46,6 +48,8 @@ def attach_model_card(
     """
     if trainer.args.hub_token:  # the Trainer pickles its arguments into `training_args.bin` and pushes that
         trainer.args.hub_token = Token(trainer.args.hub_token)
+    if trainer.args.push_to_hub:  # before it trains, so that the Trainer's own pushes do not hang either
+        limit_waits()
     writer = trainer.create_model_card
     if not isinstance(writer, CardWriter):
         writer = trainer.create_model_card = CardWriter(trainer, _write_over_own_card)
@@ -53,10 +57,21 @@ def attach_model_card(
     writer.given.update({name: value for name, value in given.items() if value is not None})
 
 
-def _write_over_own_card(trainer: Trainer, given: dict[str, Any]) -> None:
+# What `create_model_card` of transformers and of TRL call what is said here.
+_ARGUMENTS = {
+    **{"model_name": "model_name", "finetuned_from": "base_model", "license": "license", "tasks": "tasks"},
+    **{"dataset_tags": "datasets", "dataset_name": "datasets", "dataset_args": "dataset_args"},
+}
+
+
+def _write_over_own_card(trainer: Trainer, given: dict[str, Any], said: Mapping[str, Any]) -> None:
     folder = Path(trainer.args.output_dir)
-    own_card = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True)
-    collect(trainer, own_card, given).save(folder)
+    known = {**given, **{ours: said[name] for name, ours in _ARGUMENTS.items() if said.get(name) is not None}}
+    names = said.get("dataset") or said.get("dataset_name") or said.get("dataset_tags")
+    known.update({"dataset_names": names} if names else {})
+    file = folder / CARD_FILE
+    own_card = ModelCard.load(file, ignore_metadata_errors=True) if file.is_file() else ModelCard("")
+    collect(trainer, own_card, known).save(folder)
     write_text(folder / CARD_FILE, render_folder(folder))
 
 

@@ -38,6 +38,8 @@ class CardFacts:
     """Id on the Hub, once there is one."""
     chat: bool = False
     """The tokenizer has a chat template."""
+    tokenizer: bool = True
+    """A tokenizer is saved with the model."""
     needs_import: bool = False
     """Loading it needs `import hf_stateless`: its weights are stored in 8 bits."""
     data: str | None = None

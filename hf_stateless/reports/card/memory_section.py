@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from math import floor, log10
 from typing import Any
 
-from ..files import GIB
+from ..files import size_text
 from ..measured.schema import ASSUMPTIONS, MemoryReport
+from ..provenance import published_command
+from ..secrets import HIDDEN
+from .markdown import code, one_line, plain
 
 
 def memory_section(report: MemoryReport, picture: str | None) -> dict[str, Any]:
-    """Return the pieces of the memory report that are sentences or rows."""
+    """Return the pieces of the memory report that are sentences or rows.
+
+    Raises:
+        ValueError: a number in it cannot have been measured.
+    """
+    _check_sizes(report.to_dict())
     return {
         "report": report,
+        "command": _command(report.provenance.command),
         "headline": _headline(report),
         "rows": _rows(report),
         "setup": _setup(report),
@@ -25,11 +36,12 @@ def memory_section(report: MemoryReport, picture: str | None) -> dict[str, Any]:
 
 def _headline(report: MemoryReport) -> str:
     state, peak, own = report.counted.optimizer_state, report.measured.peak.max, report.setup.optimizer
-    text = f"The state of `{own}` took {gib(state)} GiB (counted), the run at its peak {gib(peak)} GiB (measured)."
+    text = f"The state of {code(own)} took {size_text(state)} (counted), "
+    text += f"the run at its peak {size_text(peak)} (measured)."
     other = report.predicted.get("adamw_torch")
     if other and not own.startswith("adamw"):
-        text += f" With `adamw_torch` the state would take {gib(other.optimizer_state)} GiB and the peak "
-        text += f"{gib(other.peak)} GiB (predicted)."
+        text += f" With `adamw_torch` the state would take {size_text(other.optimizer_state)} and the peak "
+        text += f"{size_text(other.peak)} (predicted)."
     return text if report.complete else f"{text} Training was not finished when this was written."
 
 
@@ -57,17 +69,18 @@ def _rows(report: MemoryReport) -> list[dict[str, Any]]:
 
 def _setup(report: MemoryReport) -> str:
     setup = report.setup
-    capacity = f" with {gib(setup.device_capacity)} GiB" if setup.device_capacity else ""
+    trained = "all" if setup.trainable_parameters == setup.parameters else f"{setup.trainable_parameters:,}"
+    capacity = f" with {size_text(setup.device_capacity)}" if setup.device_capacity else ""
     parts = [
-        f"{setup.device}{capacity}",
-        f"{setup.world_size} process" + ("es" if setup.world_size > 1 else "") + f" ({setup.strategy})",
-        f"{setup.parameters:,} parameters, {setup.trainable_parameters:,} of them trained",
-        " and ".join(dtype.removeprefix("torch.") for dtype in setup.dtypes),
+        f"{plain(setup.device)}{capacity}",
+        f"{setup.world_size} process" + ("es" if setup.world_size > 1 else "") + f" ({plain(setup.strategy)})",
+        f"{setup.parameters:,} parameters, {trained} of them trained",
+        " and ".join(plain(dtype).removeprefix("torch.") for dtype in setup.dtypes),
         f"batch {setup.per_device_batch_size} x {setup.sequence_length} tokens per device"
         + (f", {setup.gradient_accumulation_steps} micro-batches" if setup.gradient_accumulation_steps > 1 else ""),
         "gradient checkpointing" if setup.gradient_checkpointing else "no gradient checkpointing",
     ]
-    parts += [f"{setup.quantization} weights"] if setup.quantization else []
+    parts += [f"{plain(setup.quantization)} weights"] if setup.quantization else []
     cost = report.cost
     tokens = f"{cost.tokens_per_second:,.0f} tokens a second, " if cost.tokens_per_second else ""
     seconds = number(cost.seconds_per_step, digits=3)
@@ -80,31 +93,47 @@ def _method(report: MemoryReport) -> str:
     source = {
         "resident set": "the operating system's peak resident set of the process, Python and libraries included",
         "CUDA allocator": "the most that torch's CUDA allocator had handed out",
-    }.get(measured.kind, measured.kind)
+    }.get(measured.kind, plain(measured.kind))
     ranks = f", of {report.setup.world_size} processes the one that took most" if report.setup.world_size > 1 else ""
     return (
-        f"Measured: {source}, since {measured.peak_since}, over {measured.steps} steps{ranks}. "
+        f"Measured: {source}, since {plain(measured.peak_since)}, over {measured.steps} steps{ranks}. "
         "Counted: bytes of the tensors, each storage once."
     )
 
 
 def _alternative_text(report: MemoryReport) -> str:
-    own = f"{report.setup.optimizer}: {gib(report.measured.peak.max)} GiB at the peak (measured)"
-    others = [f"{name}: {gib(prediction.peak)} GiB (predicted)" for name, prediction in report.predicted.items()]
+    own = f"{plain(report.setup.optimizer)}: {size_text(report.measured.peak.max)} at the peak (measured)"
+    others = [
+        f"{plain(name)}: {size_text(prediction.peak)} (predicted)" for name, prediction in report.predicted.items()
+    ]
     return "Bars of memory by part. " + "; ".join([own, *others])
 
 
-def gib(size: int | None) -> str:
-    """Return bytes in GiB with three significant digits."""
-    return "" if size is None else number(size / GIB, digits=3, smallest=0.0)
+def _command(text: str) -> str:
+    """Return a stored command as it may be published, whoever stored it."""
+    try:
+        return published_command(shlex.split(one_line(text)))
+    except (ValueError, IndexError):
+        return HIDDEN
 
 
-def number(value: float | None, digits: int = 4, smallest: float = 1e-5) -> str:
+def _check_sizes(value: Any) -> None:
+    """Refuse what no run measures: numbers without end, and more bytes than there are addresses."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            _check_sizes(inner)
+    elif isinstance(value, (int, float)) and not -(2**63) < value < 2**63:
+        raise ValueError(f"a number is {value!r:.20}, expected one below 2**63")
+
+
+def number(value: float | None, digits: int = 4) -> str:
     """Return a number with so many significant digits and without an exponent, where that is readable."""
     if value is None:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
-    if value == 0 or abs(value) >= 1e9 or abs(value) < smallest:
+    if value == 0 or abs(value) >= 1e9 or abs(value) < 1e-5:
         return f"{value:.{digits}g}"
     return f"{value:.{max(0, digits - 1 - floor(log10(abs(value))))}f}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from ...trainer.optim_args import plain_name
+from ..run_facts import is_hub_id
 from .facts import CardFacts
 
 
@@ -53,10 +54,15 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
             yield name, re.sub(r"\n\s*\n", "\n\n", body)
 
 
-def metadata(facts: CardFacts, theirs: dict[str, Any], task: str | None, datasets: list[str]) -> dict[str, Any]:
+def metadata(
+    facts: CardFacts, theirs: dict[str, Any], task: str | None, datasets: list[str], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the YAML block, by which the Hub finds the model: that of the trainer's card, corrected and completed."""
     kept = {key: value for key, value in theirs.items() if key in ("language", "metrics")}
-    pipeline_tag = theirs.get("pipeline_tag") or _pipeline_tag(facts.model)
+    tasks, arguments = given.get("tasks"), given.get("dataset_args")
+    said = tasks if isinstance(tasks, str) else next(iter(tasks or ()), None)
+    pipeline_tag = said or theirs.get("pipeline_tag") or _pipeline_tag(facts.model)
+    ids = [name for name in datasets if is_hub_id(name)]
     own = ["hf_stateless", plain_name(facts.optimizer), "multi-normalization", "memory-efficient"]
     tags = [*(own if facts.stateless else own[:2]), *([task] if task else [])]
     # PEFT's tags name the base model by its path; the Hub makes them itself from `base_model`.
@@ -64,8 +70,9 @@ def metadata(facts: CardFacts, theirs: dict[str, Any], task: str | None, dataset
     results = [
         EvalResult(
             task_type=pipeline_tag,
-            dataset_type=datasets[0] if datasets else "text",
+            dataset_type=ids[0] if ids else "text",
             dataset_name=entry["dataset"],
+            dataset_args=arguments,
             metric_type=entry["type"],
             metric_name=entry["name"],
             metric_value=entry["value"],
@@ -78,7 +85,7 @@ def metadata(facts: CardFacts, theirs: dict[str, Any], task: str | None, dataset
         kept["base_model_relation"] = "adapter" if facts.adapter else "finetune"
     data = ModelCardData(
         base_model=base,
-        datasets=datasets or None,
+        datasets=ids or None,
         eval_results=results or None,
         library_name="peft" if facts.adapter else "transformers",
         model_name=facts.name,

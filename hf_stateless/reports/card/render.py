@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from ..command_line import first_line
+from ..files import size_text
 from ..measured.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
+from ..run_facts import is_hub_id
 from .facts import CardFacts
-from .memory_section import gib, memory_section, number
+from .markdown import code, link, metadata_values, one_line, plain, section, sentences
+from .memory_section import memory_section, number
+
+
+logger = logging.getLogger(__name__)
 
 
 def render_folder(folder: str | Path) -> str:
-    """Return the card of an output folder from `card_data.json` and, where there is one, `memory_report.json`."""
-    report = MemoryReport.load(folder) if (Path(folder) / REPORT_FILE).is_file() else None
+    """Return the card of an output folder from `card_data.json` and, where there is one, `memory_report.json`.
+
+    A memory report that cannot be read is left out, with one warning.
+    """
+    facts, file = CardFacts.load(folder), Path(folder) / REPORT_FILE
     picture = PICTURE_FILE if (Path(folder) / PICTURE_FILE).is_file() else None
-    return render(CardFacts.load(folder), report, picture)
+    if file.is_file():
+        try:
+            return render(facts, MemoryReport.load(folder), picture)
+        except Exception as error:  # whatever stands in that file, the card is about the model
+            logger.warning("The model card gets no memory report: %s", one_line(first_line(error))[:300])
+    return render(facts)
 
 
 def render(facts: CardFacts, report: MemoryReport | None = None, picture: str | None = None) -> str:
     """Return a model card: YAML block and Markdown."""
-    loader = PackageLoader(__package__)
-    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters.update(gib=gib, number=number, cell=_cell)
-    page = environment.get_template("model_card.md.jinja").render(
+    page = _template().render(
         facts=facts,
-        metadata=yaml_dump(facts.metadata).strip() if facts.metadata else "",
-        base=_link(facts),
-        snippet=_snippet(facts),
+        metadata=yaml_dump(metadata_values(facts.metadata)).strip() if facts.metadata else "",
+        base=link(facts.base_model) if facts.base_model and not facts.base_is_local else code(facts.base_model or ""),
+        quick_start=_quick_start(facts),
         citation=facts.preset.citation if facts.preset else None,
         columns=list(dict.fromkeys(name for row in reversed(facts.results) for name in row)),
         section=memory_section(report, picture) if report else None,
@@ -39,29 +54,41 @@ def render(facts: CardFacts, report: MemoryReport | None = None, picture: str | 
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 
 
+@cache
+def _template() -> Template:
+    loader = PackageLoader(__package__)
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(size=size_text, number=number, cell=_cell, plain=plain, code=code)
+    environment.filters.update(sentences=sentences, section=section)
+    return environment.get_template("model_card.md.jinja")
+
+
 def _cell(value: Any) -> str:
     """Return a value as it stands in a table."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
+        return plain(", ".join(map(str, value)))
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={entry}" for key, entry in value.items())
-    return str(value).replace("|", "\\|").replace("\n", " ")
+        return plain(", ".join(f"{key}={entry}" for key, entry in value.items()))
+    return plain(value)
 
 
-def _link(facts: CardFacts) -> str:
-    local = facts.base_is_local or not facts.base_model
-    return f"`{facts.base_model}`" if local else f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
-
-
-def _snippet(facts: CardFacts) -> str | None:
-    """Return code that loads the model and runs it."""
+def _quick_start(facts: CardFacts) -> str | None:
+    """Return code that loads what a reader has: the repository, or the folder of the card."""
     if facts.metadata.get("pipeline_tag") != "text-generation":
         return None
-    name = facts.repository or facts.name
-    prompt = '[{"role": "user", "content": "What is memory?"}]' if facts.chat else '"The "'
+    if facts.adapter and facts.base_is_local:
+        return f"The adapter works on its base model {code(facts.base_model)}, which is in no known repository."
+    on_hub = facts.repository is not None and is_hub_id(facts.repository)
+    model = json.dumps(facts.repository if on_hub else ".")
     first = ["import hf_stateless  # which knows how its weights are stored"] if facts.needs_import else []
-    load = f'generate = pipeline("text-generation", model="{name}")'
-    use = f'print(generate({prompt}, max_new_tokens=64)[0]["generated_text"])'
-    return "\n".join([*first, "from transformers import pipeline", "", load, use])
+    if facts.tokenizer:
+        prompt = '[{"role": "user", "content": "What is memory?"}]' if facts.chat else '"The "'
+        lines = ["from transformers import pipeline", "", f'generate = pipeline("text-generation", model={model})']
+        lines.append(f'print(generate({prompt}, max_new_tokens=64)[0]["generated_text"])')
+    else:
+        lines = ["from transformers import AutoModelForCausalLM", ""]
+        lines += [f"model = AutoModelForCausalLM.from_pretrained({model})  # no tokenizer was saved with it"]
+    where = "" if on_hub else "In the folder of this card:\n\n"
+    return "\n".join([f"{where}```python", *first, *lines, "```"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
 from math import exp
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from ...optimizer.rules import COMMON, told_options
 from ...weights.int8.convert import int8_layers
-from ..provenance import versions, without_folders
+from ..measured.footprint import count_parameters
+from ..provenance import published_options, published_values, versions, without_folders
 from ..run_facts import adapter_of, base_of, hub_id
 from .facts import CARD_FILE, CardFacts
+from .markdown import metadata_values, one_line, plain, visible
 from .own_card import metadata, take_sections
 from .training_log import evaluation_of, results
 
@@ -53,10 +54,11 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
     name = given.get("base_model", loaded) or ""
     base, is_local = _base_model(name)
     tag, words = _task(trainer, base)
+    own_name = (trainer.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
     facts = CardFacts(
-        name=(trainer.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
+        name=one_line(given.get("model_name") or own_name),
         model=type(inner).__name__,
-        parameters=inner.num_parameters(),
+        parameters=sum(count_parameters(inner.parameters()).values()),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         base_model=base,
         base_is_local=is_local,
@@ -64,22 +66,39 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
         task=words,
         repository=trainer.hub_model_id,
         chat=bool(getattr(trainer.processing_class, "chat_template", None)),
+        tokenizer=trainer.processing_class is not None,
         needs_import=any(True for _ in int8_layers(inner)),
-        data=without_folders(given["data"]) if given.get("data") else None,
+        data=_data(given),
         remarks=[without_folders(remark) for remark in given.get("remarks") or ()],
         hyperparameters=_hyperparameters(trainer, adapter and adapter[1]),
         versions=_versions(type(trainer), adapter),
     )
     theirs: dict[str, Any] = own_card.data.to_dict()  # type: ignore[no-untyped-call]
-    datasets = list(given.get("datasets", [name for name in theirs.get("datasets") or () if name not in FORMATS]))
-    _take_log(facts, trainer, tag, datasets)
-    take_sections(facts, own_card.text)
-    known = given.get("license") or theirs.get("license")
-    licence = {"license": known} if known else _licence_of(name) if base else {}
-    facts.metadata = {**metadata(facts, theirs, tag, datasets), **licence}
+    known = [name for name in theirs.get("datasets") or () if name not in FORMATS]
+    datasets = listed(given["datasets"]) if "datasets" in given else known
+    _take_log(facts, trainer, tag, listed(given.get("dataset_names")) or datasets)
+    text = own_card.text
+    for raw in filter(None, (loaded, args.optim_args)):  # a line break in them would begin a section of its own
+        text = text.replace(raw, one_line(raw))
+    take_sections(facts, text)
+    licence = given.get("license") or theirs.get("license")
+    licences = {"license": licence} if licence else _licence_of(name, args.hub_token) if base else {}
+    facts.metadata = metadata_values({**metadata(facts, theirs, tag, datasets, given), **licences})
     private = {loaded: Path(loaded).name} if os.path.isdir(loaded) else {}
     private |= {os.path.abspath(args.output_dir): facts.name, os.getcwd(): ".", str(Path.home()): "~"}
     return CardFacts(**_shortened(asdict(facts), private))
+
+
+def listed(value: str | Iterable[str] | None) -> list[str]:
+    """Return one name or several as a list."""
+    return [] if value is None else [value] if isinstance(value, str) else [str(name) for name in value]
+
+
+def _data(given: Mapping[str, Any]) -> str | None:
+    """Return what is said about the data: the given sentence, or one with the names that the caller gave."""
+    names = listed(given.get("dataset_names"))
+    text = given.get("data") or (f"It was trained on {' and '.join(map(plain, names))}." if names else None)
+    return without_folders(text) if text else None
 
 
 def _task(trainer: Trainer, base: str | None) -> tuple[str | None, str | None]:
@@ -99,26 +118,29 @@ def _take_log(facts: CardFacts, trainer: Trainer, tag: str | None, datasets: lis
 
 
 def _shortened(value: Any, private: Mapping[str, Any]) -> Any:
-    """Return plain values with the folders of this machine replaced in every text."""
+    """Return plain values with the folders of this machine replaced in every text, and what is not seen left out."""
     if isinstance(value, Mapping):
         return {key: _shortened(inner, private) for key, inner in value.items()}
     if isinstance(value, list):
         return [_shortened(inner, private) for inner in value]
+    if not isinstance(value, str):
+        return value
     for folder in sorted(private, key=len, reverse=True):
-        if isinstance(value, str) and len(folder) > 1:
+        if len(folder) > 1:
             value = value.replace(folder, str(private[folder]))
-    return value
+    return visible(value)
 
 
 @cache
-def _licence_of(model: str) -> dict[str, str]:
+def _licence_of(model: str, token: str | None) -> dict[str, str]:
     """Return the keys of a model's card that tell its licence; nothing if the card cannot be had."""
     place = Path(model) / CARD_FILE if os.path.isdir(model) else model
     try:
-        data = ModelCard.load(place, ignore_metadata_errors=True).data
-    except (OSError, ValueError, httpx.HTTPError):
+        data = ModelCard.load(place, token=token, ignore_metadata_errors=True).data
+        found = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    except Exception:  # whatever stands in somebody else's card, ours is written
         return {}
-    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def _base_model(name: str) -> tuple[str | None, bool]:
@@ -137,6 +159,10 @@ def _hyperparameters(trainer: Trainer, adapter: Any) -> dict[str, Any]:
         if value is not None and value is not False and value != "" and value != {}:
             values[name] = without_folders(value) if isinstance(value, str) else value
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.optim_args:
+        values["optim_args"] = ",".join(f"{key}={value}" for key, value in published_options(args.optim_args).items())
+    if "lr_scheduler_kwargs" in values:
+        values["lr_scheduler_kwargs"] = published_values(values["lr_scheduler_kwargs"])
     values.update(processes=args.world_size, sequences_per_step=sequences, steps=trainer.state.global_step)
     values.update(_optimizer_options(trainer))
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files import read_json
 
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_FILE = "evaluation.json"
 """What the recipes write into the output folder."""
@@ -59,7 +62,12 @@ def evaluation_of(log: list[dict[str, Any]], folder: str, dataset: str) -> list[
         if f"eval_{name}" in after
     ]
     file = Path(folder) / EVALUATION_FILE
-    return found + (_compared(read_json(file)) if file.is_file() else [])
+    if file.is_file():
+        try:
+            found += _compared(read_json(file))
+        except Exception:  # it may hold anything, and the card is about the model
+            logger.warning("The model card leaves out %s: it is not what the recipes write.", EVALUATION_FILE)
+    return found
 
 
 def _compared(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -69,9 +77,9 @@ def _compared(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "type": name,
             "name": name.replace("_", " ").capitalize(),
-            "before": evaluation["before"][name]["mean"],
-            "value": figure["mean"],
-            "standard_error": figure["standard_error"],
+            "before": float(evaluation["before"][name]["mean"]),
+            "value": float(figure["mean"]),
+            "standard_error": float(figure["standard_error"]),
             "dataset": f"{where}, {evaluation['decoding']} decoding",
         }
         for name, figure in evaluation["after"].items()

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from ..provenance import published_command, versions, without_folders
-from ..run_facts import adapter_of, base_of, hub_id, option_pairs
+from ..provenance import published_command, published_options, versions
+from ..run_facts import adapter_of, base_of, hub_id
 from .footprint import count_parameters
 from .meter import Reading, RunMeter, highest
 from .schema import Cost, Counted, Measured, MemoryReport, Moments, Prediction, Provenance, Range, Residual, Setup
@@ -123,7 +123,7 @@ def describe_setup(trainer: Trainer, meter: RunMeter, longest_row: int) -> Setup
         trainable_parameters=sum(p.numel() for p in meter.trained),
         dtypes=counts,
         optimizer=meter.name,
-        optimizer_options={key: without_folders(value) for key, value in option_pairs(args.optim_args) if key},
+        optimizer_options=published_options(args.optim_args),
         learning_rate=float(args.learning_rate),
         per_device_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

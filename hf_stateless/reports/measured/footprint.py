@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ...weights.int8.weight import Scale
 from ...weights.stored import StoredWeight
 from .schema import Group
 
@@ -81,9 +82,14 @@ def count_groups(optimizer: Any, name: str) -> list[Group]:
 
 
 def count_parameters(params: Iterable[Tensor]) -> dict[str, int]:
-    """Return how many weights there are of each dtype, over all ranks; 4-bit ones as what they stand for."""
+    """Return how many weights there are of each dtype, over all ranks; 4-bit ones as what they stand for.
+
+    Scales of 8-bit weights belong to how these are stored, and are no weights.
+    """
     counts: dict[str, int] = {}
     for p in params:
+        if isinstance(p, Scale):
+            continue
         packed = getattr(p, "quant_state", None)  # of bitsandbytes
         stored = p.stored[0].dtype if isinstance(p, StoredWeight) else p.dtype
         dtype = str(stored).removeprefix("torch.") if packed is None else str(packed.quant_type)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..figures import axes_unit, draw_bars, literal, new_figure, save_figure
-from ..files import GIB
+from ..figures import draw_bars, literal, new_figure, save_figure
+from ..files import unit_of
 from .schema import MemoryReport
 
 
@@ -36,7 +36,7 @@ def draw(report: MemoryReport, path: str | Path) -> None:
     axes = figure.subplots()
     draw_bars(axes, piles)
     top = max(sum(parts.values()) for parts in piles.values())
-    unit, divisor = axes_unit(top / GIB)
+    unit, divisor = unit_of(top)
     capacity = (report.setup.device_capacity or 0) / divisor
     if 0 < capacity < 4 * top / divisor:
         axes.axvline(capacity, color="0.25", linestyle="--", linewidth=1.2)

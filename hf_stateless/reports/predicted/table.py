@@ -9,8 +9,8 @@ from typing import Any
 
 from ...optimizer.options import LAYERWISE
 from ...trainer.table import aligned
-from ..figures import axes_unit, draw_bars, literal, new_figure, save_plot
-from ..files import GIB
+from ..figures import draw_bars, literal, new_figure, save_plot
+from ..files import GIB, size_text, unit_of
 from ..provenance import versions
 
 
@@ -108,18 +108,24 @@ def as_json(
 
 
 def as_table(report: Mapping[str, Any]) -> str:
-    """Render what `as_json` returned for a terminal, in GiB, with the origin of every column."""
+    """Render what `as_json` returned for a terminal, in one unit, with the origin of every column."""
     columns = [key for key in ORIGINS if key != "gathered" or report["settings"]["fsdp"] > 1]
-    rows = [["GiB", *(key.removeprefix("optimizer_") for key in columns), "fits", "GPUs"]]
+    unit = unit_of(max(row["peak"] for row in report["estimates"]))
+    rows = [[unit[0], *(key.removeprefix("optimizer_") for key in columns), "fits", "GPUs"]]
     rows.append(["", *(ORIGINS[key] for key in columns), "", ""])
     for row in report["estimates"]:
-        numbers = [f"{row[key] / GIB:.2f}" for key in columns]
+        numbers = [_cell(row[key], unit[1]) for key in columns]
         smallest = min(row["fits_gib"], default=None)
         known = [gpu["gib"] for gpu in report["gpus"]]
         fit = f"{smallest:g} GiB and up" if smallest is not None else f"more than {max(known):g} GiB"
         cards = next((gpu["cards"] for gpu in report["gpus"] if gpu["gib"] == smallest), "")
         rows.append([row["optimizer"], *numbers, fit, cards])
     return "\n".join(["; ".join(headline(report)), "", *aligned(rows, text=(0, -2, -1)), "", *_legend(report)])
+
+
+def _cell(size: int, unit: int) -> str:
+    """Return a size in the unit of the table; in its own where that would be zeros."""
+    return f"{size / unit:.2f}" if size == 0 or size / unit >= 0.005 else size_text(size)
 
 
 def headline(report: Mapping[str, Any]) -> list[str]:
@@ -172,7 +178,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 def _capacity_lines(axes: Any, report: Mapping[str, Any], peaks: Sequence[int]) -> None:
     """Mark where those GPUs are full that have about as much as the bars take."""
     width = axes.get_xlim()[1]
-    _, unit = axes_unit(max(peaks) / GIB)
+    _, unit = unit_of(max(peaks))
     drawn = 2 * width
     for gpu in sorted(report["gpus"], key=lambda gpu: -gpu["gib"]):
         limit = (USABLE_SHARE * gpu["gib"] * GIB - CONTEXT_BYTES) / unit
