@@ -15,7 +15,7 @@ PACKAGE = Path(hf_stateless.__file__).parent
 RUN = ["-m", "hf_stateless.run"]
 CLI = ["-m", "hf_stateless.run.command"]
 # What the console script that pip makes does.
-CONSOLE = ["-c", "import sys; from hf_stateless_command import main; sys.exit(main())"]
+CONSOLE = ["-c", f"import runpy, sys; sys.exit(runpy.run_path({str(PACKAGE / 'run' / 'start.py')!r})['main']())"]
 
 
 def write(folder, files):
@@ -56,7 +56,6 @@ def light(tmp_path, python):
     body = f"__path__ = [{str(PACKAGE)!r}]\n__version__ = 'light'\nprint('registered')\n"
     write(front, {"hf_stateless/__init__.py": body})
     (front / "hf_stateless" / "run").symlink_to(PACKAGE / "run")
-    (front / "hf_stateless_command.py").symlink_to(PACKAGE.parent / "hf_stateless_command.py")
 
     def start(*arguments, **environment):
         path = os.pathsep.join(filter(None, [str(front), environment.pop("PYTHONPATH", "")]))

@@ -321,3 +321,19 @@ def test_hooks_are_silent_about_what_is_no_training(caplog):
         optimizer.eval()
         take_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     assert not [r for r in caplog.records if r.name.startswith("hf_stateless.optimizer")]
+
+
+@pytest.mark.parametrize("release", ["matrices", "all"])
+def test_a_step_without_hooks_is_refused_where_nobody_has_averaged(monkeypatch, make_model, release):
+    model = make_model("llama")
+    optimizer = create_optimizer(model, "sinkgd_layerwise", lr=1e-2, release=release)
+    optimizer.release.remove()
+    loss_of(model).backward()
+    before = weights_of(model)
+    monkeypatch.setattr("hf_stateless.optimizer.release.are_replicas", lambda parameters: True)
+    with pytest.raises(RuntimeError, match=r"not averaged over the processes: call optimizer\.train\(\)"):
+        optimizer.step()
+    torch.testing.assert_close(weights_of(model), before, rtol=0, atol=0)
+    monkeypatch.undo()
+    optimizer.step()  # one process has nothing to average
+    assert any(not torch.equal(new, old) for new, old in zip(weights_of(model).values(), before.values(), strict=True))

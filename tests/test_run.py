@@ -268,6 +268,5 @@ def test_a_program_on_path_comes_before_the_one_beside_its_python(tmp_path, ligh
 def test_the_command_is_declared_and_its_module_is_part_of_the_distribution():
     project = (PACKAGE.parent / "pyproject.toml").read_text()
     assert '[project.scripts]\nhf-stateless = "hf_stateless_command:main"' in project
-    wheel, source = project.partition("targets.wheel]")[2].split("targets.sdist]")
-    assert '"hf_stateless_command.py"' in wheel
-    assert '"hf_stateless_command.py"' in source.partition("\n\n")[0]
+    assert '"hf_stateless/run/start.py" = "hf_stateless_command.py"' in project
+    assert (PACKAGE / "run" / "start.py").is_file()

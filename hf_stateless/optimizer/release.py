@@ -182,10 +182,20 @@ class Release:
         return torch.linalg.vector_norm(torch.stack(self._norms)) if self._norms else None
 
     def finish(self) -> None:
-        """Complete what backward left undone; called by `step()` before the rest is updated, on all ranks."""
+        """Complete what backward left undone; called by `step()` before the rest is updated, on all ranks.
+
+        Raises:
+            RuntimeError: no hook was there, and nobody has averaged the gradients of replicas.
+        """
+        if not self._handles and any(getattr(p, "_ddp_ignored", False) for p in self._replicas_with_gradients()):
+            raise RuntimeError(_not_averaged())
         self._complete_step()
         self.forget()
         self.asleep = False  # training goes on
+
+    def _replicas_with_gradients(self) -> list[Tensor]:
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return params if are_replicas(params) else []
 
     def _complete_step(self) -> None:
         self._release_waiting()
@@ -312,6 +322,13 @@ def _second_gradient(name: str) -> str:
         "pass, or put all but the last of several into `with optimizer.hold():`. If it comes from activation "
         "checkpointing, set its use_reentrant=False. If this pass is none of training, or for another optimizer, type "
         "optimizer.eval() before it."
+    )
+
+
+def _not_averaged() -> str:
+    return (
+        "The hooks of layer-wise updates were not there in this backward pass, so the gradients of the matrices are "
+        "not averaged over the processes: call optimizer.train() before each forward, as Trainer.training_step does."
     )
 
 

@@ -1,7 +1,7 @@
 """`hf-stateless`: the command line of the package.
 
-`hf_stateless_command.py` beside the package runs this file by its path, so that `run` starts without importing torch:
-it names modules of the package whole, and loads little of the standard library.
+`start.py` runs this file by its path, so that `run` starts without importing torch: it names modules of the package
+whole, and loads little of the standard library.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from torch import nn
 
 from ...optimizer.options import LAYERWISE
 from ...trainer.optim_args import refuse_repeated_keys
-from ...weights.stored import StoredWeight
 from ..command_line import Parser, one_line
 from ..run_facts import base_of, option_pairs
 from .batch import example_batch, max_positions
@@ -132,8 +131,7 @@ def _facts(
     if getattr(config, "quantization_config", None) and settings.dtype != "int8":
         notes.append(f"The quantization that the config names is left out: weights are taken in {settings.dtype}.")
     base, batch = base_of(model), example_batch(model, settings)
-    scales = {id(part) for p in model.parameters() if isinstance(p, StoredWeight) for part in p.stored[1:]}
-    params = [p for p in model.parameters() if id(p) not in scales]
+    params = list(model.parameters())
     path = Path(source).resolve()
     return {
         "model": path.parent.name if path.is_file() else path.name if path.is_dir() else source,

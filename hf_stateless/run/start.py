@@ -1,6 +1,6 @@
-"""Where `hf-stateless` starts: beside the package, since importing the package takes seconds and half a GiB.
+"""Where `hf-stateless` starts; installed as `hf_stateless_command.py` beside the package.
 
-`hf-stateless run` hands over to another program at once; the other subcommands import what they need.
+Importing the package takes seconds and half a GiB, and `hf-stateless run` hands over to another program at once.
 """
 
 import runpy
