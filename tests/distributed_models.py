@@ -73,6 +73,10 @@ class Block(nn.Module):
         return hidden + torch.sigmoid(self.gate(hidden)) * self.down(inner)
 
 
+# Of `Blocks`, the one row and the one outside included, which nothing would take for a matrix unless it is named.
+MATRICES = ".*(up|side|down|gate|out)"
+
+
 class Blocks(nn.Module):
     """Blocks of several matrices, of which the middle one can be used in part, and a matrix outside of them."""
 

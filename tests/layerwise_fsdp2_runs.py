@@ -1,7 +1,19 @@
 """What each rank does with updates in backward under FSDP2; `test_layerwise_distributed.py` starts it."""
 
 import torch
-from distributed_models import STEPS, WORLD, Blocks, Tower, built, refusal, sharded, step_once, tokens, weights_of
+from distributed_models import (
+    MATRICES,
+    STEPS,
+    WORLD,
+    Blocks,
+    Tower,
+    built,
+    refusal,
+    sharded,
+    step_once,
+    tokens,
+    weights_of,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -17,9 +29,14 @@ SHARDED = {
     "all released": (Tower, "sinkgd", {"release": "all"}, False),
     "swapped": (Tower, "sinkgd", {}, True),
     "swapped, all released": (Tower, "sinkgd", {"release": "all"}, True),
-    "blocks": (Blocks, "sinkgd", {}, True),
-    "blocks, swan": (Blocks, "swan", {}, False),
-    "blocks, all released": (Blocks, "sinkgd", {"release": "all", "embeddings": "sinkhorn_momentum"}, False),
+    "blocks": (Blocks, "sinkgd", {"target_modules": MATRICES}, True),
+    "blocks, swan": (Blocks, "swan", {"target_modules": MATRICES}, False),
+    "blocks, all released": (
+        Blocks,
+        "sinkgd",
+        {"release": "all", "embeddings": "sinkhorn_momentum", "target_modules": MATRICES},
+        False,
+    ),
 }
 
 
@@ -70,7 +87,7 @@ def run_counted(rank, name, release, in_part):
     matrices = [p for p in model.parameters() if p.ndim == 2 and p.shape != (31, 16)]
     for p in matrices:
         p.register_post_accumulate_grad_hook(lambda _: waiting.append(sum(q.grad is not None for q in matrices)))
-    optimizer = create_optimizer(model, f"{name}_layerwise", lr=0.01, release=release)
+    optimizer = create_optimizer(model, f"{name}_layerwise", lr=0.01, release=release, target_modules=MATRICES)
     step_once(model, optimizer, tokens(rank))
     waiting.clear()
     with CommDebugMode() as mode:

@@ -45,7 +45,8 @@ def attach_memory_report(trainer: Trainer) -> MemoryCallback:
         >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
         >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         ...                      num_key_value_heads=2, vocab_size=32)
-        >>> args = TrainingArguments(tempfile.mkdtemp(), optim="sinkgd", use_cpu=True, report_to=[], max_steps=1)
+        >>> args = TrainingArguments(tempfile.mkdtemp(), optim="sinkgd", use_cpu=True, report_to=[], max_steps=1,
+        ...                          log_level="warning")
         >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
         >>> trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows)
         >>> callback = hf_stateless.attach_memory_report(trainer)

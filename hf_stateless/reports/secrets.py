@@ -35,8 +35,8 @@ def without_secrets(text: str) -> str:
 
     Example:
         >>> from hf_stateless.reports.secrets import without_secrets
-        >>> without_secrets("read with api_key=1234 from https://host/rows?signature=56, seed 7")
-        'read with ... from https://host/rows, seed 7'
+        >>> without_secrets("read with api_key=1234 from https://host/rows?signature=56 with seed 7")
+        'read with ... from https://host/rows with seed 7'
     """
     for kind in (_NAMED, _KEY):
         text = kind.sub(HIDDEN, text)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from result_files import write_results
@@ -124,7 +125,7 @@ def sharded(shapes: list[tuple[int, int]], mesh: DeviceMesh, rank: int, dtype: t
 def count(row: str, shapes: list[tuple[int, int]], ranks: int, rank: int, dtype: torch.dtype) -> Traffic:
     """Return what one rank sends in one step."""
     # Whether a gradient is zero cannot be read without data; called zero, it is left out after everything was sent.
-    unknown = mock.patch.object(FakeTensor, "tolist", lambda tensor: [0.0] * tensor.numel())
+    unknown = mock.patch.object(FakeTensor, "tolist", lambda tensor: np.zeros(tuple(tensor.shape)).tolist())
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         mesh = init_device_mesh("cpu", (ranks,))

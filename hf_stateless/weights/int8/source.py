@@ -140,9 +140,10 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}): copy the whole folder again.") from None
+        raise ValueError(f"{path.parent}: {path.name} is no JSON ({error}): copy the whole folder again.") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no object but {type(values).__name__}: copy the whole folder again.")
+        kind = type(values).__name__
+        raise ValueError(f"{path.parent}: {path.name} holds no object but {kind}: copy the whole folder again.")
     return values
 
 
