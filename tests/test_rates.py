@@ -21,6 +21,7 @@ from hf_stateless.optimizer.rules import complete_group, told_options
 from hf_stateless.reports.card.sources import collect
 from hf_stateless.trainer.optim_args import optimizer_names, parse_options
 from hf_stateless.trainer.table import describe
+from hf_stateless.trainer.untrained import is_untrained
 from hf_stateless.update.rate import learning_rate, rate_scale
 
 
@@ -367,13 +368,14 @@ def sharded_steps(kind, options, *, shard):
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
+    untrained = is_untrained(model)
     optimizer = create_optimizer(model, "sinkgd", lr=LR, **options)
     for _ in range(2):
         backward(model)
         optimizer.step()
         optimizer.zero_grad()
     weights = {key: p.detach() for key, p in model.named_parameters()}
-    return scales_of(optimizer), {k: w.full_tensor() if shard else w for k, w in weights.items()}
+    return scales_of(optimizer), untrained, {k: w.full_tensor() if shard else w for k, w in weights.items()}
 
 
 def resumed_scales(folder):
@@ -405,8 +407,8 @@ def test_sharded_models_have_the_same_rates_and_take_the_same_steps():
     for of_rank in on_ranks(worker, 2):
         for name, case in CASES.items():
             expected = sharded_steps(*case, shard=False)
-            scales, weights = of_rank[name]
-            assert scales == expected[0]
-            torch.testing.assert_close(weights, expected[1], rtol=1e-4, atol=2e-5)
+            scales, untrained, weights = of_rank[name]
+            assert (scales, untrained) == expected[:2]
+            torch.testing.assert_close(weights, expected[2], rtol=1e-4, atol=2e-5)
         ones = {"matrix": 1, "embedding": 1, "head": 1, "rest": 1}
         assert of_rank["resumed"] == [ones, ones, {**ones, "rest": 3}]

@@ -25,6 +25,7 @@ from .optim_args import Options, check_target_modules, parse_options
 from .partition import PartitionedParameter, partition_parameters
 from .patches import keep_out_of_ddp
 from .table import announce, describe, trainer_prints
+from .untrained import untrained_note
 
 
 logger = logging.getLogger(__name__)
@@ -230,7 +231,8 @@ def optimizer_arguments(
     options = parse_options(name, given)
     lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
     groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
-    announce(describe(groups, name, model), printed=printed)
+    note = untrained_note(model, given)
+    announce("\n".join([describe(groups, name, model), *([note] if note else [])]), printed=printed)
     for line in assumptions(model, groups) if target_modules is None else ():
         logger.warning("optim=%s: %s", name, line)
     alone = [n for g in groups if (g["role"], g["algorithm"]) == ("adapter", "multinorm") for n in g["param_names"]]
