@@ -19,6 +19,7 @@ from hf_stateless.optimizer.options import (
     embeddings,
     option_table,
 )
+from hf_stateless.optimizer.rates import RATES
 from hf_stateless.optimizer.rules import complete_group, told_options
 from hf_stateless.trainer.optim_args import is_layerwise, optimizer_names, parse_options, plain_name, valid_keys
 from hf_stateless.update.width import WIDTH_RULES
@@ -38,6 +39,10 @@ VALUES = {
     "embeddings": [(name, name) for name in embeddings()],
     "lora": [(name, name) for name in LORA],
     "adamw_lr": [("1e-3", 1e-3)],
+    "rates": [(name, name) for name in RATES],
+    "embedding_lr_scale": [("32", 32), ("0.5", 0.5)],
+    "head_lr_scale": [("4", 4)],
+    "rest_lr_scale": [("16.5", 16.5), ("0", 0)],
     "adamw_beta1": [("0.8", 0.8), ("0", 0)],
     "adamw_beta2": [("0.95", 0.95)],
     "adamw_eps": [("1e-6", 1e-6)],
@@ -161,6 +166,10 @@ WRONG = [
     ("seed", ["-1", "x", 1.5], "an integer of at least 0"),
     ("lr_scale", ["nan", "-1", "true", True, "inf", "1e400", "", None, "0.1.2", (1,)], "a number of at least 0"),
     ("adamw_lr", ["nan", "-1e-3", "fast"], "a number of at least 0"),
+    ("rates", ["pretrain", "32", "", None, ["pretraining"]], " | ".join(RATES)),
+    ("embedding_lr_scale", ["nan", "-1", True, "inf"], "a number of at least 0"),
+    ("head_lr_scale", ["", None, "16x"], "a number of at least 0"),
+    ("rest_lr_scale", ["16+4", (16,), "1e400"], "a number of at least 0"),
     ("adamw_beta1", ["1", "-0.1", "1.5", "nan"], r"a number in [0, 1)"),
     ("adamw_beta2", ["1.0", True], r"a number in [0, 1)"),
     ("adamw_eps", ["-1e-8", "nan"], "a number of at least 0"),

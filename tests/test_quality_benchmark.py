@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import quality
@@ -17,6 +18,7 @@ from documents import ROOT, guides, page_with, read, section, sections, tracked_
 from quality_plan import ROWS, STUDIES, AdamWFactory, MuonFactory, Study
 
 from hf_stateless import PRESETS
+from hf_stateless.update.rate import learning_rate
 
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results"
@@ -76,6 +78,29 @@ def test_the_rows_with_a_factory_update_every_parameter_once(factory):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in named.values() if "_proj" in name}
     assert optimizer.tensors()
+
+
+KINDS = {"embed_tokens": 0, "lm_head": 1, "norm": 2}
+
+
+@pytest.mark.parametrize("kinds", [(1, 1, 1), *quality_plan.KINDS], ids=str)
+@pytest.mark.parametrize("row", ["adamw, rates apart", "muon", "swan", "sinkgd"])
+def test_every_optimizer_takes_multiples_for_each_kind_of_parameter(row, kinds, args):
+    name = row if kinds == (1, 1, 1) else quality_plan.of_kinds(row, kinds)
+    model, own = quality.make_model(TINY, 64, 0), ROWS[name]
+    factory = own.factory and (own.factory, {"lr": 1e-2, "rest_rate": 1e-3, "kinds": own.kinds})
+    arguments = quality.training_arguments(own, 1e-2, 1e-3, TINY, 0, "cpu")
+    trainer = quality.Trainer(model, arguments, optimizer_cls_and_kwargs=factory)
+    rates = {id(p): learning_rate(group) for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    for key, p in model.named_parameters():
+        kind = next((i for part, i in KINDS.items() if part in key), None)
+        assert rates[id(p)] == pytest.approx(1e-2 if kind is None else 1e-3 * kinds[kind]), key
+
+
+@pytest.mark.parametrize("row", ["adamw", "lion", "galore"])
+def test_a_row_with_one_rate_refuses_others(row):
+    with pytest.raises(ValueError, match="one rate for all: take factory=AdamWFactory"):
+        replace(ROWS[row], kinds=(32, 4, 16))
 
 
 @pytest.mark.parametrize("row", ["adamw", "adamw, rates apart", "muon", "swan", "sinkgd"])
@@ -164,6 +189,8 @@ def test_a_row_is_called_by_words_and_the_spread_of_its_seeds_has_a_cell():
         "small"
     ]
     words = "AdamW, own rate for matrices, 8x rate for embeddings, head, norms"
+    of_kinds = quality_report.label(quality_plan.of_kinds("muon", (32, 4, 16)))
+    assert of_kinds == "Muon, 32x rate for embeddings, 4x for the head, 16x for norms"
     assert table.splitlines()[2].startswith(f"| {words} | 2.125 | 2 | 0.250 | 1.0e-03 |")
 
 

@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from ..ranks.placement import local_shard
 from ..update.batches import alike
+from ..update.rate import learning_rate
 from ..weights.noise import RoundingKey, TensorCache
 from ..weights.rounding import round_vectors, write_rounded_
 from .options import OPTIONS
@@ -235,7 +236,7 @@ def _update(entries: list[Entry], host: Host) -> None:
             [{name: local_shard(t) for name, t in entry.state.items()} for entry in same],
             keys_of(same, host.cache),
             host.cache,
-            lr=group["lr"],
+            lr=learning_rate(group),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ranks.placement import local_shard
+from .rates import SCALES
 
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,16 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
     """
     changed: dict[str, tuple[Any, Any]] = {}
     for group, current in zip(groups, options, strict=True):
-        changed |= {key: (group.get(key), value) for key, value in current.items() if group.get(key) != value}
+        ones = dict.fromkeys(SCALES, 1.0)  # where a group does not say it
+        saved, now = {**ones, **group}, {**ones, **current}
+        changed |= {key: (saved.get(key), value) for key, value in now.items() if saved.get(key) != value}
+        for key in SCALES:
+            group.pop(key, None)
         group.update(current)
     changed.pop("layouts", None)  # how factors of experts are divided: no option, and older checkpoints lack it
     if changed:
-        saved, now = (", ".join(f"{key}={values[i]!r}" for key, values in sorted(changed.items())) for i in (0, 1))
-        logger.warning("The checkpoint was written with %s; this run goes on with %s.", saved, now)
+        old, new = (", ".join(f"{key}={values[i]!r}" for key, values in sorted(changed.items())) for i in (0, 1))
+        logger.warning("The checkpoint was written with %s; this run goes on with %s.", old, new)
 
 
 def with_saved_dtypes(saved: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:

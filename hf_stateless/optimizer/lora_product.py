@@ -23,6 +23,7 @@ from ..ranks.matrix_update import decay_of
 from ..ranks.placement import local_shard, part_of, whole_matrix
 from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.layout import LAYOUTS, Layout
+from ..update.rate import learning_rate
 from ..update.write import is_usable, write_update_
 from ..weights.noise import RoundingKey
 from .rule import Entry, Host, Rule, counter, keys_of
@@ -96,7 +97,7 @@ def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]
         >>> (B @ A).square().mean().sqrt()
         tensor(0.5000)
     """
-    if not pairs or group["lr"] == 0:
+    if not pairs or learning_rate(group) == 0:
         return [True for _ in pairs]
     finite: dict[int, bool] = {}
     for same in alike(pairs, Pair.shape_class):
@@ -110,7 +111,8 @@ def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any]) -> list[bool
     a, b = _stacked([tuple(whole_matrix(p) for p in pair.factors) for pair in batch], layouts)
     grads = _stacked([tuple(_whole_gradient(p) for p in pair.factors) for pair in batch], layouts)
     (rank, columns), rows = a.shape[-2:], b.shape[-2]
-    size = group["lr"] * group["lr_scale"] * math.sqrt(rows * columns / rank)
+    lr = learning_rate(group)
+    size = lr * group["lr_scale"] * math.sqrt(rows * columns / rank)
     options = {name: group[name] for name in ("scaling", "norms", "num_iterations")}
     steps = product_steps(a, b, *grads, size=size, **options)
     steps = (steps[1].mT, steps[0].mT) if _of_embedding(layouts) else steps
@@ -118,7 +120,7 @@ def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any]) -> list[bool
     # For each pair, of each factor the norms of the blocks that it is made of.
     norms = torch.stack([torch.linalg.vector_norm(step.reshape(len(batch), blocks, -1), dim=2) for step in steps], 1)
     finite = [bool(norm < math.inf) for norm in norms.sum((1, 2)).tolist()]
-    decay = 1 - group["lr"] * group["weight_decay"]
+    decay = 1 - lr * group["weight_decay"]
     for i in (i for i, good in enumerate(finite) if good):
         of_factors = zip(batch[i].factors, batch[i].keys, layouts, steps, norms[i].tolist(), strict=True)
         for p, key, layout, step, of_blocks in of_factors:

@@ -14,6 +14,7 @@ from ..norms.presets import PRESETS
 from ..norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
 from ..update.width import WIDTH_RULES
 from .option_kinds import CHAIN, COUNT, FRACTION, NUMBER, SWITCH, WHOLE, Kind, choice
+from .rates import RATES, SCALES
 
 
 LAYERWISE = "_layerwise"
@@ -77,6 +78,28 @@ class Option:
     """The roles of parameters whose groups get the value, where not all do; the others keep the rule's default."""
     on_card: bool = True
     """Whether a model card tells it: not what changes the noise or the work, but not the method."""
+
+
+# What the scales of `SCALES` multiply the rate of.
+_OF_KIND = (
+    "embeddings, a table that is the head too included",
+    "heads",
+    "norms, biases and all that is neither matrix, embedding nor head",
+)
+
+
+def _rate_option(name: str, what: str) -> Option:
+    """Return the row of one of `SCALES`."""
+    role = name.removesuffix("_lr_scale")
+    preset = RATES["pretraining"]
+    default = f"1; with `rates=pretraining` {getattr(preset, role):g}"
+    return Option(
+        name,
+        None,
+        NUMBER,
+        f"factor on the learning rate of {what}, whatever updates them",
+        f"{default}, where a table is the head too {preset.tied:g}" if role == "embedding" else default,
+    )
 
 
 _OF_WHITENING: dict[str, Any] = {"belongs_to": BelongsTo(whitening=True), "groups": {"multinorm": None}}
@@ -146,8 +169,19 @@ _ROWS = (
         "how LoRA factors A and B are normalised, each on its own or by what they do to B A",
     ),
     Option(
-        "adamw_lr", None, NUMBER, "learning rate of the AdamW part; the scheduler acts on it too", "the learning rate"
+        "adamw_lr",
+        None,
+        NUMBER,
+        "learning rate of the AdamW part, which the scales below multiply; the scheduler acts on it too",
+        "the learning rate",
     ),
+    Option(
+        "rates",
+        next(iter(RATES)),
+        choice(list(RATES)),
+        "sets the three scales below at once, to what was measured; a scale that is given wins",
+    ),
+    *(_rate_option(*row) for row in zip(SCALES, _OF_KIND, strict=True)),
     Option(
         "adamw_beta1",
         0.9,

@@ -14,6 +14,7 @@ from .adamw import ADAMW, ADAMW_8BIT
 from .lora_product import LORA_PRODUCT
 from .multinorm import MULTINORM
 from .options import EVERY_RULE, OPTIONS, group_defaults
+from .rates import SCALES
 from .rule import Rule
 from .sinkhorn_momentum import SINKHORN_MOMENTUM
 
@@ -60,7 +61,7 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
         **RULES[algorithm].options,
         **group_defaults(algorithm),
     }
-    known = {"params", "param_names", "algorithm", "lr", "initial_lr", *defaults}
+    known = {"params", "param_names", "algorithm", "lr", "initial_lr", *SCALES, *defaults}
     for key in param_group:
         if key not in known:
             raise ValueError(
@@ -124,4 +125,5 @@ def told_options(group: Mapping[str, Any]) -> dict[str, Any]:
         used = (not to.whitening or Chain.of(group).whitens) and (not to.option or group.get(to.option))
         if option.on_card and used and not option.groups.keys().isdisjoint((algorithm, EVERY_RULE)):
             names.append(option.name)
-    return {name: group[name] for name in names if group.get(name) not in (None, 0, "none")}
+    told = {name: group[name] for name in names if group.get(name) not in (None, 0, "none")}
+    return told | {name: group[name] for name in SCALES if name in group}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..norms.sinkhorn import sr_sinkhorn
 from ..ranks.placement import whole_if_tiny
+from ..update.rate import learning_rate
 from ..update.write import write_update_
 from ..weights.noise import RoundingKey
 from .rule import Entry, Host, Rule, counter, keys_of
@@ -76,9 +77,9 @@ def sinkhorn_momentum_update_(
 
 def _update(entries: list[Entry], host: Host) -> None:
     for entry, key in zip(entries, keys_of(entries, host.cache), strict=True):
-        options = {name: entry.group[name] for name in ("lr", "weight_decay", *_OPTIONS)}
+        options = {name: entry.group[name] for name in ("weight_decay", *_OPTIONS)}
         with whole_if_tiny(entry.param, entry.grad, entry.state["momentum_buffer"]) as (weight, grad, buffer):
-            sinkhorn_momentum_update_(weight, grad, buffer, key, **options)
+            sinkhorn_momentum_update_(weight, grad, buffer, key, lr=learning_rate(entry.group), **options)
         entry.step.add_(1)
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from ..norms.chain import Chain
 from ..update.kernels.choice import Verdict
 from ..update.layout import Layout, layout_of
+from ..update.rate import learning_rate
 from ..update.width import width_factor
 from ..update.write import Workspace, is_usable, write_scaled_, write_update_
 from ..weights.noise import RoundingKey
@@ -33,7 +34,7 @@ class MatrixUpdate:
     gradient: Tensor
     """Cut over ranks as the parameter is."""
     group: Mapping[str, Any]
-    """`lr`, `lr_scale`, `width_rule`, `weight_decay`, `layout` and the fields of a chain."""
+    """`lr` and its multiple, `lr_scale`, `width_rule`, `weight_decay`, `layout` and the fields of a chain."""
     key: RoundingKey | None = None
     """Of a weight that is rounded."""
     average: Callable[[], Tensor] | None = None
@@ -89,7 +90,7 @@ class MatrixUpdate:
 
     def factors(self, *, on_device: bool = False) -> tuple[Any, Any]:
         """Return the factor of X and that of W; as tensors on the device where the learning rate is one there."""
-        lr, sizes = self.group["lr"], self.layout.sizes(self.param.shape)
+        lr, sizes = learning_rate(self.group), self.layout.sizes(self.param.shape)
         if on_device and isinstance(lr, Tensor) and lr.device == self.weight.device != torch.device("cpu"):
             rate: Any = lr.float()
         else:

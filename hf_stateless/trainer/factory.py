@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ from .optim_args import Options, check_target_modules, parse_options
 from .partition import PartitionedParameter, partition_parameters
 from .patches import keep_out_of_ddp
 from .table import announce, describe, trainer_prints
+from .untrained import untrained_note
 
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,10 @@ def parameter_groups(
     layouts: dict[tuple[Any, ...], list[str]] = {}
     in_8_bits = {id(layer.weight) for _, layer in int8_layers(model)}
     check_target_modules(target_modules)
-    for entry in partition_parameters(model, target_modules):
+    entries = partition_parameters(model, target_modules)
+    if any(entry.tied for entry in entries):
+        options = replace(options, embedding_lr_scale=options.tied_lr_scale)  # type: ignore[call-arg]
+    for entry in entries:
         if id(entry.parameter) in in_8_bits and entry.role not in ("matrix", "adapter"):
             # AdamW would need float weights and moments.
             raise ValueError(
@@ -91,6 +96,9 @@ def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str,
         extra = {}
     if algorithm in ("adamw", "adamw_8bit"):
         extra = {"betas": (options.adamw_beta1, options.adamw_beta2), "eps": options.adamw_eps}
+    scale = getattr(options, f"{entry.role}_lr_scale", 1.0)
+    if scale != 1:
+        extra[f"{entry.role}_lr_scale"] = scale
     return {"algorithm": algorithm, "lr": lr, **group_values(algorithm, options, entry.role), **extra}
 
 
@@ -141,7 +149,7 @@ def create_optimizer(
         model: the model that is trained; its frozen parameters are left out.
         name: `swan`, `sinkgd` or `multinorm`, or one of them with `_layerwise` for updates in backward.
         lr: learning rate; matrices move by `lr * lr_scale` times an update of entry RMS 1, the AdamW part by
-            `adamw_lr`, or `lr` if there is none.
+            `adamw_lr`, or `lr` if there is none, times the scale of its kind, which is 1 unless `rates` says more.
         weight_decay: decoupled decay, per unit of learning rate; norms and biases are not decayed.
         target_modules: which modules are matrices: a list, a regular expression or `all-linear` (default).
         options: the keys of `optim_args` as Python values.
@@ -223,7 +231,8 @@ def optimizer_arguments(
     options = parse_options(name, given)
     lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
     groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
-    announce(describe(groups, name, model), printed=printed)
+    note = untrained_note(model, given)
+    announce("\n".join([describe(groups, name, model), *([note] if note else [])]), printed=printed)
     for line in assumptions(model, groups) if target_modules is None else ():
         logger.warning("optim=%s: %s", name, line)
     alone = [n for g in groups if (g["role"], g["algorithm"]) == ("adapter", "multinorm") for n in g["param_names"]]

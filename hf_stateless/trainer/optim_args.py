@@ -15,6 +15,7 @@ from ..norms.presets import PRESETS
 from ..norms.whitening import WHITENING_DEFAULTS
 from ..optimizer.option_kinds import UNREADABLE, shown
 from ..optimizer.options import LAYERWISE, OPTIONS, Option
+from ..optimizer.rates import RATES, SCALES
 
 
 # The `lr_scale` of what is updated without moments beside the matrices: LoRA pairs as products, embeddings, vectors.
@@ -27,7 +28,7 @@ class Options:
     """Checked options of one optimizer: a frozen dataclass with an attribute for each row of `OPTIONS`.
 
     `center` has become part of `norms`; `lr_scale_beside` is the `lr_scale` of what is updated without moments beside
-    the matrices.
+    the matrices, `tied_lr_scale` the `embedding_lr_scale` of a model in which a table is the head too.
     """
 
     if TYPE_CHECKING:
@@ -103,6 +104,9 @@ def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         lr_scale /= 2  # averaged steps point the same way for longer: the best rate was half of that without, or less
     values = {option.name: option.default for option in OPTIONS.values() if option.name != "center"}
     values |= {"num_iterations": preset.num_iterations, "lr_scale": lr_scale}
+    rates = RATES[given.get("rates", OPTIONS["rates"].default)]
+    values |= {scale: getattr(rates, scale.removesuffix("_lr_scale")) for scale in SCALES}
+    values["tied_lr_scale"] = given.get("embedding_lr_scale", rates.tied)
     values["lr_scale_beside"] = given.get("lr_scale", _SCALE_BESIDE)
     if is_layerwise(name):
         values["release"] = "matrices"

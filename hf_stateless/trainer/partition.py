@@ -44,6 +44,8 @@ class PartitionedParameter:
     """Whether the Trainer's rule applies weight decay to it."""
     pair: LoraPair | None = None
     """The pair that it is a factor of, if it belongs to an adapter that can be updated as a product."""
+    tied: bool = False
+    """Whether it is an embedding and a head in one."""
 
 
 def partition_parameters(
@@ -92,7 +94,8 @@ def partition_parameters(
         else:
             role = found.role if found else "rest"
         layout = found.layout if found else "out_in"
-        entries.append(PartitionedParameter(name, p, role, layout, name in decayed, pairs.get(id(p))))
+        tied = key in embeddings and key in heads
+        entries.append(PartitionedParameter(name, p, role, layout, name in decayed, pairs.get(id(p)), tied))
     _take_back_pointwise(entries, matrices)
     if not any(entry.role in ("matrix", "adapter") for entry in entries):
         others = _matrix_layouts(model, None).keys() - heads - embeddings

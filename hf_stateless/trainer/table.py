@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..update.layout import layout_at
+from ..update.rate import rate_scale
 from ..weights.stored import StoredWeight
 from .optim_args import plain_name
 
@@ -100,7 +101,15 @@ def describe(groups: Sequence[Mapping[str, Any]], optim: str, model: nn.Module |
         cells.append((method, role, str(tensors), f"{numel:,}", f"{100 * numel / total:.1f} %", examples))
     head = f"optim={optim} updates (all names: hf-stateless explain MODEL; other matrices: optim_target_modules):"
     frozen = _frozen(model) if model is not None else 0
-    return "\n".join([head, *aligned(cells, text=(0, 1, -1)), *([f"frozen: {frozen} tensors"] if frozen else [])])
+    tail = [*_rates(groups), *([f"frozen: {frozen} tensors"] if frozen else [])]
+    return "\n".join([head, *aligned(cells, text=(0, 1, -1)), *tail])
+
+
+def _rates(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the line of the multiples of the learning rate; none where there are none."""
+    scales = {group["role"]: scale for group in groups if (scale := rate_scale(group)) != 1}
+    told = ", ".join(f"{role} {scale:g}x" for role, scale in scales.items())
+    return [f"learning rates: {told}"] if told else []
 
 
 def explain(groups: Sequence[Mapping[str, Any]], optim: str) -> str:

@@ -98,15 +98,12 @@ class Progress(TrainerCallback):
 def training_arguments(row: Row, lr: float, rest_rate: float | None, study: Study, seed: int, device: str) -> Any:
     """Return the Trainer's arguments of one run."""
     own = dict(row.training)
-    optim_args = row.optim_args
-    if row.apart and row.optim:
-        optim_args = ",".join(filter(None, [optim_args, f"adamw_lr={rest_rate}"]))
     if row.optim in ("galore_adamw", "apollo_adamw"):
         own["optim_target_modules"] = "all-linear"
     return TrainingArguments(
         output_dir="runs/quality-scratch",
         optim=row.optim or "adamw_torch",
-        optim_args=optim_args or None,
+        optim_args=row.arguments(rest_rate) or None,
         learning_rate=lr,
         max_steps=study.steps,
         per_device_train_batch_size=study.sequences,
@@ -136,7 +133,7 @@ def run(name: str, lr: float, seed: int, study: Study, args: argparse.Namespace)
     rest_rate = row.rest * rate_of_the_rest(study, args) if row.apart else None
     train, held_out, tokenizer = text_blocks(study, args)
     model = make_model(study, len(tokenizer), seed)
-    factory = None if row.factory is None else (row.factory, {"lr": lr, "rest_rate": rest_rate})
+    factory = None if row.factory is None else (row.factory, {"lr": lr, "rest_rate": rest_rate, "kinds": row.kinds})
     trainer = Trainer(
         model=model,
         args=training_arguments(row, lr, rest_rate, study, seed, args.device),

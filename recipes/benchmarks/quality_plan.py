@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_stateless.optimizer.rates import SCALES
 from hf_stateless.trainer.partition import partition_parameters
 
 
@@ -61,6 +62,9 @@ SCHEDULE = (
 )
 CONSTANT = (("lr_scheduler_type", "constant"), ("lr_scheduler_kwargs", None), ("warmup_steps", 0))
 
+# Multiples of a learning rate, for embeddings, heads and what else is no matrix.
+Kinds = tuple[float, float, float]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -79,12 +83,25 @@ class Row:
     apart: bool = True
     """Whether what is no matrix has a rate of its own: the best one of `adamw` in the same study, times `rest`."""
     rest: float = 1.0
+    kinds: Kinds = (1.0, 1.0, 1.0)
+    """Multiples of that rate for embeddings, heads and what is left; only where it is apart."""
+
+    def __post_init__(self) -> None:
+        if not self.apart and set(self.kinds) != {1.0}:
+            raise ValueError(f"kinds={self.kinds} of a row with one rate for all: take factory=AdamWFactory.")
+
+    def arguments(self, rest_rate: float | None) -> str:
+        """Return the `optim_args` of a run: those of the row, and the rates of what is no matrix where it has any."""
+        scales = [f"{scale}={kind:g}" for scale, kind in zip(SCALES, self.kinds, strict=True) if kind != 1]
+        rates = [f"adamw_lr={rest_rate}", *scales] if self.apart and self.optim else []
+        return ",".join(filter(None, [self.optim_args, *rates]))
 
 
-def ours(chain: str, start: float = 5e-4, rest: float = 1.0, **training: Any) -> Row:
+def ours(chain: str, start: float = 5e-4, rest: float = 1.0, kinds: Kinds = (1.0, 1.0, 1.0), **training: Any) -> Row:
     """Return a row of `multinorm`, or of a preset by its name; `:` parts the name from the options."""
     name, _, options = chain.partition(":")
-    return Row(start, name, ",".join(filter(None, ["lr_scale=1", options])), tuple(training.items()), rest=rest)
+    optim_args = ",".join(filter(None, ["lr_scale=1", options]))
+    return Row(start, name, optim_args, tuple(training.items()), rest=rest, kinds=kinds)
 
 
 class Beside(torch.optim.Optimizer):
@@ -113,11 +130,14 @@ class MatrixFactory:
     def make(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         raise NotImplementedError
 
-    def __call__(self, model: nn.Module, lr: float, rest_rate: float) -> Beside:
-        matrices, rest = [], []
+    def __call__(self, model: nn.Module, lr: float, rest_rate: float, kinds: Kinds = (1.0, 1.0, 1.0)) -> Beside:
+        by_role: dict[str, list[nn.Parameter]] = {}
         for entry in partition_parameters(model, None):
-            (matrices if entry.role == "matrix" else rest).append(entry.parameter)
-        return Beside(self.make(matrices, lr), torch.optim.AdamW(rest, lr=rest_rate, weight_decay=0.0, fused=True))
+            by_role.setdefault(entry.role, []).append(entry.parameter)
+        matrices = self.make(by_role.pop("matrix"), lr)
+        scales = dict(zip(("embedding", "head", "rest"), kinds, strict=True))
+        groups = [{"params": params, "lr": rest_rate * scales[role]} for role, params in by_role.items()]
+        return Beside(matrices, torch.optim.AdamW(groups, lr=rest_rate, weight_decay=0.0, fused=True))
 
 
 class MuonFactory(MatrixFactory):
@@ -141,8 +161,15 @@ def at_constant_rate(row: str) -> str:
     return f"{row}, constant rate"
 
 
+def of_kinds(row: str, kinds: Kinds) -> str:
+    """Return the name of a row with multiples for embeddings, heads and the rest."""
+    return f"{row}, rest {'/'.join(f'{kind:g}' for kind in kinds)}x"
+
+
 # Multiples of AdamW's best rate for what is no matrix.
 RESTS = (2, 4, 8, 16, 32)
+# The same for embeddings, heads and the rest, each their own.
+KINDS: tuple[Kinds, ...] = ((32, 4, 16), (16, 4, 16), (64, 4, 16), (32, 4, 4))
 ROWS: dict[str, Row] = {
     # What AdamW can do: alone, with other settings, and with a rate of its own for the matrices.
     "adamw": Row(2e-3, "adamw_torch_fused", apart=False),
@@ -151,16 +178,20 @@ ROWS: dict[str, Row] = {
     "adamw, 2 % warm-up": Row(4e-3, "adamw_torch_fused", training=(("warmup_steps", 0.02),), apart=False),
     "adamw, rates apart": Row(5e-4, factory=AdamWFactory),
     **{f"adamw, rates apart, rest {k}x": Row(5e-4, factory=AdamWFactory, rest=k) for k in RESTS},
+    **{of_kinds("adamw, rates apart", k): Row(5e-4, factory=AdamWFactory, kinds=k) for k in KINDS},
     "adafactor": Row(8e-3, "adafactor", apart=False),
     "lion": Row(5e-4, "lion_32bit", apart=False),
     "galore": Row(8e-3, "galore_adamw", "rank=32,update_proj_gap=50,scale=1.0", apart=False),
     "apollo": Row(8e-3, "apollo_adamw", "rank=32,update_proj_gap=50,scale=1.0", apart=False),
     "muon": Row(4e-3, factory=MuonFactory),
     **{f"muon, rest {k}x": Row(4e-3, factory=MuonFactory, rest=k) for k in RESTS},
+    **{of_kinds("muon", k): Row(4e-3, factory=MuonFactory, kinds=k) for k in KINDS},
     "swan": ours("swan", 4e-3),
     **{f"swan, rest {k}x": ours("swan", 4e-3, rest=k) for k in RESTS},
+    **{of_kinds("swan", k): ours("swan", 4e-3, kinds=k) for k in KINDS},
     "sinkgd": ours("sinkgd"),
     **{f"sinkgd, rest {k}x": ours("sinkgd", rest=k) for k in RESTS},
+    **{of_kinds("sinkgd", k): ours("sinkgd", kinds=k) for k in KINDS},
     # What makes the difference: iterations, chains, order, centring.
     "sinkgd, L=1": ours("sinkgd:num_iterations=1"),
     "sinkgd, L=3": ours("sinkgd:num_iterations=3"),

@@ -30,6 +30,7 @@ def label(row: str) -> str:
         'AdamW, own rate for matrices, 8x rate for embeddings, head, norms'
     """
     words = re.sub("^adamw", "AdamW", re.sub("^muon", "Muon", row)).replace("rates apart", "own rate for matrices")
+    words = re.sub(r"rest (\d+)/(\d+)/(\d+)x", r"\1x rate for embeddings, \2x for the head, \3x for norms", words)
     return re.sub(r"rest (\d+)x", r"\1x rate for embeddings, head, norms", words)
 
 
