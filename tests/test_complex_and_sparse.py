@@ -65,7 +65,7 @@ def test_a_complex_gradient_that_is_not_finite_changes_nothing(caplog):
     assert "NaN or infinite" in caplog.text
 
 
-@pytest.mark.parametrize("algorithm", ["adamw", "sinkhorn_momentum", "multinorm"])
+@pytest.mark.parametrize("algorithm", ["adamw", "sinkhorn_momentum", "factored", "multinorm"])
 def test_a_sparse_gradient_gets_one_line_with_the_name(algorithm):
     table = nn.Embedding(10, 4, sparse=True)
     optimizer = StatelessOptimizer(

@@ -39,6 +39,8 @@ STATE_CASES = [
     ("sinkgd", "embeddings=stateless"),
     ("sinkgd", "embeddings=sinkhorn_momentum"),
     ("sinkgd", "embeddings=adamw_8bit"),
+    ("sinkgd", "embeddings=row_moment,heads=column_moment"),
+    ("swan_layerwise", "embeddings=factored"),
     ("sinkgd", "momentum=0.9"),
     ("swan", "momentum=0.9,momentum_dtype=bfloat16,embeddings=stateless"),
     ("sinkgd_layerwise", "momentum=0.9,momentum_dtype=float32"),

@@ -15,6 +15,7 @@ RULES = {
     "adamw": {"algorithm": "adamw"},
     "adamw_8bit": {"algorithm": "adamw_8bit"},
     "sinkhorn_momentum": {"algorithm": "sinkhorn_momentum"},
+    **{rule: {"algorithm": rule} for rule in ("row_moment", "column_moment", "factored")},
     "momentum int8": {"algorithm": "multinorm", "momentum": 0.9},
     "momentum float32": {"algorithm": "multinorm", "momentum": 0.9, "momentum_dtype": "float32"},
     "multinorm": {"algorithm": "multinorm"},
@@ -25,6 +26,7 @@ MOMENTS = {
         "adamw": ("exp_avg", "exp_avg_sq"),
         "adamw_8bit": ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"),
         "sinkhorn_momentum": ("momentum_buffer",),
+        "row_moment": ("row_moment", "row_weight"),
         "momentum int8": ("momentum_buffer", "momentum_scale"),
         "momentum float32": ("momentum_buffer",),
     }.items()
@@ -83,7 +85,7 @@ def test_a_moment_of_another_shape_is_refused_with_name_and_shapes(rule, key, ki
         assert torch.equal(weight.detach(), before)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "multinorm"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("multinorm", "column_moment")])
 @pytest.mark.parametrize("rows", [1, 11, 13, 400])
 def test_a_parameter_that_was_resized_after_a_step_is_refused_by_name(rule, rows):
     weight, optimizer = trained(rule)
@@ -127,10 +129,13 @@ def test_values_that_are_not_finite_are_refused_at_loading(rule, key, bad):
     assert optimizer.state[weight][key].isfinite().all()
 
 
-@pytest.mark.parametrize("key", ["exp_avg_sq", "step"])
+@pytest.mark.parametrize(
+    ("rule", "key"),
+    [("adamw", "exp_avg_sq"), ("adamw", "step"), *(("factored", f"{of}_moment") for of in ("row", "column", "table"))],
+)
 @given(value=st.floats(-1e30, -1e-30))
-def test_negative_second_moments_and_steps_are_refused_at_loading(key, value):
-    _, optimizer = trained("adamw")
+def test_negative_second_moments_and_steps_are_refused_at_loading(rule, key, value):
+    _, optimizer = trained(rule)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0][key].view(-1)[0] = value
     with pytest.raises(ValueError, match=rf"saved {key} of model\.embed_tokens\.weight is negative"):

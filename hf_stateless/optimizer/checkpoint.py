@@ -21,7 +21,10 @@ _FROM_WEIGHTS = (
     "optimizer.pt and resume, the learning rate schedule starts over, warm-up included, at the old step count."
 )
 _DAMAGED = f"the checkpoint is damaged. {_FROM_WEIGHTS}"
-_NEVER_NEGATIVE = ("step", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "momentum_scale", "recent_norms")
+_NEVER_NEGATIVE = (
+    *("step", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "momentum_scale", "recent_norms"),
+    *("row_moment", "row_weight", "column_moment", "column_weight", "table_moment"),
+)
 # What a checkpoint decides when it is resumed; everything else in a group is an option of the run.
 _FROM_CHECKPOINT = ("params", "param_names", "lr", "initial_lr")
 

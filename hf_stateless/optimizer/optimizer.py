@@ -34,9 +34,9 @@ class StatelessOptimizer(torch.optim.Optimizer):
     For W in R^{m x n} (m = out_features) with gradient G: W <- (1 - lr weight_decay) W - lr lr_scale X with
     X = multi_normalize(G). State kept: a one-element `step` for each matrix (FSDP2 cannot save parameters without
     state), and an average of its gradients if it has `momentum`; two moments for AdamW groups, one buffer for
-    `sinkhorn_momentum`. Everything is read from the group at each step, so any scheduler works. A zero gradient and a
-    step before any backward change nothing, lr = 0 no weight; a gradient with NaN or infinity leaves its parameter
-    unchanged, with a warning that names it.
+    `sinkhorn_momentum`, averages of rows or columns for `row_moment` and its like. Everything is read from the group
+    at each step, so any scheduler works. A zero gradient and a step before any backward change nothing, lr = 0 no
+    weight; a gradient with NaN or infinity leaves its parameter unchanged, with a warning that names it.
 
     Args:
         params: groups (dicts) with `params` and `algorithm`, see `RULES` in `hf_stateless.optimizer.rules` for what
