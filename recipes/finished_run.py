@@ -36,7 +36,15 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
 def steps_of(checkpoint: str) -> int:
     """Return how many steps a checkpoint has behind it; 0 where it does not say so."""
     file = Path(checkpoint, TRAINER_STATE_NAME)
-    return TrainerState.load_from_json(str(file)).global_step if file.is_file() else 0
+    if not file.is_file():
+        return 0
+    try:
+        step = TrainerState.load_from_json(str(file)).global_step
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): resume from another checkpoint.") from None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"{file} says global_step={step!r}, expected a whole number: resume from another checkpoint.")
+    return step
 
 
 def last_step(trainer: Trainer) -> int:

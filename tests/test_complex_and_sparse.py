@@ -65,7 +65,7 @@ def test_a_complex_gradient_that_is_not_finite_changes_nothing(caplog):
     assert "NaN or infinite" in caplog.text
 
 
-@pytest.mark.parametrize("algorithm", ["adamw", "sinkhorn_momentum", "multinorm"])
+@pytest.mark.parametrize("algorithm", ["adamw", "sinkhorn_momentum", "factored", "multinorm"])
 def test_a_sparse_gradient_gets_one_line_with_the_name(algorithm):
     table = nn.Embedding(10, 4, sparse=True)
     optimizer = StatelessOptimizer(
@@ -76,3 +76,17 @@ def test_a_sparse_gradient_gets_one_line_with_the_name(algorithm):
     with pytest.raises(ValueError, match=r"gradient of embed\.weight is sparse.*sparse=False"):
         optimizer.step()
     assert torch.equal(table.weight.detach(), before)
+
+
+@pytest.mark.parametrize("release", ["matrices", "all"])
+@pytest.mark.parametrize("embeddings", ["adamw", "stateless"])
+def test_a_sparse_gradient_gets_the_line_under_layer_wise_names_too(release, embeddings):
+    model = torch.nn.ModuleDict({"e": torch.nn.Embedding(8, 4, sparse=True), "a": torch.nn.Linear(4, 4)})
+    optimizer = create_optimizer(model, "sinkgd_layerwise", lr=1e-2, release=release, embeddings=embeddings)
+
+    def step():
+        model["a"](model["e"](torch.tensor([1, 2]))).pow(2).sum().backward()
+        optimizer.step()
+
+    with pytest.raises(ValueError, match=r"gradient of e\.weight is sparse.*type sparse=False"):
+        step()

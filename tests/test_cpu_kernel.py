@@ -77,6 +77,16 @@ def test_float32_weights_are_those_of_float64_to_1e_6(shape, grad_dtype, iterati
     assert relative_error(result, exact(torch.zeros(shape), grad, iterations)) <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "live"), [((64, 4096), 1), ((8, 40000), 1), ((2, 40000), 4), ((1, 70000), 1)])
+@pytest.mark.parametrize("scale", [1e-31, 1e-30, 3e-30, 1e-29, 1e-28])
+def test_tiny_gradients_with_few_live_columns_keep_the_weight_finite(scale, shape, live, dtype):
+    grad = torch.zeros(shape, dtype=dtype)
+    grad[:, :live] = scale
+    (result,), _ = update([torch.zeros(shape, dtype=dtype)], [grad], weight_decay=0.0)
+    assert bool(result.isfinite().all())
+
+
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bf16_weights_are_the_nearest_to_float64(shape, grad_dtype, updated_by_c):

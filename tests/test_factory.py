@@ -103,6 +103,8 @@ def test_embeddings_option_chooses_the_rule_of_tables(make_model, embeddings):
         "adamw": {"embedding": "adamw", "head": "adamw", "rest": "adamw"},
         "adamw_8bit": {"embedding": "adamw_8bit", "head": "adamw_8bit", "rest": "adamw"},
         "sinkhorn_momentum": {"embedding": "sinkhorn_momentum", "head": "sinkhorn_momentum", "rest": "adamw"},
+        **{rule: {"embedding": rule, "head": rule, "rest": "adamw"} for rule in ("row_moment", "column_moment")},
+        "factored": {"embedding": "factored", "head": "factored", "rest": "adamw"},
         "stateless": {"embedding": "multinorm", "head": "multinorm", "rest": "multinorm"},
     }
     groups = create_optimizer(make_model("llama"), "sinkgd", lr=1e-3, embeddings=embeddings).param_groups

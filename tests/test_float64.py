@@ -15,6 +15,7 @@ OPTIONS = {
     "momentum float32": {"momentum": 0.9, "momentum_dtype": "float32"},
     "stateless": {"embeddings": "stateless"},
     "sinkhorn_momentum": {"embeddings": "sinkhorn_momentum"},
+    "factored": {"embeddings": "factored", "heads": "row_moment"},
 }
 
 

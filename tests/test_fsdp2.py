@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import table_moments_runs
 import torch
 import torch.distributed as dist
 from conftest import dense
@@ -222,6 +223,7 @@ def worker(rank, folder):
                 for value in (float("nan"), float("inf")):
                     results["spoiled", chain, str(placements), str(value)] = run_spoiled(placements, options, value)
         results["tables"] = {str(cut): step_tables(place_by(cut)) for cut in (SHARD0, HYBRID)}
+        results["moments"] = table_moments_runs.on_this_rank()
         results["refused"] = {str(cut): refused(cut) for cut in (SHARD1, TWO_CUTS)}
         results["refused"]["another cut"] = refused(SHARD0, SHARD1, MOMENTUM)
         results["counts"] = run_counts()
@@ -266,6 +268,17 @@ def test_tables_with_momentum_step_as_on_one_process_where_ranks_hold_no_row(pla
     expected = step_tables(lambda whole: whole)
     for of_rank in results:
         torch.testing.assert_close(of_rank["tables"][str(placements)], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", table_moments_runs.KEPT)
+@pytest.mark.parametrize(("cut", "reduced"), [(cut, n) for cut, (_, n) in table_moments_runs.CUTS.items()])
+def test_tables_with_second_moments_step_as_on_one_process(cut, reduced, rule, results):
+    expected = table_moments_runs.step_tables(rule, lambda whole: whole)
+    for of_rank in results:
+        stepped, spoiled_is_left_alone, messages = of_rank["moments"][cut, rule]
+        torch.testing.assert_close(stepped, expected, rtol=1e-5, atol=1e-5)
+        assert spoiled_is_left_alone
+        assert messages == ({"allreduce_": reduced} if reduced else {})
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -49,7 +49,9 @@ def test_two_bf16_runs_on_cuda_are_bitwise_equal():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("embeddings", ["adamw", "adamw_8bit", "sinkhorn_momentum", "stateless"])
+@pytest.mark.parametrize(
+    "embeddings", ["adamw", "adamw_8bit", "sinkhorn_momentum", "row_moment", "factored", "stateless"]
+)
 def test_every_treatment_of_embeddings_trains_on_cuda(embeddings, make_model):
     if embeddings == "adamw_8bit":
         pytest.importorskip("bitsandbytes")

@@ -212,3 +212,81 @@ def test_heads_of_a_compiled_and_of_a_sharded_class_are_the_same():
     assert compiled == expected
     model.__class__ = type("FSDPForeign", (Foreign,), {})
     assert roles(model) == expected
+
+
+class OneHead(nn.Module):
+    """Attention with one head, as it is first taught."""
+
+    def __init__(self):
+        super().__init__()
+        self.key, self.query, self.value = nn.Linear(32, 16), nn.Linear(32, 16), nn.Linear(32, 16)
+
+
+def encoder(**parts):
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+    return nn.ModuleDict({"layers": layers, **parts})
+
+
+@pytest.mark.parametrize(
+    "name", ["proj", "projection", "final_proj", "out_proj", "unembed", "embed_out", "vocab_proj"]
+)
+def test_a_last_layer_is_a_head_whatever_it_is_called(name):
+    model = encoder(**{name: nn.Linear(32, 7)})
+    assert roles(model)[f"{name}.weight"] == "head"
+    assert name in lines(model)[0]
+
+
+@pytest.mark.parametrize("name", ["decoder", "hidden2tag", "lin"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_what_follows_a_recurrent_layer_is_a_head(kind, name):
+    model = nn.ModuleDict({"rnn": kind(8, 16), name: nn.Linear(16, 5)})
+    assert roles(model)[f"{name}.weight"] == "head"
+    assert name in lines(model)[0]
+
+
+@pytest.mark.parametrize("name", ["out", "fc_out", "output"])
+def test_an_output_declared_before_the_layers_is_a_head(name):
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+    model = nn.ModuleDict({name: nn.Linear(32, 7), "layers": layers})
+    assert roles(model)[f"{name}.weight"] == "head"
+
+
+@pytest.mark.parametrize("name", ["token_embed", "class_embed", "mask_embed", "value_embed"])
+def test_a_layer_that_reads_is_no_head(name):
+    model = nn.ModuleDict({name: nn.Linear(7, 32), **dict(encoder(head=nn.Linear(32, 7)).items())})
+    assert (roles(model)[f"{name}.weight"], roles(model)["head.weight"]) == ("matrix", "head")
+
+
+def test_attention_that_is_called_a_head_is_made_of_matrices():
+    model = nn.ModuleDict({"tok": nn.Embedding(96, 32), "sa_head": OneHead(), "lm_head": nn.Linear(16, 96)})
+    found = roles(model)
+    assert {found[f"sa_head.{name}.weight"] for name in ("key", "query", "value")} == {"matrix"}
+    assert found["lm_head.weight"] == "head"
+
+
+def test_a_bridge_behind_a_model_is_told_to_be_undecided():
+    (line,) = lines(HEADS["a bridge registered last"][0]())
+    assert line.startswith("Nothing tells whether the last linear layer, connector,")
+
+
+def test_the_note_on_the_last_layer_names_the_last_one_that_is_a_matrix():
+    model = nn.ModuleDict({"body": nn.Linear(4, 64), "actor": nn.Linear(64, 4), "critic": nn.Linear(64, 1)})
+    assert "the last linear layer, actor," in lines(model)[0]
+
+
+@pytest.mark.parametrize("names", [("a+b", "a(b", "c"), ("C++", "C#", "out"), ("x[0]", "y*", "z?")])
+def test_a_note_survives_names_with_other_characters(names):
+    model = nn.Module()
+    for name in names:
+        model.add_module(name, nn.Linear(8, 8))
+    (line,) = lines(model)
+    typed = line.split("optim_target_modules='")[1].split("'")[0]
+    found = {name for name, role in roles(model, target_modules=typed).items() if role == "matrix"}
+    assert found == {f"{name}.weight" for name in names[:2]}
+
+
+def test_a_note_on_many_layers_stays_short():
+    model = nn.Module()
+    for i in range(60):
+        model.add_module(f"{'abcdefghij'[i % 10]}{'klmnop'[i // 10]}_a_rather_long_name", nn.Linear(4, 4))
+    assert len(lines(model)[0]) < 400

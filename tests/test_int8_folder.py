@@ -277,3 +277,15 @@ def test_a_loaded_state_dict_is_looked_at_too(saved):
             model.load_state_dict(load_file(folder / "model.safetensors"))
     model.load_state_dict(load_file(saved / "model.safetensors"))
     assert torch.equal(model(**tiny_inputs("llama")).logits, expected)
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM])
+@pytest.mark.parametrize("lost", ["layers.0.self_attn.q_proj", "layers.1.", "mlp."])
+def test_a_folder_that_lacks_layers_is_loaded_as_no_class(make_model, tmp_path, kind, lost):
+    folder = tmp_path / "int8"
+    quantize(make_model("llama")).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if lost not in name}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing|stored in 8 bits"):
+        kind.from_pretrained(folder)

@@ -35,7 +35,7 @@ def test_bf16_steps_draw_the_rounding_noise_of_the_plain_optimizer(name):
     assert_same(*both(name, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("embeddings", ["adamw_8bit", "stateless", "sinkhorn_momentum"])
+@pytest.mark.parametrize("embeddings", ["adamw_8bit", "stateless", "sinkhorn_momentum", "row_moment", "factored"])
 def test_embeddings_of_every_kind_are_updated_in_backward_to_the_bit(embeddings):
     trained = []
     for name, options in (("sinkgd", {}), ("sinkgd_layerwise", {"release": "all"})):

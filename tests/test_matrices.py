@@ -55,6 +55,37 @@ def test_the_gate_of_an_mlp_is_a_matrix(name):
     assert roles(model)[f"{name}.weight"] == "matrix"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gating_network",
+        "gate_linear",
+        "router_weights",
+        "routing",
+        "noisy_gate",
+        "expert_selector",
+        "w_g",
+    ],
+)
+def test_what_scores_the_experts_beside_it_is_a_router_by_any_name(name):
+    for router in (nn.Linear(16, 6), nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 6))):
+        found = roles(Moe(experts=6, **{name: router, "up": nn.Linear(16, 16)}))
+        assert {role for weight, role in found.items() if weight.startswith(name)} == {"rest"}
+        assert found["up.weight"] == found["experts.0.weight"] == "matrix"
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+def test_the_gate_inside_of_an_expert_is_a_matrix(width):
+    def swiglu():
+        return nn.ModuleDict({"gate": nn.Linear(32, width), "up": nn.Linear(32, width), "down": nn.Linear(width, 32)})
+
+    experts = nn.ModuleList([swiglu() for _ in range(3)])
+    model = nn.ModuleDict({"router": nn.Linear(32, 3), "shared": swiglu(), "experts": experts})
+    found = roles(model)
+    assert {found[f"experts.{i}.gate.weight"] for i in range(3)} == {found["shared.gate.weight"]} == {"matrix"}
+    assert found["router.weight"] == "rest"
+
+
 def test_a_wide_gate_without_experts_is_a_matrix():
     assert roles(nn.ModuleDict({"gate": nn.Linear(16, 16), "up": nn.Linear(16, 16)}))["gate.weight"] == "matrix"
 

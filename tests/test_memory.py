@@ -39,6 +39,8 @@ STATE_CASES = [
     ("sinkgd", "embeddings=stateless"),
     ("sinkgd", "embeddings=sinkhorn_momentum"),
     ("sinkgd", "embeddings=adamw_8bit"),
+    ("sinkgd", "embeddings=row_moment,heads=column_moment"),
+    ("swan_layerwise", "embeddings=factored"),
     ("sinkgd", "momentum=0.9"),
     ("swan", "momentum=0.9,momentum_dtype=bfloat16,embeddings=stateless"),
     ("sinkgd_layerwise", "momentum=0.9,momentum_dtype=float32"),
@@ -173,7 +175,7 @@ def test_a_gpu_fits_with_a_tenth_and_one_gib_to_spare(peak, gib, answer):
     assert fits(peak * GIB, gib) is answer
 
 
-@pytest.mark.parametrize("embeddings", ["adamw", "adamw_8bit", "sinkhorn_momentum", "stateless"])
+@pytest.mark.parametrize("embeddings", ["adamw", "adamw_8bit", "sinkhorn_momentum", "factored", "stateless"])
 def test_a_prediction_leaves_nothing_behind_that_a_run_could_meet(embeddings):
     if embeddings == "adamw_8bit":
         pytest.importorskip("bitsandbytes")

@@ -37,6 +37,8 @@ VALUES = {
     "ns_dtype": [(name, name) for name in NS_DTYPES],
     "center": [("true", True), ("False", False), ("0", 0)],
     "embeddings": [(name, name) for name in embeddings()],
+    "heads": [(name, name) for name in embeddings()],
+    "table_beta2": [("0.95", 0.95)],
     "lora": [(name, name) for name in LORA],
     "adamw_lr": [("1e-3", 1e-3)],
     "rates": [(name, name) for name in RATES],

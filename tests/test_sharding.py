@@ -27,6 +27,8 @@ SHARDED = {
     **{name: (name, {}) for name in PRESETS},
     "stateless embeddings": ("sinkgd", {"embeddings": "stateless"}),
     "sinkhorn momentum": ("sinkgd", {"embeddings": "sinkhorn_momentum"}),
+    "row moments": ("sinkgd", {"embeddings": "row_moment"}),
+    "factored": ("sinkgd", {"embeddings": "factored", "heads": "column_moment"}),
     "8-bit moments": ("sinkgd", {"embeddings": "adamw_8bit"}),
 }
 

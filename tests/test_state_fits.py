@@ -8,13 +8,14 @@ from conftest import dense
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_stateless import StatelessOptimizer
+from hf_stateless import StatelessOptimizer, create_optimizer
 
 
 RULES = {
     "adamw": {"algorithm": "adamw"},
     "adamw_8bit": {"algorithm": "adamw_8bit"},
     "sinkhorn_momentum": {"algorithm": "sinkhorn_momentum"},
+    **{rule: {"algorithm": rule} for rule in ("row_moment", "column_moment", "factored")},
     "momentum int8": {"algorithm": "multinorm", "momentum": 0.9},
     "momentum float32": {"algorithm": "multinorm", "momentum": 0.9, "momentum_dtype": "float32"},
     "multinorm": {"algorithm": "multinorm"},
@@ -25,6 +26,7 @@ MOMENTS = {
         "adamw": ("exp_avg", "exp_avg_sq"),
         "adamw_8bit": ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"),
         "sinkhorn_momentum": ("momentum_buffer",),
+        "row_moment": ("row_moment", "row_weight"),
         "momentum int8": ("momentum_buffer", "momentum_scale"),
         "momentum float32": ("momentum_buffer",),
     }.items()
@@ -83,7 +85,7 @@ def test_a_moment_of_another_shape_is_refused_with_name_and_shapes(rule, key, ki
         assert torch.equal(weight.detach(), before)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "multinorm"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("multinorm", "column_moment")])
 @pytest.mark.parametrize("rows", [1, 11, 13, 400])
 def test_a_parameter_that_was_resized_after_a_step_is_refused_by_name(rule, rows):
     weight, optimizer = trained(rule)
@@ -127,10 +129,13 @@ def test_values_that_are_not_finite_are_refused_at_loading(rule, key, bad):
     assert optimizer.state[weight][key].isfinite().all()
 
 
-@pytest.mark.parametrize("key", ["exp_avg_sq", "step"])
+@pytest.mark.parametrize(
+    ("rule", "key"),
+    [("adamw", "exp_avg_sq"), ("adamw", "step"), *(("factored", f"{of}_moment") for of in ("row", "column", "table"))],
+)
 @given(value=st.floats(-1e30, -1e-30))
-def test_negative_second_moments_and_steps_are_refused_at_loading(key, value):
-    _, optimizer = trained("adamw")
+def test_negative_second_moments_and_steps_are_refused_at_loading(rule, key, value):
+    _, optimizer = trained(rule)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0][key].view(-1)[0] = value
     with pytest.raises(ValueError, match=rf"saved {key} of model\.embed_tokens\.weight is negative"):
@@ -173,3 +178,78 @@ def test_the_c_kernel_does_not_follow_the_default_dtype():
         assert torch.equal(run(), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("spoil", ["one number for all", "in another order", "every second"])
+@pytest.mark.parametrize("embeddings", ["adamw", "sinkhorn_momentum", "row_moment"])
+def test_a_state_with_other_strides_is_loaded_by_its_values(make_model, embeddings, spoil):
+    def trained(state=None):
+        torch.manual_seed(0)
+        model = make_model("llama")
+        optimizer = create_optimizer(model, "sinkgd", lr=1e-2, embeddings=embeddings)
+        for _ in range(2):
+            if state is not None:
+                optimizer.load_state_dict(state(optimizer.state_dict()))
+            model(input_ids=torch.arange(3, 11)[None], labels=torch.arange(3, 11)[None]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    def spoiled(saved):
+        def other(value):
+            if spoil == "in another order" and value.ndim == 2:
+                return value.t().contiguous().t()
+            if spoil == "every second":
+                return torch.stack([value, value], -1).flatten(-2)[..., ::2] if value.ndim else value
+            return torch.full((), float(value.float().mean())).to(value.dtype).expand(value.shape)
+
+        return {**saved, "state": {i: {k: other(v) for k, v in s.items()} for i, s in saved["state"].items()}}
+
+    def contiguous(saved):
+        saved = spoiled(saved)
+        return {**saved, "state": {i: {k: v.contiguous() for k, v in s.items()} for i, s in saved["state"].items()}}
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(spoiled), trained(contiguous), strict=True))
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "swan", "swan_layerwise"])
+@pytest.mark.parametrize(("old", "new"), [("bfloat16", "float32"), ("float32", "float64"), ("float32", "bfloat16")])
+def test_a_run_is_resumed_in_another_dtype(make_model, name, old, new):
+    model = make_model("llama").to(getattr(torch, old))
+    states = []
+    for dtype in (old, new):
+        model.to(getattr(torch, dtype))
+        optimizer = create_optimizer(model, name, lr=1e-2, momentum=0.9)
+        if states:
+            optimizer.load_state_dict(states[0])
+        before = [p.detach().clone() for p in model.parameters()]
+        model(input_ids=torch.arange(3, 11)[None], labels=torch.arange(3, 11)[None]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        states.append(optimizer.state_dict())
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert sum(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)) > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64])
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_a_state_of_no_float_dtype_is_refused_by_name(make_model, key, dtype):
+    model = make_model("llama")
+    optimizer = create_optimizer(model, "sinkgd", lr=1e-2)
+    model(input_ids=torch.arange(3, 11)[None], labels=torch.arange(3, 11)[None]).loss.backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    index = next(i for i, state in saved["state"].items() if key in state)
+    saved["state"][index][key] = saved["state"][index][key].to(dtype)
+    with pytest.raises(ValueError, match=rf"saved {key} of \S+ is {dtype}, expected torch\.float32: the checkpoint"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("key", ["lr", "initial_lr"])
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, "0.1", True])
+def test_a_saved_learning_rate_that_is_none_is_refused(make_model, key, rate):
+    optimizer = create_optimizer(make_model("llama"), "sinkgd", lr=1e-2)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][key] = rate
+    with pytest.raises(ValueError, match=r"saved learning rate is .*no finite number of at least 0: the checkpoint"):
+        optimizer.load_state_dict(saved)

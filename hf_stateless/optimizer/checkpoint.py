@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..ranks.placement import local_shard
 from .rates import SCALES
@@ -22,7 +23,10 @@ _FROM_WEIGHTS = (
     "optimizer.pt and resume, the learning rate schedule starts over, warm-up included, at the old step count."
 )
 _DAMAGED = f"the checkpoint is damaged. {_FROM_WEIGHTS}"
-_NEVER_NEGATIVE = ("step", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "momentum_scale", "recent_norms")
+_NEVER_NEGATIVE = (
+    *("step", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "momentum_scale", "recent_norms"),
+    *("row_moment", "row_weight", "column_moment", "column_weight", "table_moment"),
+)
 # What a checkpoint decides when it is resumed; everything else in a group is an option of the run.
 _FROM_CHECKPOINT = ("params", "param_names", "lr", "initial_lr")
 
@@ -66,9 +70,25 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
         logger.warning("The checkpoint was written with %s; this run goes on with %s.", old, new)
 
 
-def with_saved_dtypes(saved: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-    """Return the state of a parameter in the dtypes that it was saved in, which torch does not keep."""
-    return {name: value.to(param.device, copy=value.numel() == 1) for name, value in saved.items()}
+def fitted_state(saved: Mapping[str, Tensor], param: Tensor, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a saved state in the dtypes and strides that a rule keeps, where torch gives all of it the parameter's.
+
+    Kernels write by the strides that they expect: what is stored in another order, or as one number, is copied.
+
+    Args:
+        saved: of one parameter.
+        param: the parameter.
+        made: what its rule would make, as tensors without contents; a momentum is fitted by its own rule.
+    """
+    return {name: _fitted(name, value, param, made.get(name)) for name, value in saved.items()}
+
+
+def _fitted(name: str, value: Tensor, param: Tensor, made: Tensor | None) -> Tensor:
+    dtype = value.dtype if made is None or name.startswith("momentum") else made.dtype
+    value = value.to(param.device, dtype, copy=value.numel() == 1)
+    if made is None or isinstance(value, DTensor) or value.numel() == 1 or value.stride() == made.stride():
+        return value
+    return torch.empty_like(made, dtype=dtype, device=param.device).copy_(value)
 
 
 def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> None:
@@ -82,6 +102,9 @@ def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapp
             "This optimizer state was written by another optimizer than hf_stateless and cannot be converted. "
             + _FROM_WEIGHTS
         )
+    for rate in (group[key] for group in saved for key in ("lr", "initial_lr") if key in group):
+        if isinstance(rate, str | bool) or not 0 <= float(rate) < math.inf:
+            raise ValueError(f"The saved learning rate is {rate!r}, no finite number of at least 0: {_DAMAGED}")
     sizes = [[(_kept(group["algorithm"]), len(group["params"])) for group in groups] for groups in (saved, current)]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -90,25 +113,28 @@ def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapp
         )
 
 
-def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], name: str) -> None:
+def check_state(state: Mapping[str, Tensor], made: Mapping[str, Tensor], name: str) -> None:
     """Refuse a state that is not of the shape of its parameter: an update would write past its end.
 
     Args:
-        state: of one parameter; what `expected` does not name is not looked at.
-        expected: the shape of each tensor that its rule keeps.
+        state: of one parameter; what `made` does not name is not looked at.
+        made: what its rule would make, as tensors without contents.
         name: of the parameter.
 
     Raises:
-        ValueError: with the name, both shapes, and what to type.
+        ValueError: with the name, both shapes or dtypes, and what to type.
     """
-    for key, shape in expected.items():
-        got = tuple(state[key].shape) if isinstance(state.get(key), Tensor) else "nothing"
+    for key, expected in made.items():
+        shape, got = expected.shape, tuple(state[key].shape) if isinstance(state.get(key), Tensor) else "nothing"
         fits = got == tuple(shape) or (key == "step" and isinstance(got, tuple) and state[key].numel() == 1)
         if not fits:
             raise ValueError(
                 f"The state of {name} has {key} of shape {got}, expected {tuple(shape)}: after a change of shape, "
                 f"such as resize_token_embeddings, make a new optimizer. {_FROM_WEIGHTS}"
             )
+        kinds = [tensor.is_floating_point() for tensor in (state[key], expected)]
+        if kinds[0] != kinds[1] and not key.startswith("momentum"):  # whose dtype an option may have changed
+            raise ValueError(f"The saved {key} of {name} is {state[key].dtype}, expected {expected.dtype}: {_DAMAGED}")
 
 
 def check_values(state: Mapping[str, Tensor], name: str) -> None:

@@ -15,12 +15,12 @@ from ..update.batches import alike
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
 from ..weights.noise import TensorCache
-from .checkpoint import apply_options, check_same_groups, check_state, check_values, options_of, with_saved_dtypes
+from .checkpoint import apply_options, check_same_groups, check_state, check_values, fitted_state, options_of
 from .live import unhook
 from .min_signal import guarded, log_held, measure_signal, new_history, refuse_release, strong
 from .momentum import fit_momentum_, has_momentum
 from .release import RELEASES, Release
-from .rule import Entry, state_shapes
+from .rule import Entry, state_on_meta
 from .rules import RULES, complete_group, named_alike
 from .unread_flags import UnreadFlags
 
@@ -34,9 +34,9 @@ class StatelessOptimizer(torch.optim.Optimizer):
     For W in R^{m x n} (m = out_features) with gradient G: W <- (1 - lr weight_decay) W - lr lr_scale X with
     X = multi_normalize(G). State kept: a one-element `step` for each matrix (FSDP2 cannot save parameters without
     state), and an average of its gradients if it has `momentum`; two moments for AdamW groups, one buffer for
-    `sinkhorn_momentum`. Everything is read from the group at each step, so any scheduler works. A zero gradient and a
-    step before any backward change nothing, lr = 0 no weight; a gradient with NaN or infinity leaves its parameter
-    unchanged, with a warning that names it.
+    `sinkhorn_momentum`, averages of rows or columns for `row_moment` and its like. Everything is read from the group
+    at each step, so any scheduler works. A zero gradient and a step before any backward change nothing, lr = 0 no
+    weight; a gradient with NaN or infinity leaves its parameter unchanged, with a warning that names it.
 
     Args:
         params: groups (dicts) with `params` and `algorithm`, see `RULES` in `hf_stateless.optimizer.rules` for what
@@ -142,14 +142,18 @@ class StatelessOptimizer(torch.optim.Optimizer):
         for same in alike(self._without_bad_gradients(entries), lambda entry: entry.group["algorithm"]):
             RULES[same[0].group["algorithm"]].update(same, self)
 
+    def refuse_sparse(self, index: int, grad: Tensor) -> None:
+        """Raise a ValueError for a gradient that is not dense, with the name of its parameter."""
+        if grad.layout != torch.strided:
+            raise ValueError(
+                f"The gradient of {self.name_of(index)} is sparse, and dense ones are expected: "
+                "type sparse=False where the embedding is made."
+            )
+
     def _without_bad_gradients(self, entries: list[Entry]) -> list[Entry]:
         """Leave out gradients that must not reach a moment: not finite, or under momentum of a matrix, zero."""
         for entry in entries:
-            if entry.grad.layout != torch.strided:
-                raise ValueError(
-                    f"The gradient of {self.name_of(entry.index)} is sparse, and dense ones are expected: "
-                    "type sparse=False where the embedding is made."
-                )
+            self.refuse_sparse(entry.index, entry.grad)
         checked = [entry for entry in entries if RULES[entry.group["algorithm"]].has_moments(entry.group)]
         out = set()
         for entry, (finite, nonzero) in zip(checked, check_gradients([e.param for e in checked]), strict=True):
@@ -299,8 +303,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
         shapes = tuple((name, tensor.shape) for name, tensor in state.items() if name != "recent_norms")
         case = (group["algorithm"], has_momentum(group), p.shape, shapes)
         if case not in self._checked:
-            expected = state_shapes(RULES[group["algorithm"]], p, group)
-            check_state(state, expected, self._name_of(p, group))
+            made = state_on_meta(RULES[group["algorithm"]], p, group)
+            check_state(state, made, self._name_of(p, group))
             self._checked.add(case)
 
     def _warn_skipped(self, index: int) -> None:
@@ -329,7 +333,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for i, p in zip(saved["params"], group["params"], strict=True):
                 if i in state_dict["state"]:
-                    self.state[p].update(with_saved_dtypes(state_dict["state"][i], p))
+                    made = state_on_meta(RULES[group["algorithm"]], p, group)
+                    self.state[p].update(fitted_state(state_dict["state"][i], p, made))
                     fit_momentum_(self.state[p], p, group)
 
     def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
@@ -340,6 +345,6 @@ class StatelessOptimizer(torch.optim.Optimizer):
             for i, p in zip(saved["params"], group["params"], strict=True):
                 state, name = state_dict["state"].get(i, {}), self.name_of(index)
                 index += 1
-                expected = {key: shape for key, shape in state_shapes(rule, p, group).items() if key in state}
-                check_state(state, expected, name)
+                made = state_on_meta(rule, p, group)
+                check_state(state, {key: tensor for key, tensor in made.items() if key in state}, name)
                 check_values(state, name)

@@ -163,6 +163,21 @@ _ROWS = (
         "what updates embeddings and heads (`stateless` takes norms and biases along: nothing holds state)",
     ),
     Option(
+        "heads",
+        None,
+        choice(embeddings),
+        "what updates heads, where embeddings are updated in another way; a tied table is an embedding",
+        "as `embeddings`",
+    ),
+    Option(
+        "table_beta2",
+        0.99,
+        FRACTION,
+        "decay of the averages of squares that `row_moment`, `column_moment` and `factored` keep of tables",
+        groups={"row_moment": 0.99, "column_moment": 0.99, "factored": 0.99},
+        roles=("embedding", "head"),
+    ),
+    Option(
         "lora",
         LORA[0],
         choice(LORA),

@@ -63,6 +63,9 @@ class UpdatesParameters(Protocol):
     def update_parameters(self, indices: Sequence[int]) -> None:
         """Apply the rules of their groups to some parameters, given by their positions among all parameters."""
 
+    def refuse_sparse(self, index: int, grad: Tensor) -> None:
+        """Raise a ValueError for a gradient that is not dense."""
+
     def name_of(self, index: int) -> str:
         """Return the name of a parameter for messages."""
 
@@ -250,6 +253,7 @@ class Release:
         """Take in the gradient of one parameter, as backward reports it."""
         if index in self._done or (self._averaging and self._averaging.closed):
             raise RuntimeError(_second_gradient(self.optimizer.name_of(index)))
+        self.optimizer.refuse_sparse(index, grad)
         if self._accumulates():
             return
         if self._averaging is None and are_replicas(self._hooked.values()):

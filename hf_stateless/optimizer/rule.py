@@ -83,19 +83,22 @@ class Rule:
     released: str = "all"
     """From which value of `release` on it is updated in backward: `matrices`, `all`, or `never`."""
     has_moments: Callable[[Mapping[str, Any]], bool] = lambda group: True
-    """Whether gradients go into averages, which one that is not finite would spoil for good."""
+    """Whether gradients go into averages, which one that is not finite would spoil for good: then it gets none."""
     decays: bool = True
     """Whether the weight decay of the run reaches its groups."""
     takes_complex: bool = False
     """Whether it can update complex parameters; norms are of real matrices."""
     for_tables: bool = False
     """Whether `embeddings=` may name it for embeddings and heads."""
+    by_rows: bool = False
+    """Whether a row is one token to it. Rows of the low-rank factors of an embedding are not: AdamW updates those."""
 
 
-def state_shapes(rule: Rule, param: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor that a rule keeps for a whole parameter, without making it."""
-    like = torch.empty(param.shape, dtype=param.dtype, device="meta")
-    return {name: tuple(tensor.shape) for name, tensor in rule.state(like, group).items()}
+def state_on_meta(rule: Rule, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what a rule keeps for a whole parameter as tensors without contents, by shape, dtype and strides."""
+    if type(param) in (Tensor, torch.nn.Parameter):
+        return rule.state(torch.empty_like(param, device="meta"), group)
+    return rule.state(torch.empty(param.shape, dtype=param.dtype, device="meta"), group)
 
 
 def keys_of(entries: Sequence[Entry], cache: TensorCache) -> list[RoundingKey | None]:

@@ -17,6 +17,7 @@ from .options import EVERY_RULE, OPTIONS, group_defaults
 from .rates import SCALES
 from .rule import Rule
 from .sinkhorn_momentum import SINKHORN_MOMENTUM
+from .table_moments import COLUMN_MOMENT, FACTORED, ROW_MOMENT
 
 
 RULES: dict[str, Rule] = {
@@ -25,6 +26,9 @@ RULES: dict[str, Rule] = {
     "adamw": ADAMW,
     "adamw_8bit": ADAMW_8BIT,
     "sinkhorn_momentum": SINKHORN_MOMENTUM,
+    "row_moment": ROW_MOMENT,
+    "column_moment": COLUMN_MOMENT,
+    "factored": FACTORED,
 }
 COMMON: dict[str, Any] = {"weight_decay": 0.0, "role": "rest", **group_defaults(EVERY_RULE)}
 """What every group holds."""

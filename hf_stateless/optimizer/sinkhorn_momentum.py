@@ -91,4 +91,4 @@ def _state_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, A
     return 4 + math.prod(shape) * dtype.itemsize
 
 
-SINKHORN_MOMENTUM = Rule(_update, _state, _state_bytes, _OPTIONS, decays=False, for_tables=True)
+SINKHORN_MOMENTUM = Rule(_update, _state, _state_bytes, _OPTIONS, decays=False, for_tables=True, by_rows=True)

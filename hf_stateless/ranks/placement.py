@@ -121,6 +121,44 @@ def whole_if_tiny(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[
     local_shard(state).copy_(part_of(whole_state, state))
 
 
+def zeros_along(param: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros for each index of one dimension of a parameter, cut over ranks as that dimension is.
+
+    The other dimensions have size 1, and ranks that share them hold the same.
+    """
+    local, shape = local_shard(param), [1] * param.ndim
+    shape[dim] = local.shape[dim]
+    zeros = torch.zeros(shape, dtype=dtype, device=local.device)
+    if not isinstance(param, DTensor):
+        return zeros
+    cut = _cuts(param, dim)
+    placements = [one if i in cut else Replicate() for i, one in enumerate(param.placements)]
+    shape[dim] = param.shape[dim]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        zeros, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def sum_over_cut(values: Tensor, param: Tensor, dim: int) -> Tensor:
+    """Return the sum of some values over the ranks among which a dimension of a parameter is cut (a collective).
+
+    Where it is not cut they are returned as they are.
+    """
+    if not isinstance(param, DTensor) or not (cut := _cuts(param, dim)):
+        return values
+    shared = values.to(param.device_mesh.device_type)
+    for mesh_dim in cut:
+        dist.all_reduce(shared, group=param.device_mesh.get_group(mesh_dim))
+    return shared.to(values.device)
+
+
+def _cuts(param: DTensor, dim: int) -> list[int]:
+    """Return the mesh dimensions over which a dimension of a parameter is cut."""
+    cut = [(i, placement) for i, placement in enumerate(param.placements) if not placement.is_replicate()]
+    return [i for i, placement in cut if getattr(placement, "dim", dim) % param.ndim == dim]
+
+
 def shard_number(param: Tensor) -> int:
     """Number the distinct shards of a parameter, so that rounding noise is equal on replicas and differs on shards."""
     number = 0

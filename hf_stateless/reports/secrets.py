@@ -17,7 +17,8 @@ _KEYS = (
 _KEY = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(_KEYS)})")
 _NAMED = re.compile(
     r"""["']?[\w.-]*(?:token(?![a-z])|secret|passw|passphrase|pwd|api[-_.]?key|(?:access|private|account|shared)[-_.]?key
-    |credential|authoriz|auth(?![a-z])|signature|sig(?![a-z]))[\w.-]*["']?\s*[=:]\s*(?:(?:bearer|basic)\s+)?["']?[^\s"',;&}]+["']?
+    |credential|authoriz|auth(?![a-z])|signature|sig(?![a-z]))[\w.-]*["']?\s*[=:]\s*(?:(?:bearer|basic|token)\s+)?
+    (?:"[^"]*"|'[^']*'|["']?[^\s"',;&}]+["']?)
     |bearer\s+\S+|basic\s+(?=\S*[\d=]|\S{16})\S+|-----BEGIN[\s\S]*""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -27,6 +28,7 @@ _UNBROKEN = re.compile(rf"(?i:{_UUID})|(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]
 _LONG = re.compile(r"[A-Za-z0-9+/_=.~-]{20,}")
 _BASE64 = re.compile(r"(?=([A-Za-z0-9+/]{40}))")
 _CHANGES = re.compile(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z])(?=[a-z0-9])|(?<=[0-9])(?=[A-Za-z])")
+_USER = re.compile(r"(\w+://)[^\s/?#@\"']+@")
 _QUERY = re.compile(r"(\w+://[^\s\"'?#]*)[?#][^\s\"']*")
 
 
@@ -40,7 +42,7 @@ def without_secrets(text: str) -> str:
     """
     for kind in (_NAMED, _KEY):
         text = kind.sub(HIDDEN, text)
-    text = _QUERY.sub(r"\1", text)
+    text = _QUERY.sub(r"\1", _USER.sub(r"\1", text))
     return _LONG.sub(lambda match: HIDDEN if _is_random(match[0]) else match[0], _UNBROKEN.sub(HIDDEN, text))
 
 

@@ -11,7 +11,7 @@ from ..reports.predicted.table import Settings
 from ..reports.run_facts import base_of, option_pairs
 from ..trainer.assumed import assumptions
 from ..trainer.factory import parameter_groups
-from ..trainer.optim_args import parse_options
+from ..trainer.optim_args import parse_options, refuse_repeated_keys
 from ..trainer.table import describe, explain
 
 
@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(_answer(_parser().parse_args(argv)))
     except (ImportError, ValueError) as error:
-        print(f"hf-stateless explain: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split()).replace("optim_target_modules=", "--target-modules ")
+        print(f"hf-stateless explain: {line}", file=sys.stderr)
         return 2
     return 0
 
@@ -50,6 +51,7 @@ def _answer(args: argparse.Namespace) -> str:
         raise ValueError(f"--optim-args {args.optim_args!r}: expected key=value,key=value, such as num_iterations=3.")
     if args.lora is not None and args.lora < 1:
         raise ValueError(f"--lora {args.lora}: expected a rank of at least 1.")
+    refuse_repeated_keys(args.optim_args)
     options = parse_options(args.optim, dict(pairs))
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     model = build_model(config, Settings(lora=args.lora))

@@ -12,6 +12,9 @@ from .heads import find_heads
 from .matrices import matrix_weights
 
 
+_LONGEST = 400  # characters of a value that somebody types
+
+
 def assumptions(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line for each thing that groups made without `optim_target_modules` could not know.
 
@@ -35,14 +38,15 @@ def assumptions(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Iterat
     if assumed and matrices:
         yield (
             f"Taken for heads, since they stand behind the layers, and updated by AdamW: {_listed(assumed)}. If "
-            f"they are layers like the others, type optim_target_modules={pattern_of(model, matrices + assumed)!r}."
+            f"they are layers like the others, type {_typed(model, matrices + assumed)}."
         )
-    last = heads.undecided
-    if last in matrices and len(matrices) > 1 and "adapter" not in roles.values():
-        others = pattern_of(model, [name for name in matrices if name != last])
+    undecided = [name for name in heads.undecided if name in matrices]
+    if undecided and len(matrices) > 1 and "adapter" not in roles.values():
+        last = undecided[-1]
         yield (
             f"Nothing tells whether the last linear layer, {last}, is a head, so it is updated as a matrix. If it "
-            f"writes classes, tokens or values, type optim_target_modules={others!r} to leave it to AdamW."
+            "writes classes, tokens or values, type "
+            f"{_typed(model, [name for name in matrices if name != last])} to leave it to AdamW."
         )
     yield from _small_share(groups)
 
@@ -61,9 +65,14 @@ def _small_share(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if share < 0.5:
         yield (
             f"Only {share:.0%} of the trained weights outside embeddings and heads are matrices; AdamW updates the "
-            f"rest and keeps two moments of it: {_listed([f'{name} {tuple(p.shape)}' for _, name, p in rest])}. "
-            "optim_target_modules names further layers."
+            f"rest and keeps two moments of it: {_listed([f'{name} {tuple(p.shape)}' for _, name, p in rest])}."
         )
+
+
+def _typed(model: nn.Module, names: Iterable[str]) -> str:
+    """Return what to type for these modules to be the matrices; names alone where a pattern would be too long."""
+    pattern = pattern_of(model, names)
+    return f"optim_target_modules={pattern!r}" if len(pattern) <= _LONGEST else "optim_target_modules with their names"
 
 
 def pattern_of(model: nn.Module, names: Iterable[str]) -> str:
@@ -77,15 +86,16 @@ def pattern_of(model: nn.Module, names: Iterable[str]) -> str:
         '.*(down|up)'
     """
     wanted = set(names)
+    plain = {name: re.sub(r"[^\w.-]", ".", name) for name in wanted}
     modules = model.named_modules(remove_duplicate=False)
     layers = {name for name, module in modules if any(True for _ in matrix_weights(module, convolutions=True))}
-    ends = "|".join(sorted({name.rpartition(".")[2] for name in wanted}))
+    ends = "|".join(sorted({re.sub(r"[^\w-]", ".", name.rpartition(".")[2]) for name in wanted}))
     # Neither backslashes nor escapes: what is printed can be typed in Python, in YAML and on a command line.
-    numbered = sorted({re.sub("[0-9]+", "[0-9]+", name) for name in wanted})
+    numbered = sorted({re.sub("[0-9]+", "[0-9]+", name) for name in plain.values()})
     for pattern in (rf".*({ends})", rf"(.*[.])?({ends})", "|".join(numbered)):
         if {name for name in layers if re.fullmatch(pattern, name)} == wanted:
             return pattern
-    return "|".join(sorted(wanted))
+    return "|".join(sorted(plain.values()))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -94,8 +94,8 @@ def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str,
     else:
         lr = lr if options.adamw_lr is None else options.adamw_lr
         extra = {}
-    if algorithm in ("adamw", "adamw_8bit"):
-        extra = {"betas": (options.adamw_beta1, options.adamw_beta2), "eps": options.adamw_eps}
+    shared = {"betas": (options.adamw_beta1, options.adamw_beta2), "eps": options.adamw_eps}
+    extra |= {name: value for name, value in shared.items() if name in RULES[algorithm].options}
     scale = getattr(options, f"{entry.role}_lr_scale", 1.0)
     if scale != 1:
         extra[f"{entry.role}_lr_scale"] = scale
@@ -103,11 +103,12 @@ def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str,
 
 
 def _algorithm(entry: PartitionedParameter, options: Options) -> str:
-    if _is_chained(entry) or options.embeddings == "stateless":
+    chosen = str((entry.role == "head" and options.heads) or options.embeddings)
+    if _is_chained(entry) or chosen == "stateless":
         return "lora_product" if entry.pair and options.lora == "product" else "multinorm"
-    if not _is_table(entry) or (options.embeddings == "sinkhorn_momentum" and entry.pair):
+    if not _is_table(entry) or (entry.pair and RULES[chosen].by_rows):
         return "adamw"
-    return str(options.embeddings)
+    return chosen
 
 
 def _of_chain(entry: PartitionedParameter, options: Options, algorithm: str) -> dict[str, Any]:

@@ -23,12 +23,15 @@ _OUTPUT = r"class(es)?|cls|b?box(es)?|obj(ect)?|mask|label|score|logits?|token|v
 # A name of a layer, or of a module around it, that says that it writes what the model is asked for.
 _HEAD = re.compile(
     r"(^|_)heads?\d*(_|$)|[a-z]head$|classif(y|ier)s?\d*$|logits?(_\w+)?$|"
-    rf"(^|_)({_OUTPUT})_?(embed|predict(or|ion)s?|out(put)?)s?$|"
+    rf"(^|_)({_OUTPUT})_?(predict(or|ion)s?|out(put)?)s?$|"
     r"(^|_)pred(ict(ion|or)s?)?$|^predict_|^(cls|scores?|qa_outputs)$"
 )
-# Names that say it only of what no layer follows; `fc` outside transformers alone, which has some in the middle.
+# Names that say it of what no layer follows; in transformers those of detectors say it anywhere, and `fc` nothing.
 _LAST = re.compile(r"^(final_layer|generator)$")
-_LAST_ELSEWHERE = "fc"
+_OF_DETECTORS = re.compile(rf"(^|_)({_OUTPUT})_embeds?$")
+_LAST_ELSEWHERE = re.compile(rf"^fc$|{_OF_DETECTORS.pattern}")
+# A name that a layer of somebody's own has only if it is the last one, wherever it is declared.
+_OUT = re.compile(r"(^|\.)((fc|lin|linear)_)?out(put)?s?$")
 # Modules that read rather than write, though they may be called heads: attention has heads, and pools.
 _READS = re.compile(r"Atten|Attn|MultiHead|Pool")
 # Names of what leads from one part of a model into another.
@@ -43,8 +46,8 @@ class Heads:
     modules: set[int]
     assumed: list[str]
     """Names of linear layers that are heads only because of where they stand."""
-    undecided: str | None = None
-    """The last linear layer, if nothing tells whether it is a head."""
+    undecided: list[str]
+    """Names of linear layers of which nothing tells whether they are heads, the last one the likeliest."""
 
 
 @dataclass
@@ -85,7 +88,9 @@ def find_heads(model: nn.Module) -> Heads:
     assumed, undecided = _by_place(places, heads, outermost)
     adapters = {id(m) for place in places for m in lora_linears(place.module)}
     found = {id(places[i].module) for i in heads | set(assumed)} - adapters
-    return Heads(found, [places[i].name for i in assumed if id(places[i].module) in found], undecided)
+    assumed += [i for i in heads if _is_own_addition(places[i]) and i not in set(_named(places))]
+    names = [places[i].name for i in sorted(assumed) if id(places[i].module) in found]
+    return Heads(found, names, [places[i].name for i in undecided])
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
@@ -99,7 +104,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         parents = (*around.parents, around.module) if around else ()
         in_transformer = bool(around and around.in_transformer) or _is_transformer_layer(module, parents)
         in_layer = in_transformer or bool(around and around.in_layer) or _is_block(name, module, parents)
-        reads = bool(around and around.reads) or bool(around and _READS.search(type(module).__name__))
+        reads = around is not None and (around.reads or _is_attention(module))
         place = _Place(name, module, parents, in_layer, in_transformer, reads)
         yield place
         for child_name, child in module.named_children():
@@ -108,9 +113,15 @@ def _places(model: nn.Module) -> Iterator[_Place]:
     yield from walk("", model, None)
 
 
+def _is_attention(module: nn.Module) -> bool:
+    """Tell attention and pooling by their class, or by projections to queries and keys."""
+    names = {name.partition("_")[0].partition("proj")[0] for name, _ in module.named_children()}
+    return bool(_READS.search(type(module).__name__)) or {"q", "k"} <= names or {"query", "key"} <= names
+
+
 def _is_transformer_layer(module: nn.Module, parents: tuple[nn.Module, ...]) -> bool:
-    """Tell whether a module is a layer of a transformer, by its class or as a numbered module with attention."""
-    if isinstance(module, _LAYERS):
+    """Tell whether a module is a layer of a transformer or a recurrent one, or a numbered module with attention."""
+    if isinstance(module, (*_LAYERS, nn.RNNBase, nn.RNNCellBase)):
         return True
     kinds = [type(m).__name__ for m in module.modules() if m is not module] if _is_numbered(module, parents) else []
     return any(_READS.search(kind) and "Pool" not in kind for kind in kinds)
@@ -119,7 +130,9 @@ def _is_transformer_layer(module: nn.Module, parents: tuple[nn.Module, ...]) -> 
 def _is_block(name: str, module: nn.Module, parents: tuple[nn.Module, ...]) -> bool:
     """Tell whether a module is one of several alike, with a norm or some weights, in a container that is no head."""
     container = re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2]
-    if not _is_numbered(module, parents) or type(module) is nn.Sequential or _HEAD.search(container):
+    if not _is_numbered(module, parents) or type(module) is nn.Sequential:
+        return False
+    if _HEAD.search(container) or _OF_DETECTORS.search(container):
         return False
     alike = sum(type(m) is type(module) for m in parents[-1].children())
     normed = any("Norm" in type(m).__name__ for m in module.modules() if m is not module)
@@ -171,8 +184,9 @@ def _named(places: list[_Place]) -> Iterator[int]:
     last = max((i for i, place in enumerate(places) if place.in_layer), default=-1)
     for i, place in enumerate(places):
         part = place.name.rpartition(".")[2]
-        elsewhere = part == _LAST_ELSEWHERE and not any(_is_of_transformers(m) for m in place.parents)
-        named = _HEAD.search(part) or (i > last and (elsewhere or _LAST.search(part)))
+        theirs = any(_is_of_transformers(m) for m in place.parents)
+        at_end = i > last and (_LAST.search(part) or (not theirs and _LAST_ELSEWHERE.search(part)))
+        named = _HEAD.search(part) or at_end or (theirs and _OF_DETECTORS.search(part))
         if not named or place.in_layer or place.reads or isinstance(place.module, PreTrainedModel):
             continue
         inside = [i, *(j for j in range(i + 1, len(places)) if places[j].name.startswith(f"{place.name}."))]
@@ -194,30 +208,43 @@ def _as_large_as_vocabulary(places: list[_Place]) -> Iterator[int]:
             yield i
 
 
-def _by_place(places: list[_Place], heads: set[int], outermost: list[PreTrainedModel]) -> tuple[list[int], str | None]:
-    """Find heads behind the last layer of a module that is no class of transformers, or say that none is known."""
+def _by_place(places: list[_Place], heads: set[int], outermost: list[PreTrainedModel]) -> tuple[list[int], list[int]]:
+    """Find heads behind the last layer of a module that is no class of transformers, and what remains a question."""
     known = {id(m) for place in places if _is_of_transformers(place.module) for m in place.module.modules()}
     last = max((i for i, place in enumerate(places) if place.in_layer or id(place.module) in known), default=-1)
     linears = [
         i
         for i, place in enumerate(places)
-        if isinstance(place.module, nn.Linear) and id(place.module) not in known and not place.in_layer
+        if isinstance(place.module, nn.Linear)
+        and id(place.module) not in known
+        and not (place.in_layer or place.reads)
     ]
-    if last >= 0:
-        hidden = {m.config.hidden_size for m in outermost if hasattr(m.config, "hidden_size")}
-        candidates = [i for i in linears if i not in heads and _may_be_head(places[i])]
-        return [i for i in candidates if i > last or _writes(places[i].module, hidden)], None
-    open_question = len(linears) > 1 and not any(i in heads for i in linears)
-    return [], places[linears[-1]].name if open_question else None
+    if last < 0:
+        return [], linears if len(linears) > 1 and not heads.intersection(linears) else []
+    hidden = {m.config.hidden_size for m in outermost if hasattr(m.config, "hidden_size")}
+    # Behind a whole model of transformers a projection may lead into another one; behind layers it is the last.
+    bridges = {i for i in linears if id(places[last].module) in known and _is_bridge(places[i])}
+    apart = {i for i in linears if _writes(places[i].module, hidden) or _OUT.search(places[i].name)}
+    behind = [i for i in linears if i not in heads and (i > last or i in apart)]
+    return [i for i in behind if i not in bridges], [i for i in behind if i in bridges]
 
 
 def _is_of_transformers(module: nn.Module) -> bool:
     """Tell whether a model says itself where its head is: a class of transformers, or one with a backbone."""
     if not isinstance(module, PreTrainedModel):
         return False
-    # FSDP2 puts a subclass of its own in place of the class.
-    kind = next(base for base in type(module).__mro__ if not base.__name__.startswith("FSDP"))
-    return module.base_model is not module or kind.__module__.startswith("transformers.")
+    return module.base_model is not module or _kind(module).startswith("transformers.")
+
+
+def _is_own_addition(place: _Place) -> bool:
+    """Tell whether a linear layer was added by somebody's own class to a backbone of transformers."""
+    owner = next((m for m in reversed(place.parents) if isinstance(m, PreTrainedModel)), None)
+    return isinstance(place.module, nn.Linear) and owner is not None and not _kind(owner).startswith("transformers.")
+
+
+def _kind(module: nn.Module) -> str:
+    """Return where a class is from; FSDP2 puts a subclass of its own in place of it."""
+    return next(base for base in type(module).__mro__ if not base.__name__.startswith("FSDP")).__module__
 
 
 def _writes(module: nn.Module, hidden: set[int]) -> bool:
@@ -225,5 +252,5 @@ def _writes(module: nn.Module, hidden: set[int]) -> bool:
     return isinstance(module, nn.Linear) and module.in_features in hidden and module.out_features not in hidden
 
 
-def _may_be_head(place: _Place) -> bool:
-    return not place.reads and not any(_BRIDGE.search(part) for part in place.name.split(".")[-2:])
+def _is_bridge(place: _Place) -> bool:
+    return any(_BRIDGE.search(part) for part in place.name.split(".")[-2:])

@@ -116,9 +116,24 @@ def chooses(name: str, module: nn.Module, parents: tuple[nn.Module, ...]) -> boo
     sizes = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
     if any(_TABLE.search(part) for part in parts[-2:]) and sizes and min(sizes) <= _MOST_POSITIONS:
         return True
+    if any(_routes(part, parents[i]) for i, part in enumerate(parts) if i < len(parents)):
+        return True
     # The layers of a sequence go by the name of the sequence.
     at = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
-    if not _GATE.search(parts[at]) or at >= len(parents):
+    if not _GATE.search(parts[at]) or at >= len(parents) or any("expert" in part for part in parts[:at]):
         return False
-    beside_experts = any("expert" in child for child, _ in parents[at].named_children() if child != parts[at])
-    return beside_experts or bool(sizes and sizes[0] * 4 <= sizes[1])
+    beside = [m for child, m in parents[at].named_children() if child != parts[at] and isinstance(m, nn.Linear)]
+    # The gate of an MLP is as wide as what it is multiplied with.
+    return bool(sizes and sizes[0] * 4 <= sizes[1]) and all(m.out_features != sizes[0] for m in beside if sizes)
+
+
+def _routes(name: str, owner: nn.Module) -> bool:
+    """Tell whether a part of a module scores the experts beside it: its last layer has an output for each."""
+    children = dict(owner.named_children())
+    experts = [m for child, m in children.items() if "expert" in child and child != name]
+    if not experts or "expert" in name.replace("expert_", "") or name not in children:
+        return False
+    counts = {len(m) for m in experts if isinstance(m, nn.ModuleList)}
+    counts |= {n for m in experts for n in [getattr(m, "num_experts", None)] if isinstance(n, int)}
+    linears = [m for m in children[name].modules() if isinstance(m, nn.Linear)]
+    return bool(linears) and (linears[-1].out_features in counts or _GATE.search(name) is not None)

@@ -40,7 +40,8 @@ def check_config(values: Any) -> None:
         if isinstance(value, Mapping):
             check_config(value)
         most = MOST_CLASSES if key == "num_labels" else MOST_LAYERS if _LAYERS.search(str(key)) else None
-        if most and isinstance(value, int) and value > most:
+        largest = max((n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)), default=0)
+        if most and largest > most:
             raise ValueError(f"{shown(key)} is {shown(value)}, expected at most {most:,}")
 
 

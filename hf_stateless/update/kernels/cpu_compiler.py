@@ -11,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 logger = logging.getLogger(__name__)
@@ -84,16 +86,28 @@ def _run(command: list[str], deadline: float) -> str:
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=os.name != "nt"
     )
+    said = bytearray()
+    reader = threading.Thread(target=_keep_the_beginning, args=(process.stderr, said), daemon=True)
+    reader.start()
     try:
-        _, error = process.communicate(timeout=left)
+        process.wait(timeout=left)
+        reader.join(timeout=1)
     except subprocess.TimeoutExpired:
         _end(process)
         return f"it took more than {_LIMIT:.0f} s"
     except BaseException:
         _end(process)
         raise
-    lines = error.decode(errors="replace").strip().splitlines()
+    lines = bytes(said).decode(errors="replace").strip().splitlines()
     return "" if process.returncode == 0 else (lines or [f"exit status {process.returncode}"])[0]
+
+
+def _keep_the_beginning(stream: Any, said: bytearray) -> None:
+    """Read all that a compiler says, so that it does not wait, and keep what may be its first lines."""
+    with stream:
+        while chunk := stream.read1(1 << 16):
+            if len(said) < 1 << 16:
+                said += chunk
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

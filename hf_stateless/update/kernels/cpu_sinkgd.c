@@ -4,6 +4,7 @@ Each iteration reads G or its squares once: the sums of a few rows are taken, an
 while these rows are in the fastest cache. Column sums are added up in blocks of 64 rows first, and row sums in chunks
 of 8192 columns: one long sum in float32 would lose digits. Matrices are contiguous, (m, n). */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -124,7 +125,8 @@ APPLY(apply_bf16_nearest, load_bf16, load_bf16, store_nearest)
 
 /* squares: m n floats of scratch where they are kept from one iteration to the next, else ROWS n.
    vectors: m + 4 n floats of scratch. hashes: for stochastic rounding by key, m + n integers of scratch, else NULL.
-   Returns LEFT_ALONE, with W unchanged, where the row sums of scale^2 G^2 are not inside (least, most). */
+   Returns LEFT_ALONE, with W unchanged, where the row sums of scale^2 G^2 are not inside (least, most), or where a
+   factor of G would leave float32. */
 int sinkgd_step(const void *grad, int grad_is_bf16, void *weight, int weight_is_bf16, float *squares,
                 int squares_are_kept, float *vectors, int32_t *hashes, int32_t key, int64_t m,
                 int64_t n, int64_t num_iterations, float scale, float step_size, float decay, float smallest_row,
@@ -153,6 +155,10 @@ int sinkgd_step(const void *grad, int grad_is_bf16, void *weight, int weight_is_
             c[j] = columns[j] <= smallest_column ? 0 : sqrtf(v[j]);
         }
     }
+    float tallest = 0, widest = 1;
+    for (int64_t i = 0; i < m; i++) tallest = fmaxf(tallest, sqrtf(u[i]) * scale);
+    for (int64_t j = 0; j < n; j++) widest = fmaxf(widest, c[j]);
+    if (!(tallest * widest < FLT_MAX)) return LEFT_ALONE;
     if (hashes) hash_indices(hashes, m, n, key);
     for (int64_t i = 0; i < m; i++) {
         const float r = sqrtf(u[i]) * scale;

@@ -68,7 +68,9 @@ def _kernel() -> Callable[..., int] | None:
     if library is None:
         return None
     address, flag, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    step: Callable[..., int] = library.sinkgd_step
+    step: Callable[..., int] | None = getattr(library, "sinkgd_step", None)
+    if step is None:  # whatever CC names has made another library
+        return None
     step.argtypes = [address, flag, address, flag, address, flag, address, address, flag, *[size] * 3, *[number] * 7]  # type: ignore[attr-defined]
     return step
 

@@ -46,6 +46,8 @@ def check_folder(
         _compare_layers(stored, model, names, folder)
         if is_own_class(model):
             _compare_sizes(stored, tensors, model, names, folder)
+        else:
+            _expect_layers(stored, model, names, folder)
 
 
 def _compare_layers(
@@ -68,6 +70,18 @@ def _compare_layers(
                 f"{folder}: {layer} is stored with {sizes} weights, and config.json speaks of "
                 f"{(linear.out_features, linear.in_features)}: {_AGAIN}"
             )
+
+
+def _expect_layers(stored: Collection[str], model: PreTrainedModel, names: Collection[str], folder: str) -> None:
+    """Refuse a folder that lacks layers of the backbone, whatever class it is loaded as: heads are never in 8 bits."""
+    prefix = f"{model.base_model_prefix}."
+    held, expected = ({name.removeprefix(prefix) for name in some} for some in (stored, names))
+    missing = sorted(expected - held)
+    # A part of a model that was saved as a whole has other names altogether.
+    if missing and (expected & held or not held):
+        raise ValueError(
+            f"{folder}: its codes and scales of {missing[0]} are missing ({len(missing)} layers): {_AGAIN}"
+        )
 
 
 def _compare_sizes(

@@ -68,9 +68,12 @@ def load_whole(folder: Path, source: str) -> PreTrainedModel:
     try:
         tensors = read_headers(_weight_files(folder))
         layers_of(tensors, Int8TrainingConfig(**stored).group_size, source)
-        for name in _LAYERS:
-            if isinstance(config.get(name), int) and config[name] > len(tensors):
-                raise ValueError(f"{source}: {name}={config[name]} in config.json, and {len(tensors)} tensors in all.")
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            for name in _LAYERS:
+                if isinstance(part.get(name), int) and part[name] > len(tensors):
+                    raise ValueError(
+                        f"{source}: {name}={part[name]} in config.json, and {len(tensors)} tensors in all."
+                    )
         with _quiet():
             model, found = _class_of(config).from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True
