@@ -226,7 +226,7 @@ def test_explain_takes_the_options_of_a_run(folder, capsys):
         (["CONFIG", "--optim", "adam"], "Unknown optimizer 'adam'"),
         (["CONFIG", "--optim-args", "lr_scale"], "expected key=value,key=value"),
         (["CONFIG", "--optim-args", "release=all"], "take optim='sinkgd_layerwise'"),
-        (["CONFIG", "--target-modules", "q_proj"], "optim_target_modules='.*q_proj'"),
+        (["CONFIG", "--target-modules", "q_proj"], "--target-modules '.*q_proj'"),
         (["CONFIG", "--lora", "0"], "expected a rank of at least 1"),
     ],
     ids=str,
