@@ -14,9 +14,9 @@ import time
 
 from finetuning_data import DataArguments, describe_rows, load_rows
 from finetuning_model import (
-    InputError,
     ModelArguments,
     before_and_after,
+    building,
     describe_model,
     find_checkpoint,
     find_model,
@@ -31,7 +31,7 @@ from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, get_peft_config
 
 import hf_stateless
 from hf_stateless.reports.card.attach import attach_model_card
-from hf_stateless.reports.card.pushing import create_repository, push, repository_later
+from hf_stateless.reports.card.pushing import create_repository, push
 
 
 def main() -> None:
@@ -44,17 +44,14 @@ def main() -> None:
     with args.main_process_first(desc="model and data"):
         model = find_model(args, model_args)
         train, held_out = load_rows("dpo", data_args, mixture)
-    try:
-        with repository_later(args):
-            trainer = DPOTrainer(
-                model=model,
-                args=args,
-                train_dataset=train,
-                eval_dataset=held_out,
-                peft_config=get_peft_config(model_args),
-            )
-    except ValueError as error:
-        raise InputError(" ".join(str(error).split())) from error
+    with building(args):
+        trainer = DPOTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            peft_config=get_peft_config(model_args),
+        )
     prepare_trainer(trainer)
     hf_stateless.attach_memory_report(trainer)
     attach_model_card(trainer, **describe_model(model_args, model), **describe_rows(data_args, mixture))

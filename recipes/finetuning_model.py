@@ -4,12 +4,13 @@ A script reads its arguments with `parse_arguments`, gives `find_model` to its t
 `prepare_trainer` and ends with `loading_line`. `run_script` answers a mistake of the user with one line.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from transformers.utils import strtobool
 
 import hf_stateless  # makes swan, sinkgd and multinorm valid in --optim: before the parser is built
 from hf_stateless.reports.card.attach import save
-from hf_stateless.reports.card.pushing import PushError
+from hf_stateless.reports.card.pushing import PushError, repository_later
 
 
 if importlib.util.find_spec("trl") is None:
@@ -38,6 +39,7 @@ __all__ = [
     "InputError",
     "ModelArguments",
     "before_and_after",
+    "building",
     "complete",
     "describe_model",
     "find_checkpoint",
@@ -70,6 +72,16 @@ class ModelArguments(ModelConfig):
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of one process on CPU; default: all cores."}
     )
+
+
+@contextlib.contextmanager
+def building(args: TrainingArguments) -> Iterator[None]:
+    """Let a trainer of TRL be made without its repository; what it refuses is a mistake of the user."""
+    try:
+        with repository_later(args):
+            yield
+    except ValueError as error:
+        raise InputError(" ".join(str(error).split())) from error
 
 
 def parse_arguments(task: str, *kinds: type, args: list[str] | None = None, **defaults: object) -> tuple:

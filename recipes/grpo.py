@@ -16,6 +16,7 @@ import torch
 from finetuning_model import (
     InputError,
     ModelArguments,
+    building,
     describe_model,
     find_checkpoint,
     find_model,
@@ -32,7 +33,7 @@ from trl import GRPOConfig, GRPOTrainer, get_peft_config
 
 import hf_stateless
 from hf_stateless.reports.card.attach import attach_model_card, save
-from hf_stateless.reports.card.pushing import create_repository, push, repository_later
+from hf_stateless.reports.card.pushing import create_repository, push
 
 
 CAN_USE_VLLM = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
@@ -51,18 +52,15 @@ def make_trainer(args: GRPOConfig, model_args: ModelArguments, tasks: ReasoningT
     """Return the trainer, with the verifier's score and the format as two rewards that are logged apart."""
     with args.main_process_first(desc="model"):
         model = find_model(args, model_args)
-    try:
-        with repository_later(args):
-            trainer = GRPOTrainer(
-                model=model,
-                reward_funcs=[tasks.verifier_reward, tasks.format_reward],
-                args=args,
-                train_dataset=tasks.train,
-                eval_dataset=tasks.held_out if args.eval_strategy != "no" else None,
-                peft_config=get_peft_config(model_args),
-            )
-    except ValueError as error:
-        raise InputError(" ".join(str(error).split())) from error
+    with building(args):
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=[tasks.verifier_reward, tasks.format_reward],
+            args=args,
+            train_dataset=tasks.train,
+            eval_dataset=tasks.held_out if args.eval_strategy != "no" else None,
+            peft_config=get_peft_config(model_args),
+        )
     prepare_trainer(trainer)
     hf_stateless.attach_memory_report(trainer)
     attach_model_card(trainer, **describe_model(model_args, model), data=describe_questions(tasks))

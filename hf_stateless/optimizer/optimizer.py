@@ -326,25 +326,25 @@ class StatelessOptimizer(torch.optim.Optimizer):
                 values that would make a weight NaN. Nothing is loaded then.
         """
         check_same_groups(state_dict["param_groups"], self.param_groups)
-        self._check_saved(state_dict)
+        made = self._checked_state(state_dict)
         options = options_of(self.param_groups)
         super().load_state_dict(state_dict)
         apply_options(self.param_groups, options)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for i, p in zip(saved["params"], group["params"], strict=True):
                 if i in state_dict["state"]:
-                    made = state_on_meta(RULES[group["algorithm"]], p, group)
-                    self.state[p].update(fitted_state(state_dict["state"][i], p, made))
+                    self.state[p].update(fitted_state(state_dict["state"][i], p, made[i]))
                     fit_momentum_(self.state[p], p, group)
 
-    def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse a saved state that does not fit, before any of it is loaded."""
-        index = 0
+    def _checked_state(self, state_dict: Mapping[str, Any]) -> dict[int, dict[str, Tensor]]:
+        """Refuse a saved state that does not fit, before any of it is loaded; return what the rules would make."""
+        index, every = 0, {}
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             rule = RULES[group["algorithm"]]
             for i, p in zip(saved["params"], group["params"], strict=True):
                 state, name = state_dict["state"].get(i, {}), self.name_of(index)
                 index += 1
-                made = state_on_meta(rule, p, group)
+                every[i] = made = state_on_meta(rule, p, group)
                 check_state(state, {key: tensor for key, tensor in made.items() if key in state}, name)
                 check_values(state, name)
+        return every

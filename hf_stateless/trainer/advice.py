@@ -9,16 +9,14 @@ from typing import Any, NoReturn
 
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from ..optimizer.option_kinds import shown
+from .matrices import CONVOLUTIONS, LAYERS
 
 
 # What PEFT adds to the name of a layer that it wraps.
 _PEFT_TAIL = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)(\..*)?$")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LAYERS = (nn.Linear, Conv1D, *_CONVOLUTIONS)
 _MOST_NAMES = 12
 _MOST_IN_A_VALUE = 6
 
@@ -107,7 +105,7 @@ def target_value(names: Iterable[str], selectable: Mapping[str, Sequence[nn.Para
 
 def _tail(name: str) -> str:
     """Return a pattern for the end of a name from its last word on, or for all of it where it has numbers only."""
-    parts = [re.sub(r"[^\w-]", ".", part) for part in _PEFT_TAIL.sub("", name).split(".")]
+    parts = [as_pattern(part) for part in _PEFT_TAIL.sub("", name).split(".")]
     words = [i for i, part in enumerate(parts) if not part.isdecimal()]
     if not words:
         return ".".join(parts)
@@ -134,10 +132,18 @@ def _words(target_modules: object) -> list[str]:
     return [word.strip(".") for word in re.findall(r"[A-Za-z_][\w.-]{2,}", str(target_modules)[:2000])][:20]
 
 
+def as_pattern(name: str) -> str:
+    """Return a name as a regular expression that needs no escapes: `.` for what is no letter, digit, `_` or `-`."""
+    return re.sub(r"[^\w-]", ".", name)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Return the first names of some, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _listed(names: Iterable[str]) -> str:
-    names = sorted(set(names))
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
+    return first_of(sorted(set(names)), _MOST_NAMES)
 
 
 def _last(name: str) -> str:
@@ -173,8 +179,8 @@ def _why_unmatched(model: nn.Module, target_modules: object) -> str:
     wrapped = _parametrized(matched.items())
     if wrapped:
         return _under_parametrization(wrapped)
-    if any(isinstance(module, _LAYERS) for module in matched.values()):
-        layers = {name: module for name, module in matched.items() if isinstance(module, _LAYERS)}
+    if any(isinstance(module, LAYERS) for module in matched.values()):
+        layers = {name: module for name, module in matched.items() if isinstance(module, LAYERS)}
         tied = any(getattr(module.weight, "requires_grad", False) for module in layers.values())
         return f"what it names ({_listed(map(_last, layers))}) is {'an embedding too' if tied else 'frozen'}"
     if matched:
@@ -186,7 +192,7 @@ def _why_unmatched(model: nn.Module, target_modules: object) -> str:
 
 def _convolutions(model: nn.Module, selectable: Iterable[str]) -> list[str]:
     modules = dict(model.named_modules())
-    return [name for name in selectable if isinstance(modules[name], _CONVOLUTIONS)]
+    return [name for name in selectable if isinstance(modules[name], CONVOLUTIONS)]
 
 
 def _count(number: int, thing: str) -> str:
@@ -219,7 +225,7 @@ def _nothing_to_select(model: nn.Module) -> str:
     wrapped = _parametrized(model.named_modules())
     if wrapped:
         return f"The model has no trainable matrix: {_under_parametrization(wrapped)}, or type optim=adamw_torch."
-    layers = sum(isinstance(module, _LAYERS) for module in model.modules())
+    layers = sum(isinstance(module, LAYERS) for module in model.modules())
     why = f"its {layers} linear layers and convolutions are frozen" if layers else "it has no linear layer"
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     return (

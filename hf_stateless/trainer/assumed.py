@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from .advice import as_pattern, first_of
 from .heads import find_heads
 from .matrices import matrix_weights
 
 
 _LONGEST = 400  # characters of a value that somebody types
+_MOST_NAMES = 3
 
 
 def assumptions(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -37,8 +39,9 @@ def assumptions(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Iterat
     assumed = [name for name in heads.assumed if f"{name}.weight" in roles]
     if assumed and matrices:
         yield (
-            f"Taken for heads, since they stand behind the layers, and updated by AdamW: {_listed(assumed)}. If "
-            f"they are layers like the others, type {_typed(model, matrices + assumed)}."
+            "Taken for heads, since they stand behind the layers, and updated by AdamW: "
+            f"{first_of(assumed, _MOST_NAMES)}. If they are layers like the others, type "
+            f"{_typed(model, matrices + assumed)}."
         )
     undecided = [name for name in heads.undecided if name in matrices]
     if undecided and len(matrices) > 1 and "adapter" not in roles.values():
@@ -63,9 +66,10 @@ def _small_share(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     rest = sorted(((p.numel(), name, p) for role, name, p in inner if role == "rest"), key=lambda row: -row[0])
     share = 1 - sum(numel for numel, _, _ in rest) / total if total else 1.0
     if share < 0.5:
+        largest = first_of([f"{name} {tuple(p.shape)}" for _, name, p in rest], _MOST_NAMES)
         yield (
             f"Only {share:.0%} of the trained weights outside embeddings and heads are matrices; AdamW updates the "
-            f"rest and keeps two moments of it: {_listed([f'{name} {tuple(p.shape)}' for _, name, p in rest])}."
+            f"rest and keeps two moments of it: {largest}."
         )
 
 
@@ -86,17 +90,13 @@ def pattern_of(model: nn.Module, names: Iterable[str]) -> str:
         '.*(down|up)'
     """
     wanted = set(names)
-    plain = {name: re.sub(r"[^\w.-]", ".", name) for name in wanted}
+    plain = {as_pattern(name) for name in wanted}
     modules = model.named_modules(remove_duplicate=False)
     layers = {name for name, module in modules if any(True for _ in matrix_weights(module, convolutions=True))}
-    ends = "|".join(sorted({re.sub(r"[^\w-]", ".", name.rpartition(".")[2]) for name in wanted}))
+    ends = "|".join(sorted({as_pattern(name.rpartition(".")[2]) for name in wanted}))
     # Neither backslashes nor escapes: what is printed can be typed in Python, in YAML and on a command line.
-    numbered = sorted({re.sub("[0-9]+", "[0-9]+", name) for name in plain.values()})
+    numbered = sorted({re.sub("[0-9]+", "[0-9]+", name) for name in plain})
     for pattern in (rf".*({ends})", rf"(.*[.])?({ends})", "|".join(numbered)):
         if {name for name in layers if re.fullmatch(pattern, name)} == wanted:
             return pattern
-    return "|".join(sorted(plain.values()))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return "|".join(sorted(plain))

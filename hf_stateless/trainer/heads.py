@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from .adapters import lora_linears
+from .matrices import LAYERS
 
 
 _OUTPUT = r"class(es)?|cls|b?box(es)?|obj(ect)?|mask|label|score|logits?|token|value|reward|vocab"
@@ -78,8 +78,9 @@ def find_heads(model: nn.Module) -> Heads:
     places = list(_places(model))
     by_id = {id(place.module): i for i, place in enumerate(places)}
     outermost = list(_outermost_transformers(model))
-    heads = {i for inner in outermost for i in _outside_backbone(inner, places, by_id)}
-    heads |= {i for i, place in enumerate(places) if _is_labelled(place)} | set(_named(places))
+    named = set(_named(places))
+    heads = {i for inner in outermost for i in _outside_backbone(inner, places, by_id)} | named
+    heads |= {i for i, place in enumerate(places) if _is_labelled(place)}
     for inner in (place.module for place in places if isinstance(place.module, PreTrainedModel)):
         # A model may be made of others that have a head of their own (BLIP-2, encoder-decoder pairs).
         output = inner.get_output_embeddings()
@@ -88,7 +89,7 @@ def find_heads(model: nn.Module) -> Heads:
     assumed, undecided = _by_place(places, heads, outermost)
     adapters = {id(m) for place in places for m in lora_linears(place.module)}
     found = {id(places[i].module) for i in heads | set(assumed)} - adapters
-    assumed += [i for i in heads if _is_own_addition(places[i]) and i not in set(_named(places))]
+    assumed += [i for i in heads - named if _is_own_addition(places[i])]
     names = [places[i].name for i in sorted(assumed) if id(places[i].module) in found]
     return Heads(found, names, [places[i].name for i in undecided])
 
@@ -147,8 +148,8 @@ def _is_numbered(module: nn.Module, parents: tuple[nn.Module, ...]) -> bool:
 
 def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the weights of the linear layers and convolutions of a module."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
-    yield from (p for m in module.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False) if p.ndim > 1)
+    layers = (m for m in module.modules() if isinstance(m, LAYERS))
+    yield from (p for m in layers for p in m.parameters(recurse=False) if p.ndim > 1)
 
 
 def _outermost_transformers(module: nn.Module) -> Iterator[PreTrainedModel]:

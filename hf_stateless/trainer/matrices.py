@@ -21,7 +21,9 @@ _RAW = {
     "ZambaMambaMixer": {"x_proj_weight": "out_in", "dt_proj_weight": "out_in"},
     "QuantLinear": {"weight": "out_in"},
 }
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, Conv1D, *CONVOLUTIONS)
+"""Linear layers and convolutions, whose weight is called `weight`."""
 # Classes that choose experts or mix streams; some hold a linear layer, some are one.
 _ROUTER = re.compile(r"Router$|Mo[eE]\w*(Gate|Gating)$|AltUp$")
 # Names of small networks and tables that give a bias for each distance of two positions, or coefficients.
@@ -51,7 +53,7 @@ def matrix_weights(module: nn.Module, convolutions: bool = False) -> Iterator[tu
         yield from _own(module, {"weight": "out_in"})
     elif isinstance(module, Conv1D):
         yield from _own(module, {"weight": "in_out"})
-    elif isinstance(module, _CONVOLUTIONS):
+    elif isinstance(module, CONVOLUTIONS):
         if convolutions:
             # One output for each group would make matrices of one row.
             divided = 1 < module.groups < module.out_channels
@@ -91,7 +93,7 @@ def pointwise(module: nn.Module) -> bool:
 
     Beside other matrices it is one of them (SqueezeBERT is made of such); networks of convolutions alone are left out.
     """
-    return isinstance(module, _CONVOLUTIONS) and set(module.kernel_size) == {1}
+    return isinstance(module, CONVOLUTIONS) and set(module.kernel_size) == {1}
 
 
 def is_thin(sizes: tuple[int, int] | None) -> bool:
