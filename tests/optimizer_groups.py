@@ -26,7 +26,7 @@ def group(*params, algorithm="multinorm", **options):
 
 
 def preset_group(name, *params, **options):
-    return group(*params, norms=PRESETS[name].norms, num_iterations=PRESETS[name].num_iterations, **options)
+    return group(*params, **{**PRESETS[name].group(), **options})
 
 
 def take_steps(optimizer, steps):

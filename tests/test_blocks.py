@@ -29,7 +29,7 @@ PARTS = {
 each_layout = pytest.mark.parametrize("layout", PARTS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHAINS = {
-    **{name: {"norms": p.norms, "num_iterations": p.num_iterations} for name, p in PRESETS.items()},
+    **{name: p.group() for name, p in PRESETS.items()},
     "eigh": {"norms": ("row_standardize", "spectral"), "num_iterations": 1, "whitening": "eigh"},
     "nsds": {"norms": ("spectral",), "num_iterations": 1, "whitening": "nsds"},
     "polar": {"norms": ("spectral",), "num_iterations": 1, "whitening": "polar_express"},

@@ -30,7 +30,7 @@ def stepped(device, dtype, steps=3, **options):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_batched_steps_on_cuda_equal_the_loop_on_cpu(name):
-    options = {"norms": PRESETS[name].norms, "num_iterations": PRESETS[name].num_iterations}
+    options = PRESETS[name].group()
     pairs = zip(*(stepped(device, torch.float32, **options) for device in ("cuda", "cpu")), strict=True)
     for cuda, cpu in pairs:
         torch.testing.assert_close(cuda, cpu, rtol=1e-4, atol=1e-5)

@@ -34,7 +34,7 @@ each_name = pytest.mark.parametrize("name", PRESETS)
 def build(name="sinkgd", shape=(6, 9), **options):
     """One matrix and its optimizer."""
     weight = torch.nn.Parameter(dense(*shape, seed=7))
-    chain = {"norms": PRESETS[name].norms, "num_iterations": PRESETS[name].num_iterations}
+    chain = PRESETS[name].group()
     group = {"params": [weight], "algorithm": "multinorm", "lr_scale": 0.2, "weight_decay": 0.1, "momentum": MU}
     group |= {**chain, **options}
     return weight, StatelessOptimizer([group], lr=LR)

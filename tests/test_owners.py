@@ -51,7 +51,7 @@ def test_llama_blocks_are_balanced_over_eight_ranks():
 def stepped(preset, *, split, rank=0, dtype=torch.float32):
     """Weights after two steps; with a rank, its gradients are its own."""
     params = [torch.nn.Parameter(dense(*shape, seed=i, dtype=dtype)) for i, shape in enumerate(SHAPES)]
-    chain = {"norms": preset.norms, "num_iterations": preset.num_iterations, "split_whitening": split}
+    chain = {**preset.group(), "split_whitening": split}
     optimizer = StatelessOptimizer([{"params": params, "algorithm": "multinorm", **chain}], lr=0.1)
     for step in range(2):
         for i, p in enumerate(params):

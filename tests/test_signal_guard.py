@@ -29,7 +29,7 @@ SCRIPT = ROOT / "recipes" / "benchmarks" / "zero_signal.py"
 def build(place=lambda whole: whole, min_signal=FRACTION, name="sinkgd"):
     """Two groups of matrices, as layouts make them, and one of AdamW."""
     weights = [torch.nn.Parameter(place(dense(*shape, seed=i))) for i, shape in enumerate((*SHAPES, (7,)))]
-    chain = {"norms": PRESETS[name].norms, "num_iterations": PRESETS[name].num_iterations, "min_signal": min_signal}
+    chain = {**PRESETS[name].group(), "min_signal": min_signal}
     groups = [{"params": [w], "algorithm": "multinorm", "weight_decay": 0.1, **chain} for w in weights[:2]]
     return weights, StatelessOptimizer([*groups, {"params": weights[2:], "algorithm": "adamw"}], lr=0.1)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from .chain import Chain
 
 
 _SWAN_PAPER = """@inproceedings{ma2025swan,
@@ -57,6 +60,23 @@ class MultiNormPreset:
     """Iterations of the whitening; None for its own default."""
     scale: str = "rms"
     """What the size of an update is measured by, see `hf_stateless.norms.scale`."""
+
+    @property
+    def chain(self) -> Chain:
+        """The chain that it runs, unless options say more."""
+        return Chain.of(vars(self))
+
+    def group(self) -> dict[str, Any]:
+        """Return what a parameter group holds of it, to make one by hand.
+
+        Example:
+            >>> from hf_stateless import PRESETS
+            >>> PRESETS["swan"].group()
+            {'norms': ('row_standardize', 'spectral'), 'num_iterations': 1}
+        """
+        values, usual = vars(self.chain), vars(Chain())
+        always = ("norms", "num_iterations")
+        return {name: value for name, value in values.items() if name in always or value != usual[name]}
 
 
 PRESETS: dict[str, MultiNormPreset] = {

@@ -103,7 +103,7 @@ ROWS: dict[str, Callable[[Parameters], None]] = {
 
 
 def _optimizer(name: str, params: Parameters) -> StatelessOptimizer:
-    chain = {"norms": PRESETS[name].norms, "num_iterations": PRESETS[name].num_iterations}
+    chain = PRESETS[name].group()
     group = {"params": params, "algorithm": "multinorm", "stochastic_rounding": False, **chain}
     return StatelessOptimizer([group], lr=1e-3)
 

@@ -74,8 +74,7 @@ class Row:
 
 def ours(name: str, **options: object) -> Callable[[Params], torch.optim.Optimizer]:
     """Return a constructor of our optimizer with one group of matrices."""
-    preset = PRESETS[name]
-    group = {"algorithm": "multinorm", "norms": preset.norms, "num_iterations": preset.num_iterations, **options}
+    group = {"algorithm": "multinorm", **PRESETS[name].group(), **options}
     return lambda params: StatelessOptimizer([{"params": params, **group}])
 
 
