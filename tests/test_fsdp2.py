@@ -27,10 +27,12 @@ TABLES = ((3, 8), (9, 14), (31, 6))
 SHARD0, SHARD1, SHARD2 = (Shard(0),), (Shard(1),), (Shard(2),)
 HYBRID, TWO_CUTS = (Replicate(), Shard(0)), (Shard(0), Shard(1))
 CHAINS = {
-    **{name: {"norms": preset.norms, "num_iterations": preset.num_iterations} for name, preset in PRESETS.items()},
+    **{name: preset.group() for name, preset in PRESETS.items()},
     **{norm: {"norms": (norm,), "num_iterations": 1} for norm in ("sign", "frobenius", "col_l2", "row_standardize")},
     "col_l2+row_l2": {"norms": ("col_l2", "row_l2"), "num_iterations": 3},
 }
+OPERATOR = {**SINKGD, "scale": "operator"}
+CHAINS |= {"sinkgd by operator": OPERATOR, "row_l2 by operator": {**OPERATOR, "norms": ("row_l2",)}}
 MOMENTUM = {"momentum": 0.9, "momentum_dtype": "float32"}
 CHAINS |= {"sinkgd with momentum": {**SINKGD, **MOMENTUM}, "swan with momentum": {**SWAN, **MOMENTUM}}
 INT8 = {"momentum": 0.9, "momentum_dtype": "int8", "stochastic_rounding": False}
@@ -46,13 +48,17 @@ CASES = {
     "sinkgd, replicated": (UNEVEN, (Replicate(),), SINKGD),
     "sinkgd, one iteration": (UNEVEN, SHARD0, {**SINKGD, "num_iterations": 1}),
     "sinkgd, convolution": (KERNELS, SHARD0, {**SINKGD, "layout": "conv"}),
+    "sinkgd by operator, one row": (ONE_ROW, SHARD0, OPERATOR),
+    "sinkgd by operator, one row in_out": (ONE_ROW, SHARD0, {**OPERATOR, "layout": "in_out"}),
+    "sinkgd by operator, two cuts": (UNEVEN, TWO_CUTS, OPERATOR),
+    "sinkgd by operator, convolution": (KERNELS, SHARD0, {**OPERATOR, "layout": "conv"}),
     "swan, two cuts": (UNEVEN, TWO_CUTS, SWAN),
     "swan, one row": (ONE_ROW, SHARD0, SWAN),
     "swan, convolution": (KERNELS, SHARD0, {**SWAN, "layout": "conv"}),
     "vector": ((7,), SHARD0, {"norms": ("frobenius",), "num_iterations": 1, "layout": "vector"}),
     **{
         f"{name}, experts {cut} {layout}": (EXPERTS, cut, {**CHAINS[name], "layout": layout})
-        for name in ("sinkgd", "swan")
+        for name in ("sinkgd", "swan", "sinkgd by operator")
         for cut in (SHARD0, SHARD1, SHARD2)
         for layout in ("out_in", "in_out")
     },
@@ -65,6 +71,7 @@ CASES = {
     "sinkgd, width rule, in_out": (UNEVEN, SHARD1, {**SINKGD, "width_rule": "fan_in", "layout": "in_out"}),
     "swan, width rule, two cuts": (UNEVEN, TWO_CUTS, {**SWAN, "width_rule": "fan_in"}),
 }
+BOUNDED = {"sinkgd": SINKGD, "swan": SWAN, "sinkgd by operator": OPERATOR}
 # Factors on the gradient that leave an update of one process as it is, or nothing to update.
 GRADIENTS = {"plain": 1.0, "tiny": 1e-30, "huge": 1e30, "zero": 0.0}
 
@@ -165,6 +172,7 @@ def run_counts():
     layer = [(16, 16)] * 4 + [(43, 16)] * 2 + [(16, 43)]
     counts = {f"sinkgd {n}": counted(with_gradients(layer * n), SINKGD) for n in (1, 3)}
     counts |= {f"swan {n}": counted(with_gradients(layer * n), SWAN) for n in (1, 3)}
+    counts |= {f"sinkgd by operator {n}": counted(with_gradients(layer * n), OPERATOR) for n in (1, 3)}
     counts["sinkgd experts"] = counted(with_gradients([EXPERTS, *layer]), SINKGD)
     counts["sinkgd hybrid"] = counted(with_gradients(layer, HYBRID), SINKGD)
     counts["row norms"] = counted(with_gradients(layer), {"norms": ("row_l2",), "num_iterations": 1})
@@ -200,7 +208,7 @@ def run_bounded(monkeypatch):
     monkeypatch.setattr(sharded_sinkhorn, "_KEPT_BYTES", 300)
     monkeypatch.setattr(distributed, "_EXCHANGE_BYTES", 300)
     results = {}
-    for name, options in {"sinkgd": SINKGD, "swan": SWAN}.items():
+    for name, options in BOUNDED.items():
         params = with_gradients([UNEVEN] * 5)
         StatelessOptimizer([{"params": params, "algorithm": "multinorm", **options}], lr=0.1).step()
         results[name] = [p.full_tensor().detach() for p in params]
@@ -310,6 +318,12 @@ def test_sinkgd_sends_one_all_reduce_per_iteration_whatever_the_number_of_matric
     assert all(of_rank["counts"][run] == {"allreduce_": SINKGD["num_iterations"]} for of_rank in results)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_operator_norms_add_two_all_reduces_whatever_the_number_of_matrices(count, results):
+    expected = {"allreduce_": SINKGD["num_iterations"] + 2}
+    assert all(of_rank["counts"][f"sinkgd by operator {count}"] == expected for of_rank in results)
+
+
 def test_adamw_groups_add_one_all_reduce_of_flags_to_sinkgd(results):
     expected = {"allreduce_": SINKGD["num_iterations"] + 1}
     assert all(of_rank["counts"]["with adamw"] == expected for of_rank in results)
@@ -337,9 +351,9 @@ def test_rounding_noise_is_equal_on_replicas_and_differs_on_shards(results):
     assert 0.3 < (weights[0] != weights[1]).float().mean() < 0.7
 
 
-@pytest.mark.parametrize("name", ["sinkgd", "swan"])
+@pytest.mark.parametrize("name", BOUNDED)
 def test_limits_of_memory_do_not_change_the_step(name, results):
-    options = {"sinkgd": SINKGD, "swan": SWAN}[name]
+    options = BOUNDED[name]
     params = [torch.nn.Parameter(dense(*UNEVEN, seed=seed)) for seed in range(5)]
     for seed, p in enumerate(params):
         p.grad = dense(*UNEVEN, seed=seed)

@@ -52,6 +52,12 @@ class ShardedMatrices:
         self.size = self._local_size
 
     @property
+    def first_column(self) -> int:
+        """Where this rank's columns begin, where columns are cut."""
+        widths = [self.split.part(rank)[self.split.dim] for rank in range(self.split.rank)]
+        return sum(widths)
+
+    @property
     def sum_dtype(self) -> torch.dtype:
         """The dtype in which sums over ranks are safe.
 

@@ -20,6 +20,7 @@ from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.write import Workspace
 from .alone import Alone
 from .matrix_update import MatrixUpdate
+from .operator_norms import operator_factors
 from .owners import Exchange, assign_owners, same_on_replicas, shared_updates, whitening_cost
 from .placement import Split, whole_matrix
 from .sinkhorn import ShardedMatrices, iterate, keep_squares
@@ -91,8 +92,12 @@ class Sinkhorn:
             batches.append(ShardedMatrices(matrices, _split(first), along, sizes, keep_squares=keep))
         iterate(batches, [int(stack[0].chain.num_iterations) for stack in stacks])
         sizes_of_all = torch.cat([batch.size.to(batches[0].size.device) for batch in batches]).tolist()
-        for stack, batch in zip(stacks, batches, strict=True):
-            for update, row, column in zip(stack, *batch.scalings(), strict=True):
+        measured = [i for i, stack in enumerate(stacks) if stack[0].chain.scale == "operator"]
+        factors = dict(zip(measured, operator_factors([batches[i] for i in measured]), strict=True))
+        for i, (stack, batch) in enumerate(zip(stacks, batches, strict=True)):
+            rows, columns = batch.scalings()
+            rows = rows * factors[i].unsqueeze(-1) if i in factors else rows
+            for update, row, column in zip(stack, rows, columns, strict=True):
                 update.write_scaled(row, column, sizes_of_all.pop(0), workspace)
 
 
