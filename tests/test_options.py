@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_stateless import NORMS, PRESETS, create_optimizer
+from hf_stateless.norms.scale import UPDATE_SCALES
 from hf_stateless.norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
 from hf_stateless.optimizer.option_kinds import FRACTION
 from hf_stateless.optimizer.options import (
@@ -31,6 +32,7 @@ VALUES = {
     "norms": [("row_l2+spectral", ("row_l2", "spectral")), ("spectral", ["spectral"])],
     "num_iterations": [("3", 3), (" 1 ", 1)],
     "lr_scale": [("0.05", 0.05), ("1e-2", 0.01), ("2", 2), ("0", 0.0)],
+    "scale": [(name, name) for name in UPDATE_SCALES],
     "whitening": [(name, name) for name in WHITENING_DEFAULTS],
     "ns_steps": [("7", 7)],
     "ns_beta": [("0.5", 0.5)],
@@ -73,8 +75,10 @@ def test_table_covers_every_key():
 
 @pytest.mark.parametrize(("name", "key", "text", "value"), CASES)
 def test_text_and_python_value_mean_the_same(name, key, text, value):
-    parsed = parse_options(name, {key: text})
-    assert parsed == parse_options(name, {key: value})
+    # Which only this whitening takes, whatever the preset has.
+    beside = {"whitening": "newton_schulz"} if key in ("ns_beta", "ns_dtype") else {}
+    parsed = parse_options(name, {key: text, **beside})
+    assert parsed == parse_options(name, {key: value, **beside})
     if key not in ("norms", "center"):
         assert getattr(parsed, key) == value
         assert type(getattr(parsed, key)) in (str, int, float, bool)
@@ -100,6 +104,26 @@ def test_defaults_of_the_whitening_are_filled_in(name, whitening):
     assert {key: getattr(options, key) for key in ("ns_steps", "ns_beta", "ns_dtype")} == {
         key: defaults.get(key) for key in ("ns_steps", "ns_beta", "ns_dtype")
     }
+
+
+@pytest.mark.parametrize("name", ["sinkgd_polar", "sinkgd_polar_layerwise"])
+@pytest.mark.parametrize(
+    ("given", "whitening", "steps"),
+    [
+        ({}, "polar_express", PRESETS["sinkgd_polar"].ns_steps),
+        ({"whitening": "polar_express"}, "polar_express", PRESETS["sinkgd_polar"].ns_steps),
+        ({"ns_steps": 3}, "polar_express", 3),
+        ({"whitening": "newton_schulz"}, "newton_schulz", WHITENING_DEFAULTS["newton_schulz"]["ns_steps"]),
+        ({"whitening": "nsds"}, "nsds", WHITENING_DEFAULTS["nsds"]["ns_steps"]),
+        ({"whitening": "eigh"}, "eigh", None),
+    ],
+    ids=str,
+)
+def test_a_preset_may_have_a_whitening_of_its_own(name, given, whitening, steps):
+    options = parse_options(name, given)
+    assert (options.whitening, options.ns_steps, options.scale) == (whitening, steps, "operator")
+    assert options.norms == PRESETS["sinkgd_polar"].norms
+    assert message_of(name, {**given, "ns_beta": 0.5} if whitening == "polar_express" else {"norms": "sign"})
 
 
 def test_given_whitening_values_beat_its_defaults():
@@ -180,6 +204,7 @@ WRONG = [
     ("momentum", ["1", "-0.1", "nan", True, "yes"], "a number in [0, 1)"),
     ("momentum_dtype", ["fp32", "8", "", None], " | ".join(MOMENTUM_DTYPES)),
     ("width_rule", ["mup", "", None, 2], " | ".join(WIDTH_RULES)),
+    ("scale", ["op", "", None, 1.0, "RMS"], " | ".join(UPDATE_SCALES)),
 ]
 WRONG_FOR_SWAN = [
     ("whitening", ["svd", "", None], " | ".join(WHITENING_DEFAULTS)),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..norms.chain import Chain, multi_normalize
 from ..norms.projections import power_of_two_inverse
+from ..norms.scale import UPDATE_SCALES
 from ..norms.whitening import eigh
 from ..ranks.matrix_update import decay_of
 from ..ranks.placement import local_shard, part_of, whole_matrix
@@ -114,7 +116,7 @@ def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any]) -> list[bool
     lr = learning_rate(group)
     size = lr * group["lr_scale"] * math.sqrt(rows * columns / rank)
     options = {name: group[name] for name in ("scaling", "norms", "num_iterations")}
-    steps = product_steps(a, b, *grads, size=size, **options)
+    steps = product_steps(a, b, *grads, size=size, scale=group.get("scale", UPDATE_SCALES[0]), **options)
     steps = (steps[1].mT, steps[0].mT) if _of_embedding(layouts) else steps
     blocks = layouts[0].blocks
     # For each pair, of each factor the norms of the blocks that it is made of.
@@ -176,6 +178,7 @@ def product_steps(
     scaling: float,
     norms: Sequence[str] = ("spectral",),
     num_iterations: int = 1,
+    scale: str = UPDATE_SCALES[0],
 ) -> tuple[Tensor, Tensor]:
     r"""Return the steps D_A in R^{r x n}, D_B in R^{m x r} of steepest descent in the change of s B A.
 
@@ -199,6 +202,7 @@ def product_steps(
         scaling: s, which multiplies B A in the layer.
         norms: chain of norm projections; for `spectral` the steps of B A are the same for all (R A, B R^-1).
         num_iterations: how often the chain runs.
+        scale: with `operator` N makes the largest singular value about 1, instead of their root mean square.
 
     Returns:
         D_A and D_B, in at least float32, to be subtracted.
@@ -228,16 +232,17 @@ def product_steps(
     frame_b = b @ root
     values, vectors = _spectrum(frame_b.mT @ frame_b)
     damped = _power(values + (_STIFFNESS * reach) ** 2, vectors, -0.5).to(dtype)
-    step_b = _normalize(grad_b @ inverse, norms, num_iterations) @ inverse
-    step_a = root @ (damped @ _normalize((damped @ (root @ grad_a)).mT, norms, num_iterations).mT)
+    normalize = partial(_normalize, norms=norms, num_iterations=num_iterations, scale=scale)
+    step_b = normalize(grad_b @ inverse) @ inverse
+    step_a = root @ (damped @ normalize((damped @ (root @ grad_a)).mT).mT)
     return reach * step_a, reach * step_b
 
 
-def _normalize(x: Tensor, norms: Sequence[str], num_iterations: int) -> Tensor:
-    """Give the singular values of a matrix (features x r) root mean square 1: all of them 1 for `spectral`."""
+def _normalize(x: Tensor, norms: Sequence[str], num_iterations: int, scale: str) -> Tensor:
+    """Give the singular values of a matrix (features x r) root mean square or maximum 1: all are 1 for `spectral`."""
     if Chain(tuple(norms)).whitens:
         return eigh(x * power_of_two_inverse(x.abs().amax((-2, -1), keepdim=True)))
-    return multi_normalize(x, norms, num_iterations) / math.sqrt(max(x.shape[-2:]))
+    return multi_normalize(x, norms, num_iterations, scale=scale) / math.sqrt(max(x.shape[-2:]))
 
 
 def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:

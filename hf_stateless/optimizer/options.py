@@ -156,7 +156,7 @@ _ROWS = (
     ),
     Option(
         "whitening",
-        None,
+        "newton_schulz",
         choice(list(WHITENING_DEFAULTS)),
         "how `spectral` is computed",
         _of_presets("whitening"),

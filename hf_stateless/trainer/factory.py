@@ -148,7 +148,7 @@ def create_optimizer(
 
     Args:
         model: the model that is trained; its frozen parameters are left out.
-        name: `swan`, `sinkgd` or `multinorm`, or one of them with `_layerwise` for updates in backward.
+        name: `swan`, `sinkgd`, `sinkgd_polar` or `multinorm`, or one with `_layerwise` for updates in backward.
         lr: learning rate; matrices move by `lr * lr_scale` times an update of entry RMS 1, the AdamW part by
             `adamw_lr`, or `lr` if there is none, times the scale of its kind, which is 1 unless `rates` says more.
         weight_decay: decoupled decay, per unit of learning rate; norms and biases are not decayed.
@@ -185,7 +185,7 @@ def create_lora_optimizer(model: nn.Module, name: str = "swan", *, lr: float, **
 
     Args:
         model: from `peft.get_peft_model`; LoRA, rsLoRA and DoRA, any number of adapters.
-        name: `swan`, `sinkgd` or `multinorm`, or one of them with `_layerwise`.
+        name: `swan`, `sinkgd`, `sinkgd_polar` or `multinorm`, or one of them with `_layerwise`.
         lr: learning rate; a step changes (alpha / r) B A by entries of root mean square `lr * lr_scale` for each of
             the two factors, so that neither r, alpha nor the shape asks for another one. Start from AdamW's.
         options: the other arguments of `create_optimizer`, and the keys of `optim_args` as Python values.
