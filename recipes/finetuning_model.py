@@ -24,7 +24,7 @@ from script_start import find_checkpoint, read_recipe, refuse_other_optimizers, 
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import strtobool
 
-import hf_stateless  # makes swan, sinkgd and multinorm valid in --optim: before the parser is built
+import hf_stateless  # makes swan, sinkgd and the others valid in --optim: before the parser is built
 from hf_stateless.reports.card.attach import save
 from hf_stateless.reports.card.pushing import PushError, repository_later
 

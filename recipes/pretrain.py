@@ -37,7 +37,7 @@ from transformers import (
     set_seed,
 )
 
-import hf_stateless  # makes swan, sinkgd and multinorm valid in --optim: before the parser is built
+import hf_stateless  # makes swan, sinkgd and the others valid in --optim: before the parser is built
 from hf_stateless.reports.card.attach import attach_model_card, save
 from hf_stateless.reports.card.pushing import PushError, create_repository, push, repository_later
 
