@@ -1,11 +1,16 @@
 """The benchmark of memory: what is committed keeps the promised ratios, and it runs."""
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import memory
+import memory_rows
 import pytest
+
+from hf_stateless.reports.predicted import command
 
 
 BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"
@@ -30,6 +35,40 @@ def test_the_committed_measurement_keeps_the_promised_ratios():
     for row in ("sinkgd_layerwise", "sinkgd_layerwise, release=all"):
         assert records[row]["ratio"] < 0.55
         assert records[row]["time_ratio"] < 1.05
+
+
+@pytest.mark.parametrize("row", ["AdamW (fused)", "swan", "swan_layerwise, release=all", "sinkgd_layerwise, int8"])
+def test_predictions_are_those_of_the_command(row, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--model", "llama-tiny", "--vocab_size", "512", "--predict"])
+    args = memory.parse_args()
+    args.dtype, args.length, args.checkpointing = "bfloat16", 64, True
+    predicted = memory_rows.predicted_gib([row], memory.config_of(args), args)[row]
+    config = memory.config_of(args)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    name, options = memory_rows.ROWS[row].optim, memory_rows.ROWS[row].options
+    words = [
+        "--optim",
+        name,
+        "--seq",
+        "64",
+        "--checkpointing",
+        "--dtype",
+        "int8" if "int8" in row else "bf16",
+    ]
+    words += ["--optim-args", ",".join(f"{key}={value}" for key, value in options.items())] if options else []
+    assert command.main([str(tmp_path), "--json", *words]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert predicted * 2**30 == pytest.approx(told["estimates"][0]["peak"], abs=1)
+
+
+def test_a_prediction_stands_beside_what_was_measured():
+    records = [{"optimizer": "swan", "peak_gib": 0.02}, {"optimizer": "AdamW (fused)", "peak_gib": 0.01}]
+    args = argparse.Namespace(model="llama-tiny", vocab_size=512, length=64, batch_size=1, dtype="float32")
+    args.checkpointing = False
+    memory.add_predictions(records, args)
+    for record in records:
+        assert record["peak_gib"] / (1 + record["over_predicted"]) == pytest.approx(record["predicted_gib"], abs=6e-4)
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def test_a_tiny_run_measures_every_row_that_is_here(monkeypatch, tmp_path, capsy
     for record in records:
         low, high = record["milliseconds_quartiles"]
         assert 0 < low <= record["milliseconds"] <= high
+        assert 0 < record["host_milliseconds"] <= high
         assert 0 < record["share_of_training_step"] < 1
         assert record["forward_and_backward_seconds"] > 0
         assert record["of_copy_bandwidth"] > 0
@@ -106,6 +107,16 @@ def test_the_bandwidth_is_that_of_the_same_round(monkeypatch):
     assert record["of_copy_bandwidth"] == record["least_bytes"] / 1000
     assert record["of_copy_bandwidth_quartiles"] == [record["of_copy_bandwidth"]] * 2
     assert record["milliseconds"] == 2000
+
+
+@pytest.mark.parametrize("host", [0.25, 1.0, 1.5])
+def test_the_time_of_the_host_ends_where_the_call_returns(monkeypatch, host):
+    """On a device of its own the step goes on after that, until it is idle."""
+    clock = [2.0]
+    monkeypatch.setattr(step_time.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.__setitem__(0, 2.0 if clock[0] == 2.0 else 5.0))
+    total, of_host = step_time.seconds(lambda: clock.__setitem__(0, 2.0 + host), "cuda")
+    assert (total, of_host) == (3.0, host)
 
 
 def test_a_table_shows_ratio_and_bandwidth_in_columns_of_model_and_dtype():

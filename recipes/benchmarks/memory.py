@@ -25,11 +25,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from memory_rows import BASELINE, DEFAULT_ROWS, INT8_ROWS, ROWS, predicted_gib
 from result_files import write_results
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,38 +41,21 @@ from hf_stateless.weights.int8.linear import Int8Linear
 
 # hidden size, intermediate size, layers and heads; 1b and 7b are those of the GaLore benchmark.
 MODELS = {
+    "llama-tiny": (32, 48, 2, 2),
     "llama-20m": (256, 688, 8, 4),
     "llama-200m": (768, 2048, 21, 12),
     "llama-1b": (2048, 5461, 24, 32),
     "llama-7b": (4096, 11008, 32, 32),
 }
-BASELINE = "AdamW (fused)"
 # Exit status of a process that torch told so, and of one that the system killed.
 OUT_OF_MEMORY = (77, -9)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
-def preset_row(name: str, **options: object) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
-    """Return a constructor of our optimizer from a model."""
-    return lambda model: hf_stateless.create_optimizer(model, name, lr=1e-3, **options)
-
-
-ROWS: dict[str, Callable[[torch.nn.Module], torch.optim.Optimizer]] = {
-    BASELINE: lambda model: torch.optim.AdamW(model.parameters(), fused=True),
-    "sinkgd": preset_row("sinkgd"),
-    "sinkgd_layerwise": preset_row("sinkgd_layerwise"),
-    "sinkgd_layerwise, release=all": preset_row("sinkgd_layerwise", release="all"),
-    "sinkgd_layerwise, stateless": preset_row("sinkgd_layerwise", release="all", embeddings="stateless"),
-    "sinkgd_layerwise, int8": preset_row("sinkgd_layerwise", release="all", embeddings="stateless"),
-}
-DEFAULT_ROWS = list(ROWS)[:4]
-INT8_ROWS = list(ROWS)[-2:]
-
-
-def build(args: argparse.Namespace, row: str = BASELINE) -> LlamaForCausalLM:
-    """Return the model on its device, made there and in its dtype, with 8-bit layers where the row says so."""
+def config_of(args: argparse.Namespace) -> LlamaConfig:
+    """Return the config of the model."""
     hidden, intermediate, layers, heads = MODELS[args.model]
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -81,6 +64,11 @@ def build(args: argparse.Namespace, row: str = BASELINE) -> LlamaForCausalLM:
         max_position_embeddings=args.length,
         use_cache=False,
     )
+
+
+def build(args: argparse.Namespace, row: str = BASELINE) -> LlamaForCausalLM:
+    """Return the model on its device, made there and in its dtype, with 8-bit layers where the row says so."""
+    config = config_of(args)
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, args.dtype))
     with torch.device("meta" if "int8" in row else args.device):
@@ -218,7 +206,18 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, object]]:
             print(f"timing {row} ...", flush=True)
             record |= time_ratio(row, args)
         records.append(record)
+    if args.predict:
+        add_predictions(records, args)
     return records
+
+
+def add_predictions(records: list[dict[str, object]], args: argparse.Namespace) -> None:
+    """Add the predicted peak on a GPU to each record, and how far the measured one lies above it."""
+    peaks = predicted_gib([str(record["optimizer"]) for record in records], config_of(args), args)
+    for record in records:
+        predicted = peaks[str(record["optimizer"])]
+        over = float(str(record["peak_gib"])) / predicted - 1
+        record |= {"predicted_gib": round(predicted, 3), "over_predicted": round(over, 4)}
 
 
 def ratios(measured: list[dict[str, float]], baseline: list[dict[str, float]] | None) -> dict[str, object]:
@@ -279,6 +278,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="default: 64 on CPU, 512 on CUDA, 2048 with --int8")
     parser.add_argument("--vocab_size", type=int, default=32000)
     parser.add_argument("--time", action="store_true", help="also time steps with and without hooks")
+    parser.add_argument("--predict", action="store_true", help="also what hf-stateless memory predicts for a GPU")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind that are timed")
     parser.add_argument("--threads", type=int, help="threads of torch on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -292,7 +292,7 @@ def parse_args() -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if on_cuda or args.int8 else "float32")
     args.length = args.length or ((2048 if args.int8 else 512) if on_cuda else 64)
     rows = args.rows or (INT8_ROWS if args.int8 else DEFAULT_ROWS)
-    args.rows = [BASELINE, *(row for row in rows if row != BASELINE)]
+    args.rows = [BASELINE, *(row for row in rows if row != BASELINE and ROWS[row].is_here())]
     return args
 
 

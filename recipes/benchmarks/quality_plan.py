@@ -51,6 +51,10 @@ STUDIES = {
     "width 1024": Study(layers=2, sequences=8, steps=100, hidden=1024),
     "largest, python": Study(hidden=256, sequences=32, steps=150),
     "largest, english": Study(text="english", hidden=256, sequences=32, steps=150),
+    # For a GPU, and the tiny one that rehearses them.
+    "60M": Study(hidden=512, layers=8, vocab=32000, sequences=128, block=256, steps=240),
+    "130M": Study(hidden=768, layers=12, vocab=32000, sequences=128, block=256, steps=240),
+    "rehearsal": Study(text="english", hidden=32, layers=1, vocab=300, sequences=2, block=32, steps=2),
 }
 
 

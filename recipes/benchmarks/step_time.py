@@ -48,6 +48,7 @@ MODELS = {
 SEQUENCE = 256
 COPIED = 1 << 28
 """Bytes of the tensor that is copied: no cache holds it."""
+ON_HOST = ", on the host"
 
 
 def linear_shapes(model: str, layers: int | None) -> list[tuple[int, int]]:
@@ -69,29 +70,33 @@ def make(row: str, shapes: list[tuple[int, int]], dtype: torch.dtype, device: st
     return ROWS[row].make(params)
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    """Time one call, until the device is idle."""
+def seconds(work: Callable[[], object], device: str) -> tuple[float, float]:
+    """Time one call: until the device is idle, and until the call returns, which is the time of the host alone."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     work()
+    returned = time.perf_counter()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, returned - start
 
 
 def rounds(shapes: list[tuple[int, int]], dtype: torch.dtype, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds of a copy and of every row's step in each round; a round before them is not counted."""
+    """Return the seconds of a copy and of every row's step in each round; a round before them is not counted.
+
+    Those of the host alone stand under the name of the row with `ON_HOST`.
+    """
     optimizers = {row: make(row, shapes, dtype, args.device) for row in args.rows}
     source, target = (torch.ones(COPIED, dtype=torch.uint8, device=args.device) for _ in range(2))
-    times: dict[str, list[float]] = {row: [] for row in ("copy", *optimizers)}
+    times: dict[str, list[float]] = {}
     for round_number in range(args.rounds + 1):
-        elapsed = {"copy": seconds(lambda: target.copy_(source), args.device)}
+        elapsed = {"copy": seconds(lambda: target.copy_(source), args.device)[0]}
         for row, optimizer in optimizers.items():
             with ROWS[row].at_work():
-                elapsed[row] = seconds(optimizer.step, args.device)
+                elapsed[row], elapsed[row + ON_HOST] = seconds(optimizer.step, args.device)
         for row, value in elapsed.items():
-            times[row] += [value] if round_number else []
+            times.setdefault(row, []).extend([value] if round_number else [])
     return times
 
 
@@ -106,7 +111,7 @@ def seconds_per_token(model: str, dtype: torch.dtype, device: str) -> float:
     def work() -> None:
         llama(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
-    times = [seconds(work, device) for _ in range(4)]
+    times = [seconds(work, device)[0] for _ in range(4)]
     return statistics.median(times[1:]) / tokens.numel()
 
 
@@ -121,6 +126,7 @@ def measure(model: str, dtype: torch.dtype, args: argparse.Namespace) -> list[di
     shapes = linear_shapes(model, args.layers)
     times = rounds(shapes, dtype, args)
     copies = [2 * COPIED / value for value in times.pop("copy")]
+    on_host = {row: times.pop(row + ON_HOST) for row in list(times) if row + ON_HOST in times}
     training = args.train_step * seconds_per_token(model, dtype, args.device) if args.train_step else 0.0
     depth = len(linear_shapes(model, None)) / len(shapes)
     records = []
@@ -142,6 +148,8 @@ def measure(model: str, dtype: torch.dtype, args: argparse.Namespace) -> list[di
             "of_copy_bandwidth": of_copy,
             "of_copy_bandwidth_quartiles": of_copy_quartiles,
         }
+        if row in on_host:
+            record["host_milliseconds"] = round(1e3 * statistics.median(on_host[row]), 3)
         if training:
             step = depth * milliseconds / 1e3
             record["forward_and_backward_seconds"] = round(training, 3)

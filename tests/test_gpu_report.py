@@ -1,0 +1,147 @@
+"""What the stages of the one command for a GPU have found, as records and on the page."""
+
+import json
+
+import gpu
+import gpu_figures
+import gpu_report
+import pytest
+from documents import read
+from gpu_process import telling_line
+from gpu_stages import STAGES
+
+
+SETUP = {"device": "a card", "rehearsal": False, "torch": "2.11", "transformers": "5.17", "cuda": "13.0"}
+
+
+# Figures
+
+
+@pytest.mark.parametrize(
+    ("line", "counts"),
+    [
+        ("12 passed, 3 skipped, 200 deselected in 40.01s", (12, 0, 3)),
+        ("1 failed, 2 passed, 1 error in 3.00s", (2, 2, 0)),
+        ("18 skipped in 0.50s", (0, 0, 18)),
+    ],
+)
+def test_counts_of_tests_are_read_from_their_last_line(line, counts):
+    assert gpu_figures.of_tests(["FAILED tests/test_x.py - 7 passed", line]) == [
+        dict(zip(("passed", "failed", "skipped"), counts, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "line"),
+    [
+        (
+            ["Traceback", "torch.OutOfMemoryError: CUDA out of memory.", "bye"],
+            "torch.OutOfMemoryError: CUDA out of memory.",
+        ),
+        (["step 1", "grpo.py: error: no model", ""], "grpo.py: error: no model"),
+        (["E   assert 1 == 2", "1 failed"], "E   assert 1 == 2"),
+        (["step 1", "step 2"], "step 2"),
+        ([], "it printed nothing"),
+    ],
+)
+def test_the_line_that_tells_why(lines, line):
+    assert telling_line(lines) == line
+
+
+def test_the_best_rate_of_each_row_is_told(tmp_path):
+    base = {"seed": 0, "seconds": 1, "parameters": 9, "state_bytes": 8, "sequences": 2, "block": 4, "steps": 3}
+    runs = [("swan", 1e-3, 4.2), ("swan", 2e-3, 4.1), ("swan", 4e-3, None), ("adamw", 1e-3, 4.5)]
+    for number, (row, rate, loss) in enumerate(runs):
+        record = {**base, "row": row, "learning_rate": rate, "eval_loss": loss}
+        (tmp_path / f"{number}.json").write_text(json.dumps(record))
+    found = [(r["row"], r["learning_rate"], r["rates"], r["tokens"]) for r in gpu_figures.of_quality(tmp_path)]
+    assert found == [("swan", 2e-3, 2, 24), ("adamw", 1e-3, 1, 24)]
+
+
+# The page
+
+
+RECORDS = {
+    "step time": {"model": "1b", "optimizer": "swan", "milliseconds": 12.345, "host_milliseconds": 0.5, "ratio": 1.5},
+    "memory": {"optimizer": "swan", "peak_gib": 14.8, "predicted_gib": 14.6, "over_predicted": 0.0137},
+    "quality": {"row": "swan", "eval_loss": 4.1304, "learning_rate": 4e-3, "rates": 3, "tokens": 7864320},
+    "ranks": {"backend": "nccl", "way": "", "optimizer": "", "failed": "Duplicate GPU | detected"},
+}
+
+
+def results_of(*names):
+    kinds = {stage.name: stage.kind for stage in STAGES}
+    entries = {name: {"status": "measured", "records": [RECORDS[kinds[name]]]} for name in names}
+    return {"setup": SETUP, "stages": {**entries, "SFT": {"status": "failed", "why": "no", "records": []}}}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(), ("step time, 1b",), ("memory, 7b", "quality, 130M"), ("step time, 7b", "two processes", "memory, 1b")],
+)
+def test_a_page_says_not_measured_exactly_where_a_stage_has_no_result(names):
+    text = gpu_report.section(results_of(*names))
+    for stage in STAGES:
+        lines = [line for line in text.splitlines() if line.startswith(f"| {stage.name} |")]
+        assert len(lines) == 1
+        assert lines[0].startswith(f"| {stage.name} | not measured |") == (stage.name not in names)
+    assert "one a card (torch 2.11, transformers 5.17, cuda 13.0)" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("step time, 1b", "| step time, 1b | 1b | not measured | swan | 12.35 | 0.50 | 1.50x | not measured |"),
+        ("memory, 1b", "| memory, 1b | swan | 14.80 | 14.60 | +1.4% |"),
+        ("quality, 130M", "| quality, 130M | swan | 4.130 | 4.0e-03 | 3 | 7,864,320 |"),
+        (
+            "two processes",
+            "| two processes | nccl | | | not measured | not measured | not measured | Duplicate GPU \\| d",
+        ),
+    ],
+)
+def test_figures_stand_in_the_tables(name, line):
+    assert line in gpu_report.section(results_of(name))
+
+
+def test_the_page_is_that_of_the_results():
+    results = json.loads(gpu.RESULTS.read_text()) if gpu.RESULTS.is_file() else {}
+    page = read("recipes/benchmarks/README.md")
+    assert gpu_report.with_section(page, results) == page
+    assert ("No run on a GPU has been [measured]" in read("README.md")) == (not results)
+
+
+def test_a_report_takes_the_file_over_and_renews_the_page(tmp_path, monkeypatch):
+    page, kept, file = (tmp_path / name for name in ("README.md", "results.json", "gpu.json"))
+    page.write_text("before\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nafter\n")
+    monkeypatch.setattr(gpu, "PAGE", page)
+    monkeypatch.setattr(gpu, "RESULTS", kept)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    file.write_text(json.dumps(results_of("memory, 1b")))
+    for words in ([str(file)], [str(kept)]):
+        assert gpu.main(["--report", *words]) == 0
+        assert page.read_text().startswith("before\n<!-- gpu: begin -->\nMeasured on one a card")
+        assert page.read_text().endswith("\n<!-- gpu: end -->\nafter\n")
+        assert page.read_text().count("| memory, 1b | swan | 14.80 |") == 1
+        assert json.loads(kept.read_text()) == results_of("memory, 1b")
+
+
+@pytest.mark.parametrize(
+    ("content", "page", "message"),
+    [
+        (json.dumps({"setup": {**SETUP, "rehearsal": True}, "stages": {}}), "", "is that of a rehearsal on CPU"),
+        ("[]", "", "is no file of results"),
+        (None, "", "No file"),
+        (json.dumps({"setup": SETUP, "stages": {}}), "no marks", "has no lines <!-- gpu: begin -->"),
+    ],
+)
+def test_a_report_of_something_else_changes_nothing(tmp_path, monkeypatch, content, page, message):
+    for name in ("PAGE", "RESULTS"):
+        monkeypatch.setattr(gpu, name, tmp_path / name)
+    (tmp_path / "PAGE").write_text(page)
+    if content is not None:
+        (tmp_path / "gpu.json").write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        gpu.main(["--report", str(tmp_path / "gpu.json")])
+    assert (tmp_path / "PAGE").read_text() == page
+    assert not (tmp_path / "RESULTS").exists()
