@@ -26,6 +26,9 @@ def rule_of(entry: PartitionedParameter, options: Options, lr: float) -> dict[st
         entry: the parameter, with its role.
         options: of the run.
         lr: learning rate of the run.
+
+    Raises:
+        ValueError: `embeddings` or `heads` asks for a rule of tables where a weight has more than two dimensions.
     """
     algorithm, extra = _algorithm(entry, options), {}
     if algorithm in ("multinorm", "lora_product"):
@@ -74,8 +77,19 @@ def _algorithm(entry: PartitionedParameter, options: Options) -> str:
     if is_chained(entry) or chosen == "stateless":
         return "lora_product" if entry.pair and options.lora == "product" else "multinorm"
     if not _is_table(entry):
+        _refuse_dimensions(entry, options, chosen)
         return "adamw"
     return "adamw" if RULES[chosen].by_rows and is_factor(entry.name) else chosen
+
+
+def _refuse_dimensions(entry: PartitionedParameter, options: Options, chosen: str) -> None:
+    """Refuse a rule that was asked for where a weight is no table; biases are never meant."""
+    asked = entry.role in _TABLES and entry.role not in options.not_asked
+    if asked and RULES[chosen].by_rows and entry.parameter.ndim > 2:
+        raise ValueError(
+            f"{entry.name} has the shape {tuple(entry.parameter.shape)}, and {chosen} is for tables of two "
+            f"dimensions: type {_TABLES[entry.role]}=adamw in optim_args, or freeze it."
+        )
 
 
 def _of_chain(entry: PartitionedParameter, options: Options, algorithm: str) -> dict[str, Any]:
