@@ -53,8 +53,8 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 def preset_row(name: str, **options: object) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
-    """Return a constructor of our optimizer from a model."""
-    return lambda model: hf_stateless.create_optimizer(model, name, lr=1e-3, **options)
+    """Return a constructor of our optimizer from a model; tables are updated by what the files were measured with."""
+    return lambda model: hf_stateless.create_optimizer(model, name, lr=1e-3, **{"embeddings": "adamw", **options})
 
 
 ROWS: dict[str, Callable[[torch.nn.Module], torch.optim.Optimizer]] = {
