@@ -91,6 +91,13 @@ PRIVATE_PARTS = (
         until="the Trainer calls optimizer.eval() at its end, errors included",
     ),
     PrivatePart(
+        part="transformers.trainer:load_fsdp_optimizer",
+        used_by=("trainer/patches.py",),
+        why="replaced, also in accelerate.accelerator, so that tables take the rule of a checkpoint before it is read",
+        upstream="accelerate/utils/fsdp_utils.py; public; torch reads the tensors that the optimizer has now",
+        until="torch asks the optimizer what to read",
+    ),
+    PrivatePart(
         part="transformers:Trainer.get_decay_parameter_names",
         used_by=("trainer/partition.py",),
         why="the Trainer's rule of weight decay without a Trainer: the method does not look at its self",

@@ -50,6 +50,8 @@ SAVED["guarded"] = OPTIONS["guarded"]
 # Rounded to nearest, since ranks draw noise of their own: another number of them has to come to the same weights.
 SAVED["int8 momentum"] = {"optim": "sinkgd", "optim_args": "momentum=0.9,stochastic_rounding=false"}
 STEPS_SAVED, SAVED_AT = 6, 3
+# What a run asks for whose checkpoint is resumed by one that asks for nothing: one of the two is not the default.
+FOLLOWED = {"optim": "sinkgd", "optim_args": "embeddings=row_moment,heads=adamw"}
 
 
 def free_port():
@@ -84,13 +86,16 @@ def launch(config, folder, jobs, world):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def checkpoint_jobs(kind, case):
+def checkpoint_jobs(kind, case, saved=None, resumed=None):
     """A run that saves half-way, and one that resumes from there."""
-    options = {**SAVED[case], "max_steps": STEPS_SAVED}
+    options = {**(saved or SAVED[case]), "max_steps": STEPS_SAVED}
     environment = {"FSDP_STATE_DICT_TYPE": kind}
     folder = f"{kind} {case}".replace(" ", "_")
     saving = {"arguments": {**options, "save_strategy": "steps", "save_steps": SAVED_AT}}
-    resuming = {"arguments": options, "resume": f"{folder}/checkpoint-{SAVED_AT}"}
+    resuming = {
+        "arguments": {**(resumed or options), "max_steps": STEPS_SAVED},
+        "resume": f"{folder}/checkpoint-{SAVED_AT}",
+    }
     return {
         f"{kind} {case} straight": {**saving, "environment": environment, "folder": folder},
         f"{kind} {case} resumed": {**resuming, "environment": environment, "folder": f"{folder}_resumed"},
@@ -102,6 +107,7 @@ def fsdp2_jobs():
     for kind in STATE_DICTS:
         for case in SAVED:
             jobs |= checkpoint_jobs(kind, case)
+        jobs |= checkpoint_jobs(kind, "followed", FOLLOWED, NAMES["sinkgd"])
     return {**jobs, **FSDP2_ONLY}
 
 
@@ -203,6 +209,15 @@ def test_fsdp2_resumes_to_the_bit(kind, case, fsdp2):
         assert_same(resumed["norms"], of_rank[f"{kind} {case} straight"]["norms"])
         assert [norms.count_nonzero() for norms in resumed["norms"]] == [STEPS_SAVED] * (case == "guarded")
     assert_trained(resumed["weights"])
+
+
+@pytest.mark.parametrize("kind", STATE_DICTS)
+def test_fsdp2_goes_on_with_the_tables_of_a_checkpoint_where_nothing_is_asked_for(kind, fsdp2, folder):
+    for of_rank in fsdp2:
+        resumed, straight = (of_rank[f"{kind} followed {part}"] for part in ("resumed", "straight"))
+        assert_same(resumed["weights"], straight["weights"])
+        assert resumed["state_shapes"] == straight["state_shapes"]
+    assert "its tables go on so" in logs(folder / "fsdp2")
 
 
 @pytest.fixture(scope="module")

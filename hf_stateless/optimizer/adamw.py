@@ -159,7 +159,8 @@ def _adamw_in_chunks_(
     cache: TensorCache,
     hyper: Mapping[str, float],
 ) -> None:
-    if param.numel() == 0:  # a rank's shard may be empty
+    if param.numel() == 0:  # a rank's shard may be empty, and its counter is as good as that of any other in a file
+        state["step"].add_(1)
         return
     width = param.shape[-1] if param.ndim > 1 else param.numel()
     count = param.numel() // width

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..ranks.placement import local_shard
+from .followed import said
 from .options import on_demand
 from .rates import SCALES
+from .rule import state_on_meta
+from .rules import RULES
 
 
 logger = logging.getLogger(__name__)
@@ -108,10 +111,35 @@ def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapp
             raise ValueError(f"The saved learning rate is {rate!r}, no finite number of at least 0: {_DAMAGED}")
     sizes = [[(_kept(group["algorithm"]), len(group["params"])) for group in groups] for groups in (saved, current)]
     if sizes[0] != sizes[1]:
+        asked = f' (optim_args="{tables}")' if (tables := said(saved)) else ""
         raise ValueError(
             f"The checkpoint has the groups (algorithm, parameters) {sizes[0]}, this run has {sizes[1]}: use the "
-            f"same optim, embeddings and optim_target_modules. {_FROM_WEIGHTS}"
+            f"same optim, embeddings{asked} and optim_target_modules. {_FROM_WEIGHTS}"
         )
+
+
+def checked_states(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], name_of: Callable[[int], str]
+) -> dict[int, dict[str, Tensor]]:
+    """Refuse a saved state that does not fit, before any of it is loaded; return what the rules would make.
+
+    Args:
+        state_dict: of an optimizer with the same groups.
+        groups: of the run.
+        name_of: gives the name of a parameter by its position.
+
+    Raises:
+        ValueError: a tensor of another shape or kind, or with values that would make a weight NaN.
+    """
+    index, every = 0, {}
+    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+        for i, p in zip(saved["params"], group["params"], strict=True):
+            state, name = state_dict["state"].get(i, {}), name_of(index)
+            index += 1
+            every[i] = made = state_on_meta(RULES[group["algorithm"]], p, group)
+            check_state(state, {key: tensor for key, tensor in made.items() if key in state}, name)
+            check_values(state, name)
+    return every
 
 
 def check_state(state: Mapping[str, Tensor], made: Mapping[str, Tensor], name: str) -> None:

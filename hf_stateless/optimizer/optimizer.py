@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from ..update.batches import alike
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
 from ..weights.noise import TensorCache
-from .checkpoint import apply_options, check_same_groups, check_state, check_values, fitted_state, options_of
+from .checkpoint import apply_options, check_same_groups, check_state, checked_states, fitted_state, options_of
+from .followed import Otherwise, followed, tell_followed, without_others
 from .live import unhook
 from .min_signal import guarded, log_held, measure_signal, new_history, refuse_release, strong
 from .momentum import fit_momentum_, has_momentum
@@ -45,6 +47,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         release: update in backward and free each gradient: `matrices`, or `all` for the AdamW part too; None for
             updates in `step()`. The hooks are installed by `train()`, which the Trainer calls before each forward.
         order: for `release`, the names of the parameters as the model defines them; DDP needs it to save memory.
+        otherwise: groups whose rule nobody has asked for, by position: they take that of a checkpoint.
 
     Raises:
         ValueError: a group without `algorithm` or with unknown or invalid values.
@@ -71,6 +74,8 @@ class StatelessOptimizer(torch.optim.Optimizer):
     """What updates in backward, if anything does."""
     held_steps: int = 0
     """Steps of this process in which `min_signal` held matrices back."""
+    otherwise: Otherwise = MappingProxyType({})
+    """Groups that take the rule of a checkpoint, by position, with what they would hold under each."""
 
     def __init__(
         self,
@@ -79,9 +84,12 @@ class StatelessOptimizer(torch.optim.Optimizer):
         *,
         release: str | None = None,
         order: Sequence[str] = (),
+        otherwise: Otherwise | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr})  # type: ignore[arg-type]
         self._make_tools()
+        if otherwise:
+            self.otherwise = otherwise
         if release not in (None, *RELEASES):
             raise ValueError(f"release={release!r}: expected None, {' or '.join(RELEASES)}.")
         if release:
@@ -319,32 +327,22 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
         torch casts every state tensor but `step` to the dtype of its parameter, and lets the saved groups win; here
         8-bit codes stay codes, and an option that was changed since the checkpoint was written is applied, with a
-        warning. The learning rate is the scheduler's and comes from the checkpoint.
+        warning. Tables whose rule nobody has asked for go on with the rule of the checkpoint, with a warning too. The
+        learning rate is the scheduler's and comes from the checkpoint.
 
         Raises:
             ValueError: the state was written by another optimizer, for other groups or shapes of parameters, or has
                 values that would make a weight NaN. Nothing is loaded then.
         """
-        check_same_groups(state_dict["param_groups"], self.param_groups)
-        made = self._checked_state(state_dict)
-        options = options_of(self.param_groups)
-        super().load_state_dict(state_dict)
-        apply_options(self.param_groups, options)
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+        before, saved_groups = self.param_groups, state_dict["param_groups"]
+        groups = followed(before, saved_groups, self.otherwise)
+        check_same_groups(saved_groups, groups)
+        made = checked_states(state_dict, groups, self.name_of)
+        super().load_state_dict(without_others(state_dict, made, self.otherwise))
+        apply_options(self.param_groups, options_of(groups))
+        tell_followed(groups, before)
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
             for i, p in zip(saved["params"], group["params"], strict=True):
                 if i in state_dict["state"]:
                     self.state[p].update(fitted_state(state_dict["state"][i], p, made[i]))
                     fit_momentum_(self.state[p], p, group)
-
-    def _checked_state(self, state_dict: Mapping[str, Any]) -> dict[int, dict[str, Tensor]]:
-        """Refuse a saved state that does not fit, before any of it is loaded; return what the rules would make."""
-        index, every = 0, {}
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            rule = RULES[group["algorithm"]]
-            for i, p in zip(saved["params"], group["params"], strict=True):
-                state, name = state_dict["state"].get(i, {}), self.name_of(index)
-                index += 1
-                every[i] = made = state_on_meta(rule, p, group)
-                check_state(state, {key: tensor for key, tensor in made.items() if key in state}, name)
-                check_values(state, name)
-        return every

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..norms.sinkhorn import sr_sinkhorn
-from ..ranks.placement import whole_if_tiny
+from ..ranks.placement import local_shard, whole_if_tiny
 from ..update.rate import learning_rate
 from ..update.write import write_update_
 from ..weights.noise import RoundingKey
@@ -71,8 +71,8 @@ def sinkhorn_momentum_update_(
     momentum_buffer.copy_(buffer)
     row_norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     direction.masked_fill_(row_norms <= row_threshold * row_norms.mean(-2, keepdim=True), 0)
-    update = sr_sinkhorn(direction, num_iterations)
-    write_update_(param, update, lr * lr_scale, 1 - lr * weight_decay, key)
+    update = local_shard(sr_sinkhorn(direction, num_iterations))
+    write_update_(local_shard(param), update, lr * lr_scale, 1 - lr * weight_decay, key)
 
 
 def _update(entries: list[Entry], host: Host) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 
+# What LoRA trains, by the name of the part of a layer that holds it.
+_PART = re.compile(r"(^|\.)lora_\w+(\.|$)")
 # A factor of LoRA by its name: the module that owns it is a plain linear layer.
 _FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.")
 
@@ -59,6 +61,17 @@ def _experts(module: nn.Module) -> int:
 def has_lora(model: nn.Module) -> bool:
     """Tell whether a model trains a LoRA factor, in a pair or alone."""
     return any(p.requires_grad and _FACTOR.search(name) for name, p in model.named_parameters())
+
+
+def is_factor(name: str) -> bool:
+    """Tell by the name of a parameter whether LoRA trains it: its rows are no tokens, also beside an embedding.
+
+    Example:
+        >>> from hf_stateless.trainer.adapters import is_factor
+        >>> [is_factor(f"embed_tokens.{name}.default") for name in ("lora_embedding_A", "trainable_tokens_delta")]
+        [True, False]
+    """
+    return bool(_PART.search(name))
 
 
 def lora_pairs(model: nn.Module) -> Iterator[LoraPair]:

@@ -11,18 +11,18 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optimizer.lora_product import product_chain
 from ..optimizer.optimizer import StatelessOptimizer
 from ..optimizer.options import EVERY_RULE, group_values
 from ..optimizer.release import is_released
 from ..optimizer.rules import RULES
-from ..update.layout import listed_layouts, one_layout
+from ..update.layout import listed_layouts
 from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
 from .assumed import assumptions
+from .choice import is_chained, otherwise, rule_of
 from .clipping import count_released_gradients
 from .optim_args import Options, check_target_modules, parse_options
-from .partition import PartitionedParameter, partition_parameters
+from .partition import partition_parameters
 from .patches import keep_out_of_ddp
 from .table import announce, describe, trainer_prints
 from .untrained import untrained_note
@@ -59,14 +59,14 @@ def parameter_groups(
     if any(entry.tied for entry in entries):
         options = replace(options, embedding_lr_scale=options.tied_lr_scale)  # type: ignore[call-arg]
     for entry in entries:
-        if id(entry.parameter) in in_8_bits and entry.role not in ("matrix", "adapter"):
-            # AdamW would need float weights and moments.
+        if id(entry.parameter) in in_8_bits and not is_chained(entry):
+            # Other rules need float weights.
             raise ValueError(
-                f"{entry.name} is stored in 8 bits but is no matrix here (its role is {entry.role}), and AdamW cannot "
-                "update 8-bit weights: leave out optim_target_modules, freeze it, or keep it in float by "
+                f"{entry.name} is stored in 8 bits but is no matrix here (its role is {entry.role}), and only "
+                "matrices can be updated in 8 bits: leave out optim_target_modules, freeze it, or keep it in float by "
                 f"Int8TrainingConfig(modules_to_not_convert=[{entry.name.removesuffix('.weight')!r}])."
             )
-        rule = _rule(entry, options, lr)
+        rule = rule_of(entry, options, lr)
         decay = weight_decay if entry.decay and RULES[rule["algorithm"]].decays else 0.0
         # Grouped by whether a parameter may decay, not by the value, which a resumed run may change; pairs of LoRA
         # factors in the same groups whether they are updated together or not, so that it may change that too.
@@ -84,55 +84,6 @@ def parameter_groups(
         if "layout" in group and group["layout"] != "vector":
             group["layouts"] = listed_layouts(layouts[key])
     return list(groups.values())
-
-
-def _rule(entry: PartitionedParameter, options: Options, lr: float) -> dict[str, Any]:
-    """Return the algorithm of one parameter with the values that its group holds."""
-    algorithm = _algorithm(entry, options)
-    if algorithm in ("multinorm", "lora_product"):
-        extra = _of_chain(entry, options, algorithm)
-    else:
-        lr = lr if options.adamw_lr is None else options.adamw_lr
-        extra = {}
-    shared = {"betas": (options.adamw_beta1, options.adamw_beta2), "eps": options.adamw_eps}
-    extra |= {name: value for name, value in shared.items() if name in RULES[algorithm].options}
-    scale = getattr(options, f"{entry.role}_lr_scale", 1.0)
-    if scale != 1:
-        extra[f"{entry.role}_lr_scale"] = scale
-    return {"algorithm": algorithm, "lr": lr, **group_values(algorithm, options, entry.role), **extra}
-
-
-def _algorithm(entry: PartitionedParameter, options: Options) -> str:
-    chosen = str((entry.role == "head" and options.heads) or options.embeddings)
-    if _is_chained(entry) or chosen == "stateless":
-        return "lora_product" if entry.pair and options.lora == "product" else "multinorm"
-    if not _is_table(entry) or (entry.pair and RULES[chosen].by_rows):
-        return "adamw"
-    return chosen
-
-
-def _of_chain(entry: PartitionedParameter, options: Options, algorithm: str) -> dict[str, Any]:
-    """Return what the options alone do not say: the kind of the weight, and what differs beside the matrices."""
-    if entry.pair and algorithm == "lora_product":
-        norms, num_iterations = product_chain(options.norms, options.num_iterations)
-        chain = {"norms": norms, "num_iterations": num_iterations, "lr_scale": options.lr_scale_beside}
-        return {**chain, "scaling": entry.pair.scaling, "layout": entry.pair.layout}
-    if _is_chained(entry):
-        return {"layout": one_layout(entry.layout)}
-    if _is_table(entry):
-        return {"layout": one_layout(entry.layout), "lr_scale": options.lr_scale_beside}
-    # A vector has one norm only: its entries are scaled to root mean square 1.
-    vector = {"norms": ("frobenius",), "num_iterations": 1, "layout": "vector"}
-    return {**vector, "lr_scale": options.lr_scale_beside}
-
-
-def _is_chained(entry: PartitionedParameter) -> bool:
-    """Tell whether a chain of norms updates a parameter, whatever updates the rest."""
-    return entry.role in ("matrix", "adapter")
-
-
-def _is_table(entry: PartitionedParameter) -> bool:
-    return entry.role in ("embedding", "head") and entry.parameter.ndim == 2
 
 
 def create_optimizer(
@@ -244,10 +195,11 @@ def optimizer_arguments(
             len(alone),
             ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else ""),
         )
+    arguments = {"params": groups, "otherwise": otherwise(groups, options)}
     if not options.release:
-        return {"params": groups}
+        return arguments
     _prepare_release(model, groups, options.release)
-    return {"params": groups, "release": options.release, "order": [name for name, _ in model.named_parameters()]}
+    return {**arguments, "release": options.release, "order": [name for name, _ in model.named_parameters()]}
 
 
 def _finite(what: str, value: Any) -> float:

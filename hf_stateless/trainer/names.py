@@ -17,7 +17,7 @@ import transformers
 from packaging.version import Version
 
 from .optim_args import optimizer_names
-from .patches import OURS, end_layerwise_training, explain_optim_args
+from .patches import OURS, end_layerwise_training, explain_optim_args, follow_sharded_checkpoints
 
 
 _MINIMUM_TRANSFORMERS = (5, 2)  # which brought the table of handlers
@@ -48,6 +48,7 @@ def register(names: Iterable[str] | None = None) -> None:
             f"hf_stateless needs transformers 5.2 or newer, but {installed} is installed; "
             'type: pip install -U "transformers>=5.2"'
         )
+    from accelerate import accelerator
     from transformers import trainer, trainer_optimizer, training_args
 
     with _LOCK:
@@ -56,6 +57,8 @@ def register(names: Iterable[str] | None = None) -> None:
                 _add_name(name, training_args.OptimizerNames, trainer_optimizer._OPTIMIZER_HANDLERS)
             explain_optim_args(trainer)
             end_layerwise_training(trainer.Trainer)
+            follow_sharded_checkpoints(trainer)
+            follow_sharded_checkpoints(accelerator)
         except AttributeError as error:
             raise ImportError(
                 f"transformers {installed} has changed a private part that hf_stateless registers with ({error}); "

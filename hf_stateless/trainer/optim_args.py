@@ -28,7 +28,8 @@ class Options:
     """Checked options of one optimizer: a frozen dataclass with an attribute for each row of `OPTIONS`.
 
     `center` has become part of `norms`; `lr_scale_beside` is the `lr_scale` of what is updated without moments beside
-    the matrices, `tied_lr_scale` the `embedding_lr_scale` of a model in which a table is the head too.
+    the matrices, `tied_lr_scale` the `embedding_lr_scale` of a model in which a table is the head too. `not_asked` has
+    the roles of tables whose rule is the default one, because nobody has asked for any.
     """
 
     if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Any:
             "leave out momentum, or lora=product."
         )
     values["norms"] = norms
+    asked = {"embedding": "embeddings" in given, "head": "embeddings" in given or "heads" in given}
+    values["not_asked"] = tuple(role for role in asked if not asked[role])
     values = {**_defaults(name, values), **values}
     return make_dataclass("Options", values, bases=(Options,), frozen=True, eq=False)(**values)
 

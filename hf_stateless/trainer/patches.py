@@ -79,6 +79,28 @@ def end_layerwise_training(trainer_class: Any) -> None:
     trainer_class.train = train
 
 
+def follow_sharded_checkpoints(module: Any) -> None:
+    """Let an optimizer look at a checkpoint before FSDP2 asks its files for what the optimizer keeps now.
+
+    torch reads the tensors that the optimizer would make, and fails where the checkpoint has those of another rule.
+    `load_fsdp_optimizer` (accelerate/utils/fsdp_utils.py) is replaced in the modules that call it, accelerate's and
+    the Trainer's. Delete when torch asks the optimizer what to read.
+    """
+    original = getattr(module, "load_fsdp_optimizer", None)
+    if original is None or hasattr(original, OURS):
+        return
+
+    @functools.wraps(original)
+    def load(plugin: Any, accelerator: Any, optimizer: Any, model: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        from .sharded_resume import prepare  # only now: registering names must not load what makes optimizers
+
+        prepare(optimizer, folder, args[0] if args else kwargs.get("optimizer_index", 0))
+        return original(plugin, accelerator, optimizer, model, folder, *args, **kwargs)
+
+    setattr(load, OURS, True)
+    module.load_fsdp_optimizer = load
+
+
 def _hooks_of(model: Any) -> Any:
     """Return what knows of hooks on parameters, or None if it was never loaded, so that there are none."""
     live = sys.modules.get(f"{__name__.partition('.')[0]}.optimizer.live")

@@ -104,7 +104,9 @@ class Row:
 def ours(chain: str, start: float = 5e-4, rest: float = 1.0, kinds: Kinds = (1.0, 1.0, 1.0), **training: Any) -> Row:
     """Return a row of `multinorm`, or of a preset by its name; `:` parts the name from the options."""
     name, _, options = chain.partition(":")
-    optim_args = ",".join(filter(None, ["lr_scale=1", options]))
+    # What most rows were measured with, whatever is the default.
+    tables = "" if "embeddings=" in options else "embeddings=adamw"
+    optim_args = ",".join(filter(None, ["lr_scale=1", tables, options]))
     return Row(start, name, optim_args, tuple(training.items()), rest=rest, kinds=kinds)
 
 

@@ -106,7 +106,9 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample
 def train(row: str, lr: float, questions: Dataset, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train once and return the rewards and what was held back."""
     options = dict(OPTIMIZERS[row])
-    optim_args = f"min_signal={args.min_signal}" if options.pop("min_signal", False) else None
+    ours = ["embeddings=adamw"] if options["optim"] in hf_stateless.PRESETS else []
+    ours += [f"min_signal={args.min_signal}"] if options.pop("min_signal", False) else []
+    optim_args = ",".join(ours) or None
     model, tokenizer, start = make_model(seed), make_tokenizer(), time.perf_counter()
     before = evaluate(model, tokenizer, args.samples)
     with tempfile.TemporaryDirectory() as folder:
