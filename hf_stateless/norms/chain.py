@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .projections import NORMS
+from .projections import COLUMNS, NORMS, ROWS
+from .scale import UPDATE_SCALES, scale_to_operator
 from .sinkhorn import sr_sinkhorn
 
 
@@ -30,6 +31,7 @@ class Chain:
     ns_steps: int | None = None
     ns_beta: float | None = None
     ns_dtype: str | None = None
+    scale: str = UPDATE_SCALES[0]
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Chain:
@@ -47,7 +49,8 @@ class Chain:
     @property
     def needs(self) -> frozenset[str]:
         """What must be whole where it is computed: `rows`, `columns`, both or nothing."""
-        return frozenset().union(*(NORMS[name].needs for name in self.norms))
+        whole = ROWS | COLUMNS if self.scale == "operator" else frozenset()
+        return whole.union(*(NORMS[name].needs for name in self.norms))
 
     @property
     def whitens(self) -> bool:
@@ -63,12 +66,23 @@ class Chain:
         """
         wide = torch.promote_types(grad.dtype, torch.float32)
         if self.is_sinkhorn:
-            return sr_sinkhorn(grad, self.num_iterations, dtype=dtype or wide)
-        x = grad.to(wide, copy=True)
-        for _ in range(int(self.num_iterations)):
-            for norm in (NORMS[name] for name in self.norms):
-                x = norm(x, **{option: getattr(self, option) for option in norm.options})
-        return x.to(dtype or wide)
+            x = sr_sinkhorn(grad, self.num_iterations, dtype=wide if self.scale == "operator" else dtype or wide)
+        else:
+            x = grad.to(wide, copy=True)
+            for _ in range(int(self.num_iterations)):
+                x = self._once(x)
+        return (scale_to_operator(x) if self.scale == "operator" else x).to(dtype or wide)
+
+    def _once(self, x: Tensor) -> Tensor:
+        """Apply each norm once; SR-Sinkhorn at the start of a chain, written out, takes its diagonal form."""
+        pairs = 0
+        while self.norms[2 * pairs : 2 * pairs + 2] == ("row_l2", "col_l2"):
+            pairs += 1
+        first = 2 * pairs if pairs > 1 else 0
+        x = sr_sinkhorn(x, pairs) if first else x
+        for norm in (NORMS[name] for name in self.norms[first:]):
+            x = norm(x, **{option: getattr(self, option) for option in norm.options})
+        return x
 
 
 def multi_normalize(
@@ -80,6 +94,7 @@ def multi_normalize(
     ns_steps: int | None = None,
     ns_beta: float | None = None,
     ns_dtype: str | None = None,
+    scale: str = UPDATE_SCALES[0],
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Project the gradient onto each norm of the chain in turn, `num_iterations` times (MultiNorm).
@@ -96,13 +111,15 @@ def multi_normalize(
         ns_steps: iterations of the whitening; default is that of the whitening.
         ns_beta: step size of the whitening; default is that of the whitening.
         ns_dtype: `float32` (default) or `float16`, of the products of `newton_schulz`.
+        scale: `rms` leaves entries of root mean square 1; `operator` makes the result smaller until its largest
+            singular value is about sqrt(max(m, n)), that of a matrix of equal singular values.
         dtype: dtype of the result; default that of `grad`. Half gradients are computed in float32 in any case.
 
     Returns:
         Tensor of the shape of `grad`; 0 for a zero gradient, non-finite for a non-finite one.
 
     Raises:
-        ValueError: a gradient of fewer than two dimensions, an unknown norm, or `num_iterations` below 1.
+        ValueError: a gradient of fewer than two dimensions, an unknown norm or scale, or `num_iterations` below 1.
 
     Example:
         >>> import torch, hf_stateless
@@ -118,8 +135,10 @@ def multi_normalize(
         raise ValueError(f"multi_normalize takes matrices (..., m, n), got shape {tuple(grad.shape)}.")
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
+    if scale not in UPDATE_SCALES:
+        raise ValueError(f"Unknown scale {scale!r}. Valid: {', '.join(UPDATE_SCALES)}.")
     check_norms(norms)
-    chain = Chain(tuple(norms), num_iterations, whitening, ns_steps, ns_beta, ns_dtype)
+    chain = Chain(tuple(norms), num_iterations, whitening, ns_steps, ns_beta, ns_dtype, scale)
     return chain.normalize(grad, dtype or grad.dtype)
 
 

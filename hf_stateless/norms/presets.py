@@ -19,6 +19,14 @@ _MULTI_NORMALIZATION_PAPER = """@inproceedings{scetbon2025gradient,
   year      = {2025},
   url       = {https://openreview.net/forum?id=oanhUGY6un}
 }"""
+_POLAR_EXPRESS_PAPER = """@misc{amsel2025polar,
+  title         = {{The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm}},
+  author        = {Amsel, Noah and Persson, David and Musco, Christopher and Gower, Robert M.},
+  year          = {2025},
+  eprint        = {2505.16932},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2505.16932}
+}"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,13 @@ class MultiNormPreset:
     paper: str
     """Where the method is defined."""
     citation: str
-    """BibTeX of the paper."""
+    """BibTeX of the paper, or of several."""
+    whitening: str = "newton_schulz"
+    """How `spectral` is computed."""
+    ns_steps: int | None = None
+    """Iterations of the whitening; None for its own default."""
+    scale: str = "rms"
+    """What the size of an update is measured by, see `hf_stateless.norms.scale`."""
 
 
 PRESETS: dict[str, MultiNormPreset] = {
@@ -61,6 +75,17 @@ PRESETS: dict[str, MultiNormPreset] = {
         title="SinkGD",
         paper="https://huggingface.co/papers/2502.06742",
         citation=_MULTI_NORMALIZATION_PAPER,
+    ),
+    "sinkgd_polar": MultiNormPreset(
+        norms=("row_l2", "col_l2", "spectral"),
+        num_iterations=1,
+        lr_scale=1.0,
+        title="SinkGD with a Polar Express step",
+        paper="https://huggingface.co/papers/2502.06742",
+        citation=f"{_MULTI_NORMALIZATION_PAPER}\n{_POLAR_EXPRESS_PAPER}",
+        whitening="polar_express",
+        ns_steps=1,
+        scale="operator",
     ),
     "multinorm": MultiNormPreset(
         norms=("row_l2", "spectral"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..ranks.placement import local_shard
+from .options import on_demand
 from .rates import SCALES
 
 
@@ -58,10 +59,10 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
     """
     changed: dict[str, tuple[Any, Any]] = {}
     for group, current in zip(groups, options, strict=True):
-        ones = dict.fromkeys(SCALES, 1.0)  # where a group does not say it
-        saved, now = {**ones, **group}, {**ones, **current}
+        unsaid = {**dict.fromkeys(SCALES, 1.0), **on_demand(str(current.get("algorithm")))}
+        saved, now = {**unsaid, **group}, {**unsaid, **current}
         changed |= {key: (saved.get(key), value) for key, value in now.items() if saved.get(key) != value}
-        for key in SCALES:
+        for key in unsaid:
             group.pop(key, None)
         group.update(current)
     changed.pop("layouts", None)  # how factors of experts are divided: no option, and older checkpoints lack it

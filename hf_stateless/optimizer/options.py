@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..norms.presets import PRESETS
+from ..norms.scale import UPDATE_SCALES
 from ..norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
 from ..update.width import WIDTH_RULES
 from .option_kinds import CHAIN, COUNT, FRACTION, NUMBER, SWITCH, WHOLE, Kind, choice
@@ -76,6 +77,9 @@ class Option:
     """The rules whose groups hold the value, each with the default of groups that are made by hand."""
     roles: tuple[str, ...] = ()
     """The roles of parameters whose groups get the value, where not all do; the others keep the rule's default."""
+    on_demand: bool = False
+    """Whether groups hold the value only where it is not the default: sharded checkpoints that were written before
+    there was the option lack the key, and torch loads no key that it misses."""
     on_card: bool = True
     """Whether a model card tells it: not what changes the noise or the work, but not the method."""
 
@@ -102,6 +106,16 @@ def _rate_option(name: str, what: str) -> Option:
     )
 
 
+def _of_presets(field: str) -> str:
+    """Return in words what the presets have in a field: what most have, and which have something else."""
+    usual = getattr(PRESETS["multinorm"], field)
+    others = [(name, getattr(preset, field)) for name, preset in PRESETS.items() if getattr(preset, field) != usual]
+    return ", ".join([f"`{usual}`", *(f"`{value}` (`{name}`)" for name, value in others)])
+
+
+_STEPS = ", ".join(
+    ["of the whitening", *(f"{preset.ns_steps} (`{name}`)" for name, preset in PRESETS.items() if preset.ns_steps)]
+)
 _OF_WHITENING: dict[str, Any] = {"belongs_to": BelongsTo(whitening=True), "groups": {"multinorm": None}}
 _ROWS = (
     Option(
@@ -132,14 +146,24 @@ _ROWS = (
         groups={"multinorm": 0.4, "lora_product": 0.2},
     ),
     Option(
+        "scale",
+        None,
+        choice(UPDATE_SCALES),
+        "what the size of an update is measured by, its entries or its operator norm",
+        _of_presets("scale"),
+        groups={"multinorm": UPDATE_SCALES[0], "lora_product": UPDATE_SCALES[0]},
+        on_demand=True,
+    ),
+    Option(
         "whitening",
-        "newton_schulz",
+        None,
         choice(list(WHITENING_DEFAULTS)),
         "how `spectral` is computed",
+        _of_presets("whitening"),
         belongs_to=BelongsTo(whitening=True),
         groups={"multinorm": "newton_schulz"},
     ),
-    Option("ns_steps", None, COUNT, "iterations of the whitening", "of the whitening", **_OF_WHITENING),
+    Option("ns_steps", None, COUNT, "iterations of the whitening", _STEPS, **_OF_WHITENING),
     Option("ns_beta", None, NUMBER, "step size of the whitening", "of the whitening", **_OF_WHITENING),
     Option(
         "ns_dtype",
@@ -297,13 +321,28 @@ def group_defaults(rule: str) -> dict[str, Any]:
         >>> group_defaults("lora_product")
         {'norms': ('spectral',), 'num_iterations': 1, 'lr_scale': 0.2, 'min_signal': 0.0}
     """
-    return {option.name: option.groups[rule] for option in OPTIONS.values() if rule in option.groups}
+    rows = [option for option in OPTIONS.values() if rule in option.groups and not option.on_demand]
+    return {option.name: option.groups[rule] for option in rows}
+
+
+def on_demand(rule: str) -> dict[str, Any]:
+    """Return what groups of a rule hold only where it is not the default, with the defaults.
+
+    Example:
+        >>> from hf_stateless.optimizer.options import on_demand
+        >>> on_demand("multinorm")
+        {'scale': 'rms'}
+    """
+    rows = [option for option in OPTIONS.values() if rule in option.groups and option.on_demand]
+    return {option.name: option.groups[rule] for option in rows}
 
 
 def group_values(rule: str, options: object, role: str) -> dict[str, Any]:
     """Return what a group of a rule takes from the options of a run."""
     rows = [option for option in OPTIONS.values() if rule in option.groups and role in (option.roles or (role,))]
-    return {option.name: getattr(options, option.name) for option in rows}
+    values = {option.name: getattr(options, option.name) for option in rows}
+    absent = {name for name, default in on_demand(rule).items() if values.get(name) == default}
+    return {name: value for name, value in values.items() if name not in absent}
 
 
 def option_table() -> str:

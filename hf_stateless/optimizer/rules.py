@@ -13,7 +13,7 @@ from ..update.layout import layout_at
 from .adamw import ADAMW, ADAMW_8BIT
 from .lora_product import LORA_PRODUCT
 from .multinorm import MULTINORM
-from .options import EVERY_RULE, OPTIONS, group_defaults
+from .options import EVERY_RULE, OPTIONS, group_defaults, on_demand
 from .rates import SCALES
 from .rule import Rule
 from .sinkhorn_momentum import SINKHORN_MOMENTUM
@@ -65,7 +65,7 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
         **RULES[algorithm].options,
         **group_defaults(algorithm),
     }
-    known = {"params", "param_names", "algorithm", "lr", "initial_lr", *SCALES, *defaults}
+    known = {"params", "param_names", "algorithm", "lr", "initial_lr", *SCALES, *on_demand(algorithm), *defaults}
     for key in param_group:
         if key not in known:
             raise ValueError(

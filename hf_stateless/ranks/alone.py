@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..norms.scale import factor_of_scaled
 from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
 from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.kernels.choice import Kernel, choose
@@ -77,6 +78,8 @@ class Alone:
             row, column = scalings_by_blocks(grad, num_iterations, blocks)
         else:
             row, column = sinkhorn_scalings(grad, num_iterations, scratch=workspace.take("scratch", grad))
+        if update.chain.scale == "operator":
+            row = row * factor_of_scaled(grad, row, column, blocks).unsqueeze(-1)
         size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
         update.write_scaled(row, column, size, workspace)
 

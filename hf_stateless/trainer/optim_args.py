@@ -103,7 +103,8 @@ def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("momentum"):
         lr_scale /= 2  # averaged steps point the same way for longer: the best rate was half of that without, or less
     values = {option.name: option.default for option in OPTIONS.values() if option.name != "center"}
-    values |= {"num_iterations": preset.num_iterations, "lr_scale": lr_scale}
+    values["whitening"] = preset.whitening
+    values |= {"num_iterations": preset.num_iterations, "lr_scale": lr_scale, "scale": preset.scale}
     rates = RATES[given.get("rates", OPTIONS["rates"].default)]
     values |= {scale: getattr(rates, scale.removesuffix("_lr_scale")) for scale in SCALES}
     values["tied_lr_scale"] = given.get("embedding_lr_scale", rates.tied)
@@ -115,12 +116,14 @@ def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _whitening_defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of the whitening that is used; refuse what only another one takes."""
-    whitening = given.get("whitening", OPTIONS["whitening"].default)
+    preset = PRESETS[plain_name(name)]
+    whitening = given.get("whitening", preset.whitening)
     taken = WHITENING_DEFAULTS[whitening]
     for key in {key for others in WHITENING_DEFAULTS.values() for key in others} - taken.keys():
         if key in given:
             raise ValueError(f"whitening={whitening} takes no {key} (optim_args of optim={name!r}): leave it out.")
-    return dict(taken)
+    steps = {"ns_steps": preset.ns_steps} if whitening == preset.whitening and preset.ns_steps else {}
+    return {"whitening": whitening, **taken, **steps}
 
 
 def _parse(name: str, key: str, value: Any) -> Any:

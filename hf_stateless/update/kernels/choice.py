@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...norms.chain import Chain
+from ...norms.scale import UPDATE_SCALES
 from ...weights.stored import StoredWeight
 from ..layout import Layout
 from . import cpu_sinkgd, int8, sinkgd
@@ -32,7 +33,8 @@ def choose(weights: Sequence[Tensor], grads: Sequence[Tensor], chain: Chain, lay
     """Return the kernel that updates weights of one shape by their gradients, or None where torch does.
 
     Triton takes SinkGD on CUDA. On CPU compiled C takes it for large plain matrices, if torch does not have many
-    threads for few of them. `HF_STATELESS_KERNELS=torch` leaves all to torch, `triton` insists on Triton.
+    threads for few of them. Neither measures an operator norm. `HF_STATELESS_KERNELS=torch` leaves all to torch,
+    `triton` insists on Triton.
 
     Args:
         weights: plain tensors or stored weights, of one shape.
@@ -43,7 +45,7 @@ def choose(weights: Sequence[Tensor], grads: Sequence[Tensor], chain: Chain, lay
     Raises:
         ValueError: the variable has another value, or asks for Triton where it cannot run.
     """
-    if not chain.is_sinkhorn:
+    if not chain.is_sinkhorn or chain.scale != UPDATE_SCALES[0]:
         return None
     if use_triton((weights[0], grads[0])):
         return sinkgd.sinkgd_update_ if sinkgd.fits(weights, grads, layout, chain.num_iterations) else None
