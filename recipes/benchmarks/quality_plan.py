@@ -27,6 +27,8 @@ class Study:
     block: int = 128
     """Tokens in a sequence."""
     steps: int = 200
+    tied: bool = False
+    """Whether the head is the table of embeddings."""
 
     @property
     def intermediate(self) -> int:
@@ -51,6 +53,9 @@ STUDIES = {
     "width 1024": Study(layers=2, sequences=8, steps=100, hidden=1024),
     "largest, python": Study(hidden=256, sequences=32, steps=150),
     "largest, english": Study(text="english", hidden=256, sequences=32, steps=150),
+    "small, english": Study(text="english"),
+    "small, tied": Study(tied=True),
+    "longest": Study(steps=2400),
     # For a GPU, and the tiny one that rehearses them.
     "60M": Study(hidden=512, layers=8, vocab=32000, sequences=128, block=256, steps=240),
     "130M": Study(hidden=768, layers=12, vocab=32000, sequences=128, block=256, steps=240),
@@ -66,6 +71,9 @@ SCHEDULE = (
 )
 CONSTANT = (("lr_scheduler_type", "constant"), ("lr_scheduler_kwargs", None), ("warmup_steps", 0))
 
+# AdamW's best single rate in every study of this size but one, where half of it is better: the rates of embeddings,
+# heads and norms are multiples of it.
+REST_RATE = 2e-3
 # Multiples of a learning rate, for embeddings, heads and what else is no matrix.
 Kinds = tuple[float, float, float]
 
@@ -85,7 +93,7 @@ class Row:
     """Further arguments of the Trainer."""
     factory: Callable[..., Any] | None = None
     apart: bool = True
-    """Whether what is no matrix has a rate of its own: the best one of `adamw` in the same study, times `rest`."""
+    """Whether what is no matrix has a rate of its own: REST_RATE times `rest`."""
     rest: float = 1.0
     kinds: Kinds = (1.0, 1.0, 1.0)
     """Multiples of that rate for embeddings, heads and what is left; only where it is apart."""
@@ -94,10 +102,10 @@ class Row:
         if not self.apart and set(self.kinds) != {1.0}:
             raise ValueError(f"kinds={self.kinds} of a row with one rate for all: take factory=AdamWFactory.")
 
-    def arguments(self, rest_rate: float | None) -> str:
+    def arguments(self) -> str:
         """Return the `optim_args` of a run: those of the row, and the rates of what is no matrix where it has any."""
         scales = [f"{scale}={kind:g}" for scale, kind in zip(SCALES, self.kinds, strict=True) if kind != 1]
-        rates = [f"adamw_lr={rest_rate}", *scales] if self.apart and self.optim else []
+        rates = [f"adamw_lr={self.rest * REST_RATE}", *scales] if self.apart and self.optim else []
         return ",".join(filter(None, [self.optim_args, *rates]))
 
 
@@ -175,7 +183,12 @@ def of_kinds(row: str, kinds: Kinds) -> str:
 # Multiples of AdamW's best rate for what is no matrix.
 RESTS = (2, 4, 8, 16, 32)
 # The same for embeddings, heads and the rest, each their own.
-KINDS: tuple[Kinds, ...] = ((32, 4, 16), (16, 4, 16), (64, 4, 16), (32, 4, 4))
+KINDS: tuple[Kinds, ...] = (
+    (32, 4, 16),
+    *((16, 2, 8), (64, 8, 32)),  # all of them at half and at double
+    *((16, 4, 16), (64, 4, 16), (32, 2, 16), (32, 8, 16), (32, 4, 8), (32, 4, 32), (32, 4, 4)),  # one of them
+    *((4, 1, 4), (4, 1, 16), (2, 1, 8), (8, 1, 16)),  # tied, where the second stands for nothing
+)
 ROWS: dict[str, Row] = {
     # What AdamW can do: alone, with other settings, and with a rate of its own for the matrices.
     "adamw": Row(2e-3, "adamw_torch_fused", apart=False),
@@ -232,4 +245,34 @@ ROWS: dict[str, Row] = {
 }
 # What the summary and the picture show, with both schedules.
 MAIN = ("adamw", "adamw, rates apart", "muon", "swan", "sinkgd")
+# The finalists, each with rates by kind, and what is asked of embeddings, iterations, whitening and scale.
+_CHAIN = "row_l2+col_l2"
+VARIANTS = {
+    "sinkgd, operator": ("sinkgd:scale=operator", 2e-3),
+    "swan, operator": ("swan:scale=operator", 4e-3),
+    **{
+        f"sinkgd {n}, polar {steps}{kind}": (
+            f"multinorm:norms={'+'.join([_CHAIN] * n)}+spectral,whitening=polar_express,ns_steps={steps}{scale}",
+            4e-3,
+        )
+        for n in (1, 2, 5)
+        for steps in (1, 2, 3)
+        for kind, scale in (("", ""), (", operator", ",scale=operator"))
+    },
+    "sinkgd 1, polar 1, operator, rows": (
+        f"multinorm:norms={_CHAIN}+spectral+row_l2,whitening=polar_express,ns_steps=1,scale=operator",
+        4e-3,
+    ),
+    "swan, rows": ("multinorm:norms=row_standardize+spectral+row_l2", 4e-3),
+    **{
+        f"{name}, {tables} tables": (f"{name}:embeddings={tables}", start)
+        for name, start in (("swan", 4e-3), ("sinkgd", 1e-3))
+        for tables in ("row_moment", "factored", "column_moment")
+    },
+    "swan, row moments, AdamW head": ("swan:embeddings=row_moment,heads=adamw", 4e-3),
+    "swan, row moments, head by columns": ("swan:embeddings=row_moment,heads=column_moment", 4e-3),
+    "swan, momentum 0.9": ("swan:momentum=0.9", 2e-3),
+    "sinkgd, momentum 0.9": ("sinkgd:momentum=0.9", 5e-4),
+}
+ROWS |= {of_kinds(name, k): ours(*chain, kinds=k) for name, chain in VARIANTS.items() for k in KINDS}
 ROWS |= {at_constant_rate(name): replace(ROWS[name], training=CONSTANT) for name in MAIN}

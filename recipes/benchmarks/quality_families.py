@@ -1,0 +1,153 @@
+"""Tables of optimizers at their own best: rates for matrices and for each kind of parameter, picked on other text."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quality_plan import STUDIES
+from quality_report import Records, of_study
+
+
+FAMILIES = {
+    "AdamW": "adamw, rates apart",
+    "Muon": "muon",
+    "`swan`": "swan, row_moment tables",
+    "`sinkgd`": "sinkgd, row_moment tables",
+    "`swan`, momentum 0.9": "swan, momentum 0.9",
+    "AdamW, one rate": "adamw",
+}
+"""What an optimizer is called, and how the rows of the plan begin that may stand for it."""
+TITLES = {
+    "small": "Small, 200 steps",
+    "long": "600 steps",
+    "longest": "2,400 steps",
+    "largest, english": "Larger, English",
+}
+"""The studies of the short table, and what they are called in it."""
+_LENGTHS = ("small", "long", "longest")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best setting of an optimizer in a study."""
+
+    row: str
+    rate: float
+    losses: Mapping[int, float]
+    """By seed."""
+    beside: Mapping[float, float]
+    """The mean losses at the other rates for matrices of the same row."""
+    state: float
+    """Bytes of state for each parameter."""
+
+    @property
+    def loss(self) -> float:
+        """The mean over the seeds."""
+        return statistics.mean(self.losses.values())
+
+    @property
+    def kinds(self) -> str:
+        """The multiples for embeddings, head and norms."""
+        found = re.search(r"rest ([\d/]+)x$", self.row)
+        return found[1] if found else "1/1/1"
+
+
+def best(records: Records, family: str) -> Best | None:
+    """Return the setting of a family with the lowest loss to pick by, among those that most seeds were run with.
+
+    Args:
+        records: of one study.
+        family: how the rows of the plan begin.
+    """
+    of_setting: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for record in records:
+        if re.fullmatch(rf"{re.escape(family)}(, rest [\d/]+x)?", record["row"]):
+            of_setting.setdefault((record["row"], record["learning_rate"]), []).append(record)
+    if not of_setting:
+        return None
+    most = max(map(len, of_setting.values()))
+    to_pick = {key: _mean(same, "pick_loss") for key, same in of_setting.items() if len(same) == most}
+    row, rate = min(to_pick, key=to_pick.__getitem__)
+    chosen = of_setting[row, rate]
+    losses = {r["seed"]: r["eval_loss"] for r in chosen}
+    first = min(losses)
+    beside = {
+        lr: next(r["eval_loss"] for r in same if r["seed"] == first)
+        for (name, lr), same in of_setting.items()
+        if name == row and first in {r["seed"] for r in same}
+    }
+    state = statistics.median(r["state_bytes"] / r["parameters"] for r in chosen)
+    return Best(row, rate, losses, {lr: loss - losses[first] for lr, loss in beside.items()}, state)
+
+
+def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.mean(math.inf if r[key] is None else r[key] for r in records)
+
+
+def study_table(records: Records) -> str:
+    """Render the optimizers of one study at their best, the lowest loss first.
+
+    What half and double the rate for matrices cost is the difference on the first seed.
+    """
+    found = {name: best(records, family) for name, family in FAMILIES.items()}
+    lines = [
+        "| Optimizer | Held-out loss | Seeds | Spread | Rate of matrices | Embeddings / head / norms "
+        "| At half the rate | At double the rate | State, bytes per parameter |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, one in sorted(((n, b) for n, b in found.items() if b), key=lambda item: item[1].loss):
+        values = one.losses.values()
+        spread = f"{max(values) - min(values):.3f}" if len(values) > 1 else ""
+        beside = [f"{one.beside[lr]:+.3f}" if lr in one.beside else "not run" for lr in (one.rate / 2, one.rate * 2)]
+        kinds = " / ".join(f"{kind}x" for kind in one.kinds.split("/"))
+        cells = [name, f"{one.loss:.3f}", str(len(values)), spread, f"{one.rate:.1e}", kinds, *beside]
+        lines.append(f"| {' | '.join(cells)} | {one.state:.2f} |")
+    return "\n".join(lines)
+
+
+def summary(records: Records, studies: Mapping[str, str] = TITLES) -> str:
+    """Render the best loss of every optimizer in the studies; the lowest of a study is bold."""
+    lines = ["| Optimizer | " + " | ".join(studies.values()) + " |", "|---|" + "---:|" * len(studies)]
+    found = {
+        study: {name: one.loss for name, family in FAMILIES.items() if (one := best(of_study(records, study), family))}
+        for study in studies
+    }
+    for name in FAMILIES:
+        cells = [_cell(losses, name) for losses in found.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(losses: Mapping[str, float], name: str) -> str:
+    if name not in losses:
+        return "not run"
+    text = f"{losses[name]:.3f}"
+    return f"**{text}**" if losses[name] == min(losses.values()) else text
+
+
+def steps_to_adamw(records: Records) -> dict[str, float]:
+    """Return the part of AdamW's steps after which an optimizer ends as low as AdamW does.
+
+    It lies between runs of two lengths, each with a schedule of its own. The loss is taken as linear in the logarithm
+    of the steps between 200, 600 and 2,400; the target is AdamW's loss at the longest of them that it was run with.
+    """
+    curves = {
+        name: {STUDIES[s].steps: one.loss for s in _LENGTHS if (one := best(of_study(records, s), family))}
+        for name, family in FAMILIES.items()
+    }
+    longest = max(curves["AdamW"])
+    target = curves["AdamW"][longest]
+    parts = {}
+    for name, curve in curves.items():
+        points = sorted(curve.items())
+        for (few, above), (many, below) in itertools.pairwise(points):
+            if above >= target >= below:
+                share = (above - target) / (above - below)
+                parts[name] = math.exp(math.log(few) + share * math.log(many / few)) / longest
+    return parts
