@@ -26,6 +26,7 @@ NORMALISE = {
     "sinkgd": lambda d: reference.multi_normalize(d),
     "swan": lambda d: reference.swan(d),
     "multinorm": lambda d: reference.frobenius(reference.newton_schulz(reference.row_l2(d))),
+    "sinkgd_polar": PRESETS["sinkgd_polar"].chain.normalize,  # in float64, as the directions are
 }
 each_dtype = pytest.mark.parametrize("dtype", MOMENTUM_DTYPES)
 each_name = pytest.mark.parametrize("name", PRESETS)

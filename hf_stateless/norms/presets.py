@@ -116,3 +116,18 @@ PRESETS: dict[str, MultiNormPreset] = {
         citation=_MULTI_NORMALIZATION_PAPER,
     ),
 }
+
+
+def in_words(field: str) -> str:
+    """Return what the presets have in a field that has a default: that, and which have something else.
+
+    Example:
+        >>> from hf_stateless.norms.presets import in_words
+        >>> in_words("scale")
+        '`rms`, `operator` (`sinkgd_polar`)'
+    """
+    usual = MultiNormPreset.__dataclass_fields__[field].default
+    others = [(name, getattr(preset, field)) for name, preset in PRESETS.items() if getattr(preset, field) != usual]
+    return ", ".join(
+        ["of the whitening" if usual is None else f"`{usual}`", *(f"`{value}` (`{name}`)" for name, value in others)]
+    )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..norms.presets import PRESETS
+from ..norms.presets import PRESETS, in_words
 from ..norms.scale import UPDATE_SCALES
 from ..norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
 from ..update.width import WIDTH_RULES
@@ -78,8 +78,7 @@ class Option:
     roles: tuple[str, ...] = ()
     """The roles of parameters whose groups get the value, where not all do; the others keep the rule's default."""
     on_demand: bool = False
-    """Whether groups hold the value only where it is not the default: sharded checkpoints that were written before
-    there was the option lack the key, and torch loads no key that it misses."""
+    """Whether groups hold it only where it is not the default: older sharded checkpoints lack it, see `SCALES`."""
     on_card: bool = True
     """Whether a model card tells it: not what changes the noise or the work, but not the method."""
 
@@ -106,16 +105,6 @@ def _rate_option(name: str, what: str) -> Option:
     )
 
 
-def _of_presets(field: str) -> str:
-    """Return in words what the presets have in a field: what most have, and which have something else."""
-    usual = getattr(PRESETS["multinorm"], field)
-    others = [(name, getattr(preset, field)) for name, preset in PRESETS.items() if getattr(preset, field) != usual]
-    return ", ".join([f"`{usual}`", *(f"`{value}` (`{name}`)" for name, value in others)])
-
-
-_STEPS = ", ".join(
-    ["of the whitening", *(f"{preset.ns_steps} (`{name}`)" for name, preset in PRESETS.items() if preset.ns_steps)]
-)
 _OF_WHITENING: dict[str, Any] = {"belongs_to": BelongsTo(whitening=True), "groups": {"multinorm": None}}
 _ROWS = (
     Option(
@@ -150,7 +139,7 @@ _ROWS = (
         None,
         choice(UPDATE_SCALES),
         "what the size of an update is measured by, its entries or its operator norm",
-        _of_presets("scale"),
+        in_words("scale"),
         groups={"multinorm": UPDATE_SCALES[0], "lora_product": UPDATE_SCALES[0]},
         on_demand=True,
     ),
@@ -159,11 +148,11 @@ _ROWS = (
         "newton_schulz",
         choice(list(WHITENING_DEFAULTS)),
         "how `spectral` is computed",
-        _of_presets("whitening"),
+        in_words("whitening"),
         belongs_to=BelongsTo(whitening=True),
         groups={"multinorm": "newton_schulz"},
     ),
-    Option("ns_steps", None, COUNT, "iterations of the whitening", _STEPS, **_OF_WHITENING),
+    Option("ns_steps", None, COUNT, "iterations of the whitening", in_words("ns_steps"), **_OF_WHITENING),
     Option("ns_beta", None, NUMBER, "step size of the whitening", "of the whitening", **_OF_WHITENING),
     Option(
         "ns_dtype",
@@ -341,8 +330,7 @@ def group_values(rule: str, options: object, role: str) -> dict[str, Any]:
     """Return what a group of a rule takes from the options of a run."""
     rows = [option for option in OPTIONS.values() if rule in option.groups and role in (option.roles or (role,))]
     values = {option.name: getattr(options, option.name) for option in rows}
-    absent = {name for name, default in on_demand(rule).items() if values.get(name) == default}
-    return {name: value for name, value in values.items() if name not in absent}
+    return {name: value for name, value in values.items() if (name, value) not in on_demand(rule).items()}
 
 
 def option_table() -> str:
@@ -350,7 +338,7 @@ def option_table() -> str:
 
     Example:
         >>> from hf_stateless.optimizer.options import option_table
-        >>> option_table().splitlines()[9]
+        >>> option_table().splitlines()[10]
         '| `center` | `true` | subtract the mean of each row before the rows are normalised | `swan` |'
     """
     lines = ["| Key | Default | Meaning | Belongs to |", "|---|---|---|---|"]
