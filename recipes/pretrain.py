@@ -1,6 +1,6 @@
 """Train a LLaMA from scratch on text and report its held-out perplexity.
 
-With no arguments it trains a small model with `optim: sinkgd` on the text that every Python installation holds:
+With no arguments it trains a small model with `optim: sinkgd_polar` on the text that every Python installation holds:
 
     accelerate launch recipes/pretrain.py
 
@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from adamw_by_kind import adamw_by_kind
 from finished_run import train
 from pretraining_data import load_blocks
 from pretraining_text import DataArguments, InputError
 from script_start import find_checkpoint, read_recipe, refuse_other_optimizers, use_all_cores
+from torch.optim import AdamW
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,7 +45,7 @@ from hf_stateless.reports.card.pushing import PushError, create_repository, push
 
 
 RECIPES = Path(__file__).parent
-DEFAULT_RECIPE = RECIPES / "llama-tiny" / "pretrain" / "sinkgd.yaml"
+DEFAULT_RECIPE = RECIPES / "llama-tiny" / "pretrain" / "sinkgd_polar.yaml"
 
 
 @dataclass
@@ -64,6 +66,11 @@ class ModelArguments:
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of one process on CPU; default: all cores."}
     )
+    adamw_rates: Literal["finetuning", "pretraining"] = field(
+        default="finetuning",
+        metadata={"help": "With --optim adamw_torch: rates by kind, as optim_args=rates=pretraining gives ours."},
+    )
+    compare_with: str | None = field(default=None, metadata={"help": "A line that is printed at the end."})
 
 
 def parse_arguments(args: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -113,13 +120,26 @@ def describe_text(args: DataArguments) -> dict[str, object]:
     return {"datasets": [], "data": f"The text is {text}."}
 
 
-def report(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, prompt: str | None, seconds: float) -> None:
-    """Print the perplexities, a sampled completion and where the model lies."""
+def make_baseline(model: PreTrainedModel, model_args: ModelArguments, args: TrainingArguments) -> AdamW | None:
+    """Return AdamW with rates by kind where it is asked for; None where the Trainer makes the optimizer."""
+    rates = model_args.adamw_rates
+    if rates == "finetuning":
+        return None
+    if not args.optim.value.startswith("adamw_torch"):
+        raise InputError(
+            f"Got adamw_rates={rates} with optim={args.optim.value}: it is for adamw_torch. The optimizers of "
+            f"hf_stateless take --optim_args rates={rates}."
+        )
+    return adamw_by_kind(model, args, rates)
+
+
+def report(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, seconds: float) -> None:
+    """Print the perplexities, what they are compared with, a sampled completion and where the model lies."""
     state, folder = trainer.state, trainer.args.output_dir
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     opening = (
-        tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if prompt
+        tokenizer(model_args.prompt, add_special_tokens=False)["input_ids"]
+        if model_args.prompt
         else trainer.eval_dataset[0]["input_ids"][:32]
     )
     inputs = torch.tensor([opening], device=trainer.model.device)
@@ -128,6 +148,8 @@ def report(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, prompt: str | N
     options = {"max_new_tokens": min(64, room), "do_sample": True, "top_p": 0.9}
     output = trainer.model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
     print(f"\nHeld-out perplexity: {exp(losses[0]):.1f} before, {exp(losses[-1]):.1f} after {state.global_step} steps")
+    if model_args.compare_with:
+        print(model_args.compare_with)
     print(f"Sample completion, of:\n{tokenizer.decode(opening)}\n--- continued as:")
     print(f"{tokenizer.decode(output[0, len(opening) :])}\n")
     print(f'Model: {folder}, for AutoModelForCausalLM.from_pretrained("{folder}")')
@@ -164,6 +186,7 @@ def main() -> None:
             eval_dataset=held_out_blocks,
             processing_class=tokenizer,
             data_collator=default_data_collator,
+            optimizers=(make_baseline(model, model_args, args), None),
         )
     hf_stateless.attach_memory_report(trainer)
     attach_model_card(trainer, base_model="", **describe_text(data_args))
@@ -177,7 +200,7 @@ def main() -> None:
         trainer.evaluate()
     save(trainer)
     if trainer.is_world_process_zero():
-        report(trainer, tokenizer, model_args.prompt, time.perf_counter() - start)
+        report(trainer, tokenizer, model_args, time.perf_counter() - start)
     if args.push_to_hub:
         push(trainer)
 

@@ -121,7 +121,7 @@ def test_defaults_of_the_whitening_are_filled_in(name, whitening):
 )
 def test_a_preset_may_have_a_whitening_of_its_own(name, given, whitening, steps):
     options = parse_options(name, given)
-    assert (options.whitening, options.ns_steps, options.scale) == (whitening, steps, "operator")
+    assert (options.whitening, options.ns_steps, options.scale) == (whitening, steps, "rms")
     assert options.norms == PRESETS["sinkgd_polar"].norms
     assert message_of(name, {**given, "ns_beta": 0.5} if whitening == "polar_express" else {"norms": "sign"})
 
@@ -348,13 +348,13 @@ def test_unknown_optimizer_is_answered_with_the_names(name):
     [
         ("swan", {}, 2.0, 0.2),
         ("swan", {"center": "false"}, 2.0, 0.2),
-        ("sinkgd", {}, 0.4, 0.2),
+        ("sinkgd", {}, 0.8, 0.2),
         ("multinorm", {}, 2.0, 0.2),
         ("multinorm_layerwise", {"norms": "spectral"}, 2.0, 0.2),
-        ("multinorm", {"norms": "sign"}, 0.4, 0.2),
+        ("multinorm", {"norms": "sign"}, 0.8, 0.2),
         ("swan", {"momentum": "0.9"}, 1.0, 0.2),
-        ("sinkgd", {"momentum": "0.9"}, 0.2, 0.2),
-        ("multinorm", {"norms": "sign", "momentum": "0"}, 0.4, 0.2),
+        ("sinkgd", {"momentum": "0.9"}, 0.4, 0.2),
+        ("multinorm", {"norms": "sign", "momentum": "0"}, 0.8, 0.2),
         ("swan", {"momentum": "0.9", "lr_scale": "2"}, 2.0, 2.0),
         ("sinkgd", {"lr_scale": "0.05"}, 0.05, 0.05),
         ("multinorm", {"norms": "sign", "lr_scale": "0.05"}, 0.05, 0.05),

@@ -13,7 +13,9 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hf_stateless.update.rate import learning_rate
 
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +28,10 @@ from pretraining_text import DataArguments, InputError, hold_out, load_documents
 
 YAML_FILES = sorted(RECIPES.glob("llama-*/pretrain/*.yaml"))
 BENCHMARK_FILES = [file for file in YAML_FILES if "tiny" not in file.parts[-3]]
-OPTIMIZER_KEYS = {"optim", "optim_args", "learning_rate", "adam_beta1", "adam_beta2", "weight_decay"}
+OPTIMIZER_KEYS = {
+    *("optim", "optim_args", "learning_rate", "weight_decay", "compare_with"),
+    *("adam_beta1", "adam_beta2", "adamw_rates"),
+}
 TINY = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -87,7 +92,7 @@ def test_every_recipe_parses_and_builds_its_optimizer(file, tmp_path):
     model_args, data_args, args = pretrain.parse_arguments(
         ["--config", str(file), "--output_dir", str(tmp_path), "--use_cpu", "true", "--eval_strategy", "no"]
     )
-    assert args.optim.value.split("_")[0] == file.stem
+    assert args.optim.value.split("_torch")[0] == file.stem
     assert pretrain.load_config(model_args.model_config).max_position_embeddings >= data_args.block_size
     model = LlamaForCausalLM(LlamaConfig(**TINY))
     optimizer = Trainer(model=model, args=args).create_optimizer()
@@ -118,15 +123,46 @@ def test_benchmark_recipes_train_on_batches_of_512_sequences_of_256_tokens(file)
     assert recipe["block_size"] == 256
 
 
-def test_no_arguments_is_the_tiny_sinkgd_recipe(tmp_path, monkeypatch):
+def test_no_arguments_is_the_tiny_recipe_of_sinkgd_polar(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     without, named = (
         [vars(part) for part in pretrain.parse_arguments(arguments)]
-        for arguments in ([], ["--config", str(RECIPES / "llama-tiny" / "pretrain" / "sinkgd.yaml")])
+        for arguments in ([], ["--config", str(RECIPES / "llama-tiny" / "pretrain" / "sinkgd_polar.yaml")])
     )
     assert without[:2] == named[:2]
-    assert without[2]["optim"] == named[2]["optim"] == "sinkgd"
+    assert without[2]["optim"] == named[2]["optim"] == "sinkgd_polar"
     assert without[1]["dataset_name"] is without[1]["train_files"] is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_baseline_has_the_multiples_of_ours(tied, tmp_path):
+    arguments = ["--config", str(RECIPES / "llama-tiny" / "pretrain" / "adamw.yaml"), "--learning_rate", "0.001"]
+    model_args, _, args = pretrain.parse_arguments(
+        [*arguments, "--output_dir", str(tmp_path), "--weight_decay", "0.1"]
+    )
+    model = LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=tied))
+    optimizer = pretrain.make_baseline(model, model_args, args)
+    ours = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(tmp_path), optim="swan", optim_args="rates=pretraining", learning_rate=1e-3, weight_decay=0.1
+        ),
+    ).create_optimizer()
+    settings = {
+        parameter: (pytest.approx(float(learning_rate(group))), group["weight_decay"])
+        for group in ours.param_groups
+        for parameter in group["params"]
+    }
+    found = {p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert found.keys() == set(model.parameters())
+    assert found == settings
+
+
+def test_rates_of_the_baseline_are_for_adamw():
+    arguments = ["--adamw_rates", "pretraining", "--optim", "swan"]
+    model_args, _, args = pretrain.parse_arguments(arguments)
+    with pytest.raises(InputError, match="optim=swan: it is for adamw_torch"):
+        pretrain.make_baseline(None, model_args, args)
 
 
 def test_flags_win_over_the_recipe():

@@ -91,7 +91,7 @@ PRESETS: dict[str, MultiNormPreset] = {
     "sinkgd": MultiNormPreset(
         norms=("row_l2", "col_l2"),
         num_iterations=5,
-        lr_scale=0.4,
+        lr_scale=0.8,
         title="SinkGD",
         paper="https://huggingface.co/papers/2502.06742",
         citation=_MULTI_NORMALIZATION_PAPER,
@@ -105,7 +105,6 @@ PRESETS: dict[str, MultiNormPreset] = {
         citation=f"{_MULTI_NORMALIZATION_PAPER}\n{_POLAR_EXPRESS_PAPER}",
         whitening="polar_express",
         ns_steps=1,
-        scale="operator",
     ),
     "multinorm": MultiNormPreset(
         norms=("row_l2", "spectral"),
@@ -123,8 +122,8 @@ def in_words(field: str) -> str:
 
     Example:
         >>> from hf_stateless.norms.presets import in_words
-        >>> in_words("scale")
-        '`rms`, `operator` (`sinkgd_polar`)'
+        >>> in_words("whitening")
+        '`newton_schulz`, `polar_express` (`sinkgd_polar`)'
     """
     usual = MultiNormPreset.__dataclass_fields__[field].default
     others = [(name, getattr(preset, field)) for name, preset in PRESETS.items() if getattr(preset, field) != usual]

@@ -132,7 +132,7 @@ _ROWS = (
         ", ".join(f"{preset.lr_scale} (`{name}`)" for name, preset in PRESETS.items())
         + "; that of `sinkgd` without a whitening; half with `momentum`; 0.2 for `lora=product` and beside the "
         "matrices",
-        groups={"multinorm": 0.4, "lora_product": 0.2},
+        groups={"multinorm": 0.8, "lora_product": 0.2},
     ),
     Option(
         "scale",
