@@ -144,7 +144,7 @@ OF_MATRICES = {
     "swan bf16": floats(*ODD, dtype=BF16, **SWAN, **DECAY),
     "swan, no decay": floats((1, 7), (7, 1), (1, 1), **SWAN),
     "convolution": floats((6, 4, 3, 3), layout="conv", **SWAN, **DECAY),
-    "vectors": floats((7,), (7,), norms=("frobenius",), num_iterations=1, layout="vector", **DECAY),
+    "vectors": floats((7,), (5,), (7,), norms=("frobenius",), num_iterations=1, layout="vector", **DECAY),
     "three in one": floats((12, 5), layout="out_in", layouts="0=out_in*3", **SINKGD, **DECAY),
     "three in one bf16 momentum": floats((12, 5), dtype=BF16, layouts="0=out_in*3", **SWAN, **DECAY, **MOMENTUM),
     "width rule": floats(*ODD, width_rule="spectral", **ROW),

@@ -95,5 +95,5 @@ class Alone:
 
 
 def _class_of(update: MatrixUpdate) -> tuple[Any, ...]:
-    """Return what updates share that are computed together."""
-    return id(update.group), update.param.dtype, update.shape_class, id(update.allowed)
+    """Return what updates share that are computed together; vectors of one length, which may be stacked."""
+    return id(update.group), update.param.dtype, update.param.shape, update.shape_class, id(update.allowed)
