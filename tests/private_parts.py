@@ -217,6 +217,13 @@ PRIVATE_PARTS = (
         until="torch gives them public names",
     ),
     PrivatePart(
+        part="torch:_foreach_sub_",
+        used_by=("optimizer/adamw.py",),
+        why="many tensors in one launch",
+        upstream=_FOREACH,
+        until="torch gives them public names",
+    ),
+    PrivatePart(
         part="torch:_foreach_add_",
         used_by=("optimizer/unread_flags.py",),
         why="many tensors in one launch",

@@ -86,3 +86,70 @@ def test_layerwise_updates_lower_the_peak_memory():
         del params, optimizer, x, p
     # 32 gradients of 4 MiB are alive at once without release; a few of them with it.
     assert peaks["matrices"] < peaks[None] - 20 * 4 * 2**20
+
+
+def groups_of_every_kind(lr):
+    """Groups of all rules that have no decomposition into eigenvalues, in bf16, with gradients."""
+    torch.manual_seed(0)
+
+    def group(algorithm, *shapes, **options):
+        params = [torch.nn.Parameter(torch.randn(s, device="cuda").bfloat16() * 0.02) for s in shapes]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        return {"params": params, "algorithm": algorithm, "lr": lr, "weight_decay": 0.1, **options}
+
+    chains = [{"norms": preset.norms, "num_iterations": preset.num_iterations} for preset in PRESETS.values()]
+    return [
+        *(group("multinorm", *SHAPES, **chain) for chain in chains),
+        group("multinorm", (64, 96), (64, 96), **chains[0], min_signal=0.5),
+        *(group("multinorm", (64, 256), (64, 256), **chain, momentum=0.9) for chain in chains),
+        group("adamw", (64, 96), (96,), (33,), (33,)),
+        *(group(name, (64, 96)) for name in ("sinkhorn_momentum", "row_moment", "column_moment", "factored")),
+    ]
+
+
+def weights_in(optimizer):
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("rate", ["number", "tensor"])
+@pytest.mark.parametrize("kernels", ["", "torch"])
+def test_a_step_never_waits_for_the_device(rate, kernels, monkeypatch, caplog):
+    monkeypatch.setenv("HF_STATELESS_KERNELS", kernels)
+    optimizer = StatelessOptimizer(groups_of_every_kind(1e-2 if rate == "number" else torch.tensor(1e-2).cuda()))
+    bad = [group["params"][0] for group in optimizer.param_groups]
+    for p in bad:
+        p.grad[0, 0] = float("nan")
+    before = [p.detach().clone() for p in bad]
+    optimizer.step()  # compiles kernels, and copies tables to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, bad, before))
+    optimizer.state_dict()
+    assert len({r.getMessage() for r in caplog.records if "has NaN" in r.getMessage()}) == len(bad)
+
+
+@pytest.mark.parametrize("kernels", ["", "torch"])
+def test_a_captured_step_replays_the_steps_of_a_schedule_to_the_bit(kernels, monkeypatch):
+    """The noise of rounding advances with the counters on the device."""
+    monkeypatch.setenv("HF_STATELESS_KERNELS", kernels)
+    rate = torch.tensor(1e-2, device="cuda")
+    eager, captured = (StatelessOptimizer(groups_of_every_kind(rate)) for _ in range(2))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    eager.step()
+    for lr in (3e-3, 1e-2, 1e-3):
+        rate.fill_(lr)
+        graph.replay()
+        eager.step()
+        assert all(map(torch.equal, weights_in(captured), weights_in(eager)))

@@ -10,6 +10,7 @@ from conftest import dense, relative_error
 from updates import multinorm_update_
 
 from hf_stateless import StatelessOptimizer
+from hf_stateless.update import reads
 from hf_stateless.update.kernels import int8 as int8_update
 from hf_stateless.update.kernels import launch
 from hf_stateless.update.kernels import sinkgd as sinkgd_update
@@ -313,6 +314,42 @@ def test_an_update_of_zero_keeps_every_8_bit_byte():
     update_([weight], [torch.zeros(6, 254, device=DEVICE)], [key_of()], weight_decay=0.5)
     assert torch.equal(weight.codes, codes)
     assert torch.equal(weight.scale, scale)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("rate", ["number", "tensor"])
+@pytest.mark.parametrize("choice", ["triton", "torch"])
+def test_a_flag_on_the_device_keeps_every_byte_whatever_the_update_holds(value, rate, choice, monkeypatch):
+    """With codes that no scale of ours would have, which a write of zero would change."""
+    monkeypatch.setenv("HF_STATELESS_KERNELS", choice)
+    factors = (0.1, 0.5) if rate == "number" else torch.tensor([0.1, 0.5], device=DEVICE).unbind()
+    for usable in (torch.tensor(False, device=DEVICE), torch.tensor(True, device=DEVICE)):
+        weights = [int8_weight(6, 254, 127), torch.nn.Parameter(random(6, 254, dtype=torch.bfloat16))]
+        weights[0].codes //= 2
+        for weight in weights:
+            before = [t.clone() for t in getattr(weight, "stored", (weight.detach(),))]
+            with torch.no_grad():
+                write_update_(weight, torch.full((6, 254), value, device=DEVICE), *factors, key_of(), usable)
+            after = getattr(weight, "stored", (weight.detach(),))
+            assert torch.equal(after[0], before[0]) == (not usable)
+            assert usable or torch.equal(after[-1], before[-1])
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_what_min_signal_holds_back_on_the_device_is_no_work_for_kernels(held, monkeypatch):
+    """The kernel knows of no flag: its factors are 0 and 1 where nothing may move."""
+    monkeypatch.setattr(reads, "_READ_AT_ONCE", ())
+    weights = [torch.nn.Parameter(random(6, 10, dtype=torch.bfloat16, seed=i)) for i in range(3)]
+    group = {"params": weights, "algorithm": "multinorm", "weight_decay": 0.1, "min_signal": 0.5}
+    optimizer = StatelessOptimizer([group], lr=0.05)
+    for step in range(18):
+        before = [w.detach().clone() for w in weights]
+        for i, w in enumerate(weights):
+            w.grad = random(6, 10, dtype=torch.bfloat16, seed=i) * (0.01 if held and step == 17 else 1)
+        optimizer.step()
+    assert all(torch.equal(w, b) == held for w, b in zip(weights, before, strict=True))
+    assert optimizer.held_steps == held
+    assert [optimizer.state[w]["step"].item() for w in weights] == [18 - held] * 3
 
 
 def stepped(monkeypatch, choice, steps=2):

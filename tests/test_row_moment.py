@@ -14,6 +14,7 @@ from torch import nn
 from hf_stateless import create_optimizer
 from hf_stateless.optimizer import table_moments
 from hf_stateless.optimizer.rules import RULES
+from hf_stateless.update import reads
 
 
 each_rule = pytest.mark.parametrize("rule", KEPT)
@@ -121,7 +122,7 @@ def test_a_first_gradient_moves_by_the_rate_however_rare_the_row(rule):
 def test_bad_gradients_leave_table_and_averages_alone(rule, value, waits, monkeypatch, caplog):
     """Also where the host must not wait for the device to know."""
     if not waits:
-        monkeypatch.setattr(table_moments, "_READ_AT_ONCE", ())
+        monkeypatch.setattr(reads, "_READ_AT_ONCE", ())
     weight = nn.Parameter(dense(5, 3, dtype=torch.bfloat16))
     optimizer = optimizer_of(rule, weight, weight_decay=0.1)
     take_steps(optimizer, [dense(5, 3, dtype=torch.bfloat16)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.optim.adamw import adamw
 from ..ranks.placement import local_shard
 from ..update.batches import alike
 from ..update.rate import learning_rate
+from ..update.reads import reads_at_once
 from ..weights.noise import RoundingKey, TensorCache
-from ..weights.rounding import round_vectors, write_rounded_
+from ..weights.rounding import places, round_vectors, write_rounded_
 from .options import OPTIONS
 from .rule import Entry, Host, Rule, keys_of
 
@@ -66,6 +68,7 @@ def adamw_update_(
     states: list[dict[str, Tensor]],
     keys: Sequence[RoundingKey | None],
     cache: TensorCache | None = None,
+    usable: Sequence[Tensor | None] | None = None,
     **hyper: float,
 ) -> None:
     r"""AdamW by torch's own fused kernel; bf16 weights with rounding keys and 8-bit moments go through float32 chunks.
@@ -80,6 +83,7 @@ def adamw_update_(
         states: of `adamw_state`, updated in place.
         keys: a rounding key for each parameter, or None for those that are rounded to nearest.
         cache: of the optimizer, for the values of 8-bit codes; a new one when None.
+        usable: for each a flag on the device, where parameter and state stay as they are unless it is set, or None.
         hyper: `lr`, `beta1`, `beta2`, `eps`, `weight_decay`.
 
     Example:
@@ -95,48 +99,72 @@ def adamw_update_(
         AdamW, https://huggingface.co/papers/1711.05101, Algorithm 2; 8-bit moments,
         https://huggingface.co/papers/2110.02861, section 2.
     """
-    grads, cache = [grad.contiguous() for grad in grads], cache or TensorCache()
-    # The fused kernel of CPUs reads memory in order whatever the strides say.
-    in_chunks = [
-        "exp_avg_absmax" in state or (key is not None and p.dtype == torch.bfloat16) or not p.is_contiguous()
-        for p, state, key in zip(params, states, keys, strict=True)
-    ]
-    whole = [i for i, chunked in enumerate(in_chunks) if not chunked]
-    if whole:
-        means, squares, steps = ([states[i][name] for i in whole] for name in ("exp_avg", "exp_avg_sq", "step"))
-        _torch_adamw([params[i] for i in whole], [grads[i] for i in whole], means, squares, steps, hyper)
-    vectors = [i for i in range(len(params)) if in_chunks[i] and _is_small_vector(params[i], states[i], keys[i])]
-    if len(vectors) > 1:
-        for same in alike(vectors, lambda i: params[i].device):
-            picked = [params[i] for i in same], [grads[i] for i in same], [states[i] for i in same]
-            _adamw_vectors_(*picked, [key for i in same if (key := keys[i])], hyper)
-            in_chunks = [chunked and i not in same for i, chunked in enumerate(in_chunks)]
-    for i, chunked in enumerate(in_chunks):
-        if chunked:
-            _adamw_in_chunks_(params[i], grads[i], states[i], keys[i], cache, hyper)
+    cache, flags = cache or TensorCache(), usable or [None] * len(params)
+    tight = [grad.contiguous() for grad in grads]
+    every = [_One(*one) for one in zip(params, tight, states, keys, flags, strict=True)]
+    for same in alike(every, _One.together_with):
+        if same[0].is_small_vector:
+            _adamw_vectors_(same, cache, hyper)
+        elif same[0].in_chunks:
+            _adamw_in_chunks_(same[0], cache, hyper)
+        else:
+            means, squares, steps = ([one.state[name] for one in same] for name in ("exp_avg", "exp_avg_sq", "step"))
+            weights, of_weights = [one.param for one in same], [one.grad for one in same]
+            _torch_adamw(weights, of_weights, means, squares, steps, hyper, same[0].usable)
 
 
-def _is_small_vector(param: Tensor, state: Mapping[str, Tensor], key: RoundingKey | None) -> bool:
-    plain = key is not None and param.dtype == torch.bfloat16 and "exp_avg_absmax" not in state
-    return plain and param.ndim == 1 and 0 < param.numel() <= _SMALL and param.is_contiguous()
+@dataclass
+class _One:
+    """A parameter, with what its update needs."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    key: RoundingKey | None
+    usable: Tensor | None
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether some rows are taken at a time: what is rounded, and what the kernel of CPUs would misread."""
+        rounded = self.key is not None and self.param.dtype == torch.bfloat16
+        # That kernel reads memory in order whatever the strides say.
+        return "exp_avg_absmax" in self.state or rounded or not self.param.is_contiguous()
+
+    @property
+    def is_small_vector(self) -> bool:
+        """Whether it is copied beside others: into float32, or to hold some of them back."""
+        p, copied = self.param, self.in_chunks or self.usable is not None
+        fits = p.is_floating_point() and p.is_contiguous() and p.ndim == 1 and 0 < p.numel() <= _SMALL
+        return copied and fits and "exp_avg_absmax" not in self.state
+
+    def together_with(self) -> tuple[Any, ...]:
+        """Return what parameters have to share to be updated by one call."""
+        if self.is_small_vector:
+            return self.param.device, self.param.dtype, self.key is None, self.usable is None
+        return () if not self.in_chunks and self.usable is None else (id(self),)
 
 
-def _adamw_vectors_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    keys: list[RoundingKey],
-    hyper: Mapping[str, float],
-) -> None:
-    """Update bf16 vectors (norms and biases) side by side: a launch for each would cost more than its work."""
-    sizes = [p.numel() for p in params]
-    moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
-    weight, grad, mean, square = (torch.cat(tensors).float() for tensors in (params, grads, *moments))
+def _adamw_vectors_(same: Sequence[_One], cache: TensorCache, hyper: Mapping[str, float]) -> None:
+    """Update vectors (norms and biases) side by side: a launch for each would cost more than its work."""
+    params, steps = [one.param for one in same], [one.state["step"] for one in same]
+    sizes, keys = [p.numel() for p in params], [one.key for one in same if one.key is not None]
+    stored = [params, *([one.state[name] for one in same] for name in ("exp_avg", "exp_avg_sq"))]
+    rounded = bool(keys) and params[0].dtype == torch.bfloat16
+    wide = torch.float32 if rounded else params[0].dtype
+    weight, mean, square, grad = (torch.cat(tensors).to(wide) for tensors in (*stored, [one.grad for one in same]))
     parts = [list(torch.split(flat, sizes)) for flat in (weight, grad, mean, square)]
-    _torch_adamw(parts[0], parts[1], parts[2], parts[3], [state["step"] for state in states], hyper)
-    torch._foreach_copy_(params, torch.split(round_vectors(weight, sizes, keys), sizes))
-    torch._foreach_copy_(moments[0], torch.split(mean.to(torch.bfloat16), sizes))
-    torch._foreach_copy_(moments[1], torch.split(round_vectors(square, sizes, keys, offset=1), sizes))
+    _torch_adamw(parts[0], parts[1], parts[2], parts[3], steps, hyper)
+    if rounded:
+        weight, square = round_vectors(weight, sizes, keys), round_vectors(square, sizes, keys, offset=1)
+    new = [weight, mean.to(params[0].dtype), square]
+    flags = [one.usable for one in same if one.usable is not None]
+    if flags:
+        usable = torch.stack(flags)
+        of_entries = usable[cache.get(places, tuple(sizes), weight.device)[0]]
+        new = [torch.where(of_entries, now, torch.cat(old)) for now, old in zip(new, stored, strict=True)]
+        torch._foreach_sub_(steps, list((~usable).to(steps[0].dtype).unbind()))
+    for old, now in zip(stored, new, strict=True):
+        torch._foreach_copy_(old, torch.split(now, sizes))
 
 
 def _torch_adamw(
@@ -146,19 +174,23 @@ def _torch_adamw(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     hyper: Mapping[str, float],
+    usable: Tensor | None = None,
 ) -> None:
+    """Call torch's kernel; nothing moves unless the flag is set, if there is one."""
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params) or None
-    adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=fused, amsgrad=False, maximize=False, **hyper)  # type: ignore[arg-type]
+    found = {"found_inf": (~usable).to(torch.float32)} if fused and usable is not None else {}
+    every = [*params, *exp_avgs, *exp_avg_sqs, *steps]
+    before = [tensor.clone() for tensor in every] if usable is not None and not fused else []
+    # What is not fused reads the counters of steps, unless it is told not to.
+    capturable = not fused and not reads_at_once(steps[0].device)
+    adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=fused, capturable=capturable, amsgrad=False,
+          maximize=False, **found, **hyper)  # type: ignore[arg-type]  # fmt: skip
+    for tensor, old in zip(every, before, strict=False):
+        tensor.copy_(torch.where(usable, tensor, old))  # type: ignore[arg-type]
 
 
-def _adamw_in_chunks_(
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Tensor],
-    key: RoundingKey | None,
-    cache: TensorCache,
-    hyper: Mapping[str, float],
-) -> None:
+def _adamw_in_chunks_(one: _One, cache: TensorCache, hyper: Mapping[str, float]) -> None:
+    param, grad, state, key, usable = one.param, one.grad, one.state, one.key, one.usable
     if param.numel() == 0:  # a rank's shard may be empty, and its counter is as good as that of any other in a file
         state["step"].add_(1)
         return
@@ -174,13 +206,14 @@ def _adamw_in_chunks_(
         exact, exact_grad = part["param"].to(wide), part["grad"].to(wide)
         moments = {name: _load_moment(part, name, cache).to(wide).contiguous() for name in ("exp_avg", "exp_avg_sq")}
         state["step"].copy_(start_step)
-        _torch_adamw([exact], [exact_grad], [moments["exp_avg"]], [moments["exp_avg_sq"]], [state["step"]], hyper)
+        _torch_adamw(
+            [exact], [exact_grad], [moments["exp_avg"]], [moments["exp_avg_sq"]], [state["step"]], hyper, usable
+        )
         write_rounded_(part["param"], exact, None if key is None else key + 2 * index)
         # The first moment moves by a tenth each step, which rounding to nearest follows.
-        _store_moment_(part, "exp_avg", moments["exp_avg"], None, cache)
-        _store_moment_(
-            part, "exp_avg_sq", moments["exp_avg_sq"], None if key is None else key + (2 * index + 1), cache
-        )
+        _store_moment_(part, "exp_avg", moments["exp_avg"], None, cache, usable)
+        square_key = None if key is None else key + (2 * index + 1)
+        _store_moment_(part, "exp_avg_sq", moments["exp_avg_sq"], square_key, cache, usable)
     if not param.is_contiguous():  # then its rows were a copy
         param.copy_(rows["param"].view(param.shape))
 
@@ -197,8 +230,14 @@ def _load_moment(part: Mapping[str, Tensor], name: str, cache: TensorCache) -> T
 
 
 def _store_moment_(
-    part: Mapping[str, Tensor], name: str, value: Tensor, key: RoundingKey | None, cache: TensorCache
+    part: Mapping[str, Tensor],
+    name: str,
+    value: Tensor,
+    key: RoundingKey | None,
+    cache: TensorCache,
+    usable: Tensor | None,
 ) -> None:
+    """Store a moment; one that did not change has its bits in a float dtype, but maybe other 8-bit codes."""
     if f"{name}_absmax" not in part:
         write_rounded_(part[name], value, key)
         return
@@ -206,8 +245,12 @@ def _store_moment_(
 
     padded, code = _whole_blocks(value.float()), cache.get(_codebook, name == "exp_avg", value.device)
     codes, quant = quantize_blockwise(padded.view(-1), code=code, blocksize=_BLOCK)
-    part[name].copy_(codes.view(padded.shape)[:, : value.shape[1]])
-    part[f"{name}_absmax"].copy_(quant.absmax.view_as(part[f"{name}_absmax"]))
+    absmax = part[f"{name}_absmax"]
+    for old, now in (
+        (part[name], codes.view(padded.shape)[:, : value.shape[1]]),
+        (absmax, quant.absmax.view_as(absmax)),
+    ):
+        old.copy_(now if usable is None else torch.where(usable, now, old))
 
 
 def _whole_blocks(rows: Tensor) -> Tensor:
@@ -228,7 +271,7 @@ def _codebook(signed: bool, device: torch.device) -> Tensor:
 
 
 def _update(entries: list[Entry], host: Host) -> None:
-    for same in alike(entries, lambda entry: id(entry.group)):
+    for same in alike(entries, lambda entry: (id(entry.group), entry.usable is None)):
         group = same[0].group
         beta1, beta2 = group["betas"]
         adamw_update_(
@@ -237,6 +280,7 @@ def _update(entries: list[Entry], host: Host) -> None:
             [{name: local_shard(t) for name, t in entry.state.items()} for entry in same],
             keys_of(same, host.cache),
             host.cache,
+            None if same[0].usable is None else [entry.usable for entry in same],
             lr=learning_rate(group),
             beta1=beta1,
             beta2=beta2,

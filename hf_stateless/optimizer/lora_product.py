@@ -26,7 +26,8 @@ from ..ranks.placement import local_shard, part_of, whole_matrix
 from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.layout import LAYOUTS, Layout
 from ..update.rate import learning_rate
-from ..update.write import is_usable, write_update_
+from ..update.reads import both, reads_at_once
+from ..update.write import judged, write_update_
 from ..weights.noise import RoundingKey
 from .rule import Entry, Host, Rule, counter, keys_of
 
@@ -63,15 +64,21 @@ def _update(entries: list[Entry], host: Host) -> None:
         position = {id(p): i for i, p in enumerate(same[0].group["params"])}
         firsts = dict.fromkeys(entry.index - position[id(entry.param)] % 2 for entry in same)
         pairs = [(host.entry(first), host.entry(first + 1)) for first in firsts]
+        usable = same[0].usable  # of `min_signal`, which holds back a group as one
         verdicts = update_pairs_(
             [Pair((a.param, b.param), keys_of((a, b), host.cache), (a.layout, b.layout)) for a, b in pairs],
             same[0].group,
+            usable,
         )
         for pair, finite in zip(pairs, verdicts, strict=True):
+            for entry in pair:
+                entry.usable = usable
             host.count(pair, (finite, finite))
 
 
-def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]:
+def update_pairs_(
+    pairs: Sequence[Pair], group: Mapping[str, Any], usable: Tensor | None = None
+) -> list[bool | Tensor]:
     r"""Update pairs of LoRA factors by steepest descent in the change of s B A, see `product_steps`.
 
     A <- (1 - lr weight_decay) A - D_A, B <- (1 - lr weight_decay) B - D_B with size = lr lr_scale sqrt(m n / r). Each
@@ -83,9 +90,10 @@ def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]
     Args:
         pairs: factors with their gradients; under FSDP2 all ranks have to call this with the same ones.
         group: `lr`, `weight_decay` and the options that groups of this rule hold.
+        usable: a flag on the device, where no factor moves unless it is set.
 
     Returns:
-        For each pair, whether its gradients were finite.
+        For each pair, whether its gradients were finite; where reading would wait for the device, as a flag on it.
 
     Example:
         >>> import torch
@@ -99,21 +107,24 @@ def update_pairs_(pairs: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]
         >>> (B @ A).square().mean().sqrt()
         tensor(0.5000)
     """
-    if not pairs or learning_rate(group) == 0:
+    lr = learning_rate(group)
+    if not pairs or ((not isinstance(lr, Tensor) or reads_at_once(lr.device)) and lr == 0):
         return [True for _ in pairs]
-    finite: dict[int, bool] = {}
+    finite: dict[int, bool | Tensor] = {}
     for same in alike(pairs, Pair.shape_class):
         for batch in bounded(same, Pair.nbytes, BATCH_BYTES):
-            finite |= zip((id(pair) for pair in batch), _update_batch_(batch, group), strict=True)
+            finite |= zip((id(pair) for pair in batch), _update_batch_(batch, group, usable), strict=True)
     return [finite[id(pair)] for pair in pairs]
 
 
-def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any]) -> list[bool]:
+def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any], usable: Tensor | None) -> list[bool | Tensor]:
     layouts = batch[0].layouts
     a, b = _stacked([tuple(whole_matrix(p) for p in pair.factors) for pair in batch], layouts)
     grads = _stacked([tuple(_whole_gradient(p) for p in pair.factors) for pair in batch], layouts)
     (rank, columns), rows = a.shape[-2:], b.shape[-2]
     lr = learning_rate(group)
+    if isinstance(lr, Tensor) and not reads_at_once(lr.device):
+        lr = lr.reshape(()).to(a.device)
     size = lr * group["lr_scale"] * math.sqrt(rows * columns / rank)
     options = {name: group[name] for name in ("scaling", "norms", "num_iterations")}
     steps = product_steps(a, b, *grads, size=size, scale=group.get("scale", UPDATE_SCALES[0]), **options)
@@ -121,15 +132,19 @@ def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any]) -> list[bool
     blocks = layouts[0].blocks
     # For each pair, of each factor the norms of the blocks that it is made of.
     norms = torch.stack([torch.linalg.vector_norm(step.reshape(len(batch), blocks, -1), dim=2) for step in steps], 1)
-    finite = [bool(norm < math.inf) for norm in norms.sum((1, 2)).tolist()]
-    decay = 1 - lr * group["weight_decay"]
-    for i in (i for i, good in enumerate(finite) if good):
-        of_factors = zip(batch[i].factors, batch[i].keys, layouts, steps, norms[i].tolist(), strict=True)
-        for p, key, layout, step, of_blocks in of_factors:
-            if is_usable(sum(of_blocks)):
+    verdicts = judged(norms.flatten(0, 1), local_shard(batch[0].factors[0]).device)
+    decay, finite = 1 - lr * group["weight_decay"], []
+    for i, pair in enumerate(batch):
+        of_pair = verdicts[2 * i : 2 * i + 2]
+        good: Any = of_pair[0].finite & of_pair[1].finite  # type: ignore[operator]
+        finite.append(good)
+        for p, key, layout, step, verdict in zip(pair.factors, pair.keys, layouts, steps, of_pair, strict=True):
+            may = good & verdict.usable
+            if isinstance(may, Tensor) or may:
                 stored = layout.back(step[i], p.shape) if blocks > 1 else step[i].reshape(p.shape)
-                factor = decay_of(p, layout, decay, of_blocks)
-                write_update_(local_shard(p), part_of(stored, p), 1.0, factor, key)
+                factor = decay_of(p, layout, decay, verdict.norms)
+                flag = both(may, usable) if isinstance(may, Tensor) else None
+                write_update_(local_shard(p), part_of(stored, p), 1.0, factor, key, flag)
     return finite
 
 
@@ -174,7 +189,7 @@ def product_steps(
     grad_a: Tensor,
     grad_b: Tensor,
     *,
-    size: float,
+    size: float | Tensor,
     scaling: float,
     norms: Sequence[str] = ("spectral",),
     num_iterations: int = 1,
@@ -231,7 +246,9 @@ def product_steps(
     root, inverse = _power(values, vectors, 0.5).to(dtype), _power(values, vectors, -0.5).to(dtype)
     frame_b = b @ root
     values, vectors = _spectrum(frame_b.mT @ frame_b)
-    damped = _power(values + (_STIFFNESS * reach) ** 2, vectors, -0.5).to(dtype)
+    # A rate of 0 that nobody has read leaves no bound where B is zero, and no step that would need one.
+    bound = torch.where(reach == 0, 1, reach) if isinstance(reach, Tensor) else reach
+    damped = _power(values + (_STIFFNESS * bound) ** 2, vectors, -0.5).to(dtype)
     normalize = partial(_normalize, norms=norms, num_iterations=num_iterations, scale=scale)
     step_b = normalize(grad_b @ inverse) @ inverse
     step_a = root @ (damped @ normalize((damped @ (root @ grad_a)).mT).mT)
@@ -249,7 +266,9 @@ def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, none below the floor, and eigenvectors; of the identity where the matrix is not finite."""
     gram = gram.double()
     finite = gram.isfinite().all(dim=-1).all(dim=-1)[..., None, None]
-    values, vectors = torch.linalg.eigh(torch.where(finite, gram, torch.eye(gram.shape[-1]).to(gram)))
+    values, vectors = torch.linalg.eigh(
+        torch.where(finite, gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    )
     return values.maximum(_RELATIVE_FLOOR * values[..., -1:]).clamp_min(0), vectors
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ranks.placement import total_norm
+from ..update.reads import reads_at_once
 from .rule import Entry
 
 
@@ -31,7 +32,7 @@ def new_history(param: Tensor) -> Tensor:
     return torch.zeros(_WINDOW, dtype=torch.float32, device=param.device)
 
 
-def measure_signal(grads: Sequence[Tensor], history: Tensor) -> float:
+def measure_signal(grads: Sequence[Tensor], history: Tensor) -> float | Tensor:
     r"""Return the norm of some gradients together over that of informative steps, and remember the norm.
 
     s = ||g|| / q with q the 90th percentile of the norms of the last 64 steps, whether they were held back or not: a
@@ -42,8 +43,9 @@ def measure_signal(grads: Sequence[Tensor], history: Tensor) -> float:
         history: the norms, the latest last and 0 where none is known, changed in place.
 
     Returns:
-        s, the same on all processes. Infinity where fewer than 16 norms are known and where a gradient is not finite,
-        which its own rule refuses; 0 for a zero gradient. Neither of the last two is remembered.
+        s, the same on all processes; where reading would wait for the device, as a tensor on it. Infinity where fewer
+        than 16 norms are known and where a gradient is not finite, which its own rule refuses; 0 for a zero gradient.
+        Neither of the last two is remembered.
 
     Example:
         >>> import torch
@@ -54,7 +56,10 @@ def measure_signal(grads: Sequence[Tensor], history: Tensor) -> float:
         >>> history[-1]
         tensor(0.5000)
     """
-    norm = _on_all_processes(total_norm(grads))
+    norm_there = _on_all_processes(total_norm(grads))
+    if not reads_at_once(norm_there.device):
+        return _signal_on_device(norm_there, history)
+    norm = float(norm_there)
     if norm in (0, math.inf):
         return norm
     known: list[float] = sorted(value for value in history.tolist() if value)
@@ -62,6 +67,17 @@ def measure_signal(grads: Sequence[Tensor], history: Tensor) -> float:
     if len(known) < _FEWEST:
         return math.inf
     return norm / known[math.ceil(_QUANTILE * len(known)) - 1]
+
+
+def _signal_on_device(norm: Tensor, history: Tensor) -> Tensor:
+    """Do what `measure_signal` does without reading anything back."""
+    remembered = (norm > 0) & (norm < math.inf)
+    known, ordered = (history != 0).sum(), history.sort().values  # the unknown first
+    place = _WINDOW - known + (_QUANTILE * known.double()).ceil().long() - 1
+    usual = ordered.gather(0, place.clamp_max(_WINDOW - 1).view(1))[0]
+    history.copy_(torch.where(remembered, torch.cat([history[1:], norm.to(history).view(1)]), history))
+    judged = torch.where(known < _FEWEST, math.inf, norm.double() / usual.double())
+    return torch.where(remembered, judged, norm.double())
 
 
 def guarded(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Mapping[str, Any]]]:
@@ -72,6 +88,26 @@ def guarded(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Mapping[s
 def strong(entries: list[Entry], signal: float) -> list[Entry]:
     """Leave out what its group's `min_signal` holds back: a weak gradient must not become a full-size step."""
     return [entry for entry in entries if signal >= entry.group.get("min_signal", 0)]
+
+
+def mark_weak(entries: Sequence[Entry], signal: Tensor) -> Tensor:
+    """Mark as not usable what `strong` leaves out, on the device.
+
+    Args:
+        entries: of all parameters, changed in place.
+        signal: from `measure_signal`.
+
+    Returns:
+        Whether there is any, and the signal.
+    """
+    least = {id(entry.group): entry.group.get("min_signal", 0) for entry in entries}
+    # One flag for a group, so that its matrices stay together in one batch.
+    flags = {of: signal >= value for of, value in least.items() if value}
+    for entry in entries:
+        if id(entry.group) in flags:
+            entry.usable = flags[id(entry.group)].to(entry.param.device)
+    held = torch.stack(list(flags.values())).logical_not().any() if flags else torch.zeros_like(signal)
+    return torch.stack([held.to(signal.dtype), signal])
 
 
 def log_held(count: int, signal: float) -> None:
@@ -103,9 +139,9 @@ def refuse_release(groups: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _on_all_processes(norm: Tensor) -> float:
+def _on_all_processes(norm: Tensor) -> Tensor:
     """Return the largest norm of all processes, so that replicas never decide differently by a rounding error."""
     norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(norm, op=dist.ReduceOp.MAX)
-    return float(norm)
+    return norm

@@ -80,6 +80,7 @@ def momentum_direction_(
     momentum: float,
     *,
     still: Tensor | None = None,
+    usable: Tensor | None = None,
 ) -> Tensor:
     r"""Take a gradient into the average, and return the direction that stands for it: D = (1 - mu) G + mu B.
 
@@ -88,11 +89,12 @@ def momentum_direction_(
 
     Args:
         param: for how it is cut over ranks; all arguments may be DTensors.
-        grad: finite, cut like the parameter.
+        grad: cut like the parameter; finite, unless `usable` says that it is not.
         state: of `momentum_state`, updated in place.
         key: rounding key, or None for rounding to nearest.
         momentum: mu, in [0, 1).
         still: where B stays and D is zero: what this rank holds of a mask of the parameter's shape.
+        usable: a flag on the device, where all of B stays and D is zero unless it is set.
 
     Returns:
         D in the shape and dtype of the gradient, a DTensor where the parameter is one.
@@ -122,6 +124,8 @@ def momentum_direction_(
     if part.numel():
         matrix = part.reshape(-1, part.shape[-1])
         mask = None if still is None else still.to(part.device).reshape(matrix.shape)
+        if usable is not None:
+            mask = (~usable).expand(matrix.shape) if mask is None else mask | ~usable
         _take_in_(_stored_rows(state), matrix, direction.view(matrix.shape), key, momentum, mask)
     if not isinstance(param, DTensor):
         return direction

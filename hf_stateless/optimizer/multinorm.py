@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ranks.matrix_update import MatrixUpdate
 from ..ranks.placement import part_of, whole_matrix
 from ..ranks.ways import apply_, shares_whitening
+from ..update.reads import reads_at_once
 from ..weights.noise import TensorCache
 from .momentum import has_momentum, momentum_bytes, momentum_direction_, momentum_state
 from .rule import Entry, Host, Rule, counter, key_of, keys_of
@@ -28,6 +29,8 @@ def update(entries: list[Entry], host: Host) -> None:
             average=_average(entry, host.cache),
             shared=not entry.in_backward and shares_whitening(entry.group),
             stored_as=entry.layout.name,
+            # Momentum makes the direction of what is held back zero.
+            allowed=None if has_momentum(entry.group) else entry.usable,
         )
         for entry, key in zip(entries, keys_of(entries, host.cache), strict=True)
     ]
@@ -40,7 +43,7 @@ def _average(entry: Entry, cache: TensorCache) -> Callable[[], Tensor] | None:
     if not has_momentum(entry.group):
         return None
     key, momentum = key_of(entry, cache), entry.group["momentum"]
-    average = partial(momentum_direction_, entry.param, entry.grad, entry.state, key, momentum)
+    average = partial(momentum_direction_, entry.param, entry.grad, entry.state, key, momentum, usable=entry.usable)
     return average if entry.layout.blocks == 1 else lambda: average(still=_still(entry))
 
 
@@ -48,7 +51,9 @@ def _still(entry: Entry) -> Tensor | None:
     """Tell of this rank's part of several matrices in one which entries are of a matrix without gradient, if any."""
     grad = whole_matrix(entry.grad)
     zero = entry.layout.norms(grad) == 0
-    return part_of(entry.layout.spread(zero, grad.shape), entry.param) if bool(zero.any()) else None
+    if reads_at_once(zero.device) and not bool(zero.any()):
+        return None
+    return part_of(entry.layout.spread(zero, grad.shape), entry.param)
 
 
 def _state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

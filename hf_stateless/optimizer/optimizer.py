@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ranks.placement import check_gradients
 from ..update.batches import alike
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
 from ..weights.noise import TensorCache
 from .checkpoint import apply_options, check_same_groups, check_state, checked_states, fitted_state, options_of
 from .followed import Otherwise, followed, tell_followed, without_others
+from .held_back import without_bad_gradients, without_weak_gradients
 from .live import unhook
-from .min_signal import guarded, log_held, measure_signal, new_history, refuse_release, strong
+from .min_signal import log_held, refuse_release
 from .momentum import fit_momentum_, has_momentum
 from .release import RELEASES, Release
 from .rule import Entry, state_on_meta
@@ -72,10 +72,9 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
     release: Release | None = None
     """What updates in backward, if anything does."""
-    held_steps: int = 0
-    """Steps of this process in which `min_signal` held matrices back."""
     otherwise: Otherwise = MappingProxyType({})
     """Groups that take the rule of a checkpoint, by position, with what they would hold under each."""
+    _held_steps: int = 0
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
     def _make_tools(self) -> None:
         """Make what is shared by steps and never saved."""
-        self.cache, self.workspace, self._unread = TensorCache(), Workspace(), UnreadFlags()
+        self.cache, self.workspace, self.unread = TensorCache(), Workspace(), UnreadFlags()
         self._checked: set[tuple[Any, ...]] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,15 +138,27 @@ class StatelessOptimizer(torch.optim.Optimizer):
         if self.release:
             self.release.finish()
         entries = [self.entry(index) for index, p, _ in self._located() if p.grad is not None and p.numel()]
-        self._update(self._without_weak_gradients(entries))
-        for index in self._unread.read():
-            self._warn_skipped(index)
-        self.workspace = Workspace()
+        self._update(without_weak_gradients(entries, self))
+        self._hear()
+        self.workspace.free()
         return loss
+
+    @property
+    def held_steps(self) -> int:
+        """Steps of this process in which `min_signal` held matrices back; on a GPU asking waits for the device."""
+        self._hear(wait=True)
+        return self._held_steps
+
+    def _hear(self, *, wait: bool = False) -> None:
+        """Warn of gradients that were not finite, as far as the device has told."""
+        for index in self.unread.read(wait=wait):
+            self.warn_skipped(index)
 
     def _update(self, entries: list[Entry]) -> None:
         """Update parameters by their rules, all of one rule together: ranks meet in as few collectives as possible."""
-        for same in alike(self._without_bad_gradients(entries), lambda entry: entry.group["algorithm"]):
+        for entry in entries:
+            self.refuse_sparse(entry.index, entry.grad)
+        for same in alike(without_bad_gradients(entries, self), lambda entry: entry.group["algorithm"]):
             RULES[same[0].group["algorithm"]].update(same, self)
 
     def refuse_sparse(self, index: int, grad: Tensor) -> None:
@@ -158,33 +169,11 @@ class StatelessOptimizer(torch.optim.Optimizer):
                 "type sparse=False where the embedding is made."
             )
 
-    def _without_bad_gradients(self, entries: list[Entry]) -> list[Entry]:
-        """Leave out gradients that must not reach a moment: not finite, or under momentum of a matrix, zero."""
-        for entry in entries:
-            self.refuse_sparse(entry.index, entry.grad)
-        checked = [entry for entry in entries if RULES[entry.group["algorithm"]].has_moments(entry.group)]
-        out = set()
-        for entry, (finite, nonzero) in zip(checked, check_gradients([e.param for e in checked]), strict=True):
-            if not finite:
-                self._warn_skipped(entry.index)
-            if not finite or (has_momentum(entry.group) and not nonzero):
-                out.add(entry.index)
-        return [entry for entry in entries if entry.index not in out]
-
-    def _without_weak_gradients(self, entries: list[Entry]) -> list[Entry]:
-        """Leave out what `min_signal` holds back."""
-        of_matrices = guarded(self.param_groups)
-        grads = [p.grad for p, _ in of_matrices if p.grad is not None]
-        if not grads:
-            return entries
-        first, group = of_matrices[0]
-        history = self._state(first, group).setdefault("recent_norms", new_history(first))
-        signal = measure_signal(grads, history)
-        kept = strong(entries, signal)
-        if signal and len(kept) < len(entries):
-            self.held_steps += 1
-            log_held(self.held_steps, signal)
-        return kept
+    def count_held(self, held: Sequence[float]) -> None:
+        """Take in whether `min_signal` held a step back, and its signal; a zero gradient is none to speak of."""
+        if all(held):
+            self._held_steps += 1
+            log_held(self._held_steps, held[1])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, and what an unfinished backward has done of this step: the next one starts anew."""
@@ -201,6 +190,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
 
     def eval(self) -> None:
         """Let backward leave weights and gradients alone until `train()` or `step()`, as after `Trainer.train()`."""
+        self._hear(wait=True)
         if self.release:
             self.release.asleep = True
 
@@ -226,17 +216,20 @@ class StatelessOptimizer(torch.optim.Optimizer):
         return self.release.released_norm() if self.release else None
 
     @torch.no_grad()
-    def update_parameters(self, indices: Sequence[int]) -> None:
+    def update_parameters(self, indices: Sequence[int], usable: Tensor | None = None) -> None:
         """Apply the rules of their groups to some parameters; under FSDP2 a collective, for all of them together.
 
         Args:
             indices: positions, counted over all groups; on all ranks the same in the same order.
+            usable: a flag on the device, where nothing of them moves unless it is set.
         """
         entries = [self.entry(index, in_backward=True) for index in indices]
+        for entry in entries:
+            entry.usable = usable
         self._update([entry for entry in entries if entry.param.numel()])
         # Allocating fresh pages is slow on CPU, so its buffers last until `step()`; a GPU's allocator keeps them.
         if all(entry.param.device.type != "cpu" for entry in entries):
-            self.workspace = Workspace()
+            self.workspace.free()
 
     def entry(self, index: int, *, in_backward: bool = False) -> Entry:
         """Return a parameter by its position, with its state, made where there is none.
@@ -247,7 +240,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
         """
         group, position = self._locate(index)
         p = group["params"][position]
-        return Entry(index, p, group, self._state(p, group), in_backward, position)
+        return Entry(index, p, group, self.state_of(p, group), in_backward, position)
 
     def name_of(self, index: int) -> str:
         """Return the name of a parameter for messages.
@@ -274,13 +267,13 @@ class StatelessOptimizer(torch.optim.Optimizer):
         unread = [(entry, flag) for entry, flag in zip(entries, verdicts, strict=True) if isinstance(flag, Tensor)]
         for same in alike(unread, lambda pair: (id(pair[0].group), pair[1].device)):
             some, flags = zip(*same, strict=True)
-            indices, steps = [e.index for e in some], [e.step for e in some]
-            self._unread.count(indices, steps, torch.stack(flags), some[0].group["lr"])
+            indices, steps, usable = zip(*((e.index, e.step, e.usable) for e in some), strict=True)
+            self.unread.count(indices, steps, torch.stack(flags), some[0].group["lr"], usable)
         for entry, flag in zip(entries, verdicts, strict=True):
             if isinstance(flag, Tensor):
                 continue
             if not flag:
-                self._warn_skipped(entry.index)
+                self.warn_skipped(entry.index)
             elif entry.group["lr"] != 0:  # torch's checkpoint code makes state by a step at lr = 0: not counted
                 entry.step.add_(1)
 
@@ -297,7 +290,7 @@ class StatelessOptimizer(torch.optim.Optimizer):
             index -= len(group["params"])
         raise IndexError(f"There is no parameter {index}.")
 
-    def _state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    def state_of(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter, made at its first update: FSDP2 swaps parameters after construction."""
         state: dict[str, Tensor] = self.state[p]
         if "step" not in state or (has_momentum(group) and "momentum_buffer" not in state):
@@ -315,12 +308,18 @@ class StatelessOptimizer(torch.optim.Optimizer):
             check_state(state, made, self._name_of(p, group))
             self._checked.add(case)
 
-    def _warn_skipped(self, index: int) -> None:
+    def warn_skipped(self, index: int) -> None:
+        """Warn that the gradient of a parameter was not finite."""
         logger.warning(
             "The gradient of %s has NaN or infinite entries: it is left unchanged in this step. "
             "Look at the loss and the learning rate if this goes on.",
             self.name_of(index),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch does; what the device has not told yet is waited for and warned of."""
+        self._hear(wait=True)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, keep the dtypes of its tensors, and keep the options of this optimizer.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..ranks.averaging import Averaging, are_replicas
 from ..ranks.placement import is_sharded, total_norm, wide_norm
+from ..update.reads import reads_at_once
 from .live import enter, unhook
 from .rules import RULES
 
@@ -60,7 +61,7 @@ class UpdatesParameters(Protocol):
 
     param_groups: list[dict[str, Any]]
 
-    def update_parameters(self, indices: Sequence[int]) -> None:
+    def update_parameters(self, indices: Sequence[int], usable: Tensor | None = None) -> None:
         """Apply the rules of their groups to some parameters, given by their positions among all parameters."""
 
     def refuse_sparse(self, index: int, grad: Tensor) -> None:
@@ -290,12 +291,14 @@ class Release:
 
     def _apply(self, index: int, grad: Tensor) -> None:
         p = self._hooked[index]
-        norm = _norm(grad.detach())
+        norm, usable = _norm(grad.detach()), None
         # A gradient that is zero on all ranks is one that no rank had: AdamW must not decay its moments.
-        if self._averaging is None or norm != 0:
+        if self._averaging and not reads_at_once(norm.device):
+            usable = norm != 0
+        if self._averaging is None or usable is not None or norm != 0:
             self._norms.append(norm)
             p.grad = grad
-            self.optimizer.update_parameters([index])
+            self.optimizer.update_parameters([index], usable)
         p.grad = None
 
 

@@ -30,6 +30,9 @@ class Entry:
     """Whether it is updated in backward, where replicas cannot share the work on it."""
     position: int = 0
     """Its place in the group."""
+    usable: Tensor | None = None
+    """A flag on the device that the host has not read: unless it is set, weight, averages and counter stay as they
+    are. None where nothing holds it back, as on CPU, where what is held back is left out."""
 
     @property
     def layout(self) -> Layout:
@@ -54,7 +57,7 @@ class Host(Protocol):
     cache: TensorCache
 
     def count(self, entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> None:
-        """Count the step of each parameter whose gradient was finite, and warn of the others."""
+        """Count the step of each parameter that is usable and whose gradient was finite; warn where it was not."""
 
     def entry(self, index: int, *, in_backward: bool = False) -> Entry:
         """Return a parameter by its position, whether it has a gradient or not."""

@@ -32,6 +32,7 @@ def sinkhorn_momentum_update_(
     momentum: float,
     num_iterations: float,
     row_threshold: float,
+    usable: Tensor | None = None,
 ) -> None:
     r"""Sinkhorn-balanced Nesterov momentum for embedding tables W in R^{V x d}: one buffer instead of AdamW's two.
 
@@ -50,6 +51,7 @@ def sinkhorn_momentum_update_(
         momentum: mu, 0.95.
         num_iterations: 5.5 for eleven half steps.
         row_threshold: tau, 1e-3: tokens that were not seen for long get no step.
+        usable: a flag on the device, where weight and buffer stay as they are unless it is set.
 
     Example:
         >>> import torch
@@ -66,21 +68,24 @@ def sinkhorn_momentum_update_(
         https://huggingface.co/papers/2502.06742, Algorithm 3.
     """
     exact_grad = grad.to(torch.promote_types(param.dtype, torch.float32))
+    if usable is not None:
+        exact_grad = torch.where(usable, exact_grad, 0)
     buffer = momentum_buffer.to(exact_grad.dtype).lerp(exact_grad, 1 - momentum)
     direction = exact_grad.lerp(buffer, momentum)
-    momentum_buffer.copy_(buffer)
+    momentum_buffer.copy_(buffer if usable is None else torch.where(usable, buffer, momentum_buffer))
     row_norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     direction.masked_fill_(row_norms <= row_threshold * row_norms.mean(-2, keepdim=True), 0)
     update = local_shard(sr_sinkhorn(direction, num_iterations))
-    write_update_(local_shard(param), update, lr * lr_scale, 1 - lr * weight_decay, key)
+    write_update_(local_shard(param), update, lr * lr_scale, 1 - lr * weight_decay, key, usable)
 
 
 def _update(entries: list[Entry], host: Host) -> None:
     for entry, key in zip(entries, keys_of(entries, host.cache), strict=True):
         options = {name: entry.group[name] for name in ("weight_decay", *_OPTIONS)}
         with whole_if_tiny(entry.param, entry.grad, entry.state["momentum_buffer"]) as (weight, grad, buffer):
-            sinkhorn_momentum_update_(weight, grad, buffer, key, lr=learning_rate(entry.group), **options)
-        entry.step.add_(1)
+            lr = learning_rate(entry.group)
+            sinkhorn_momentum_update_(weight, grad, buffer, key, lr=lr, usable=entry.usable, **options)
+        entry.step.add_(1 if entry.usable is None else entry.usable)
 
 
 def _state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

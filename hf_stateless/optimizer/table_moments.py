@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..ranks.placement import local_shard, sum_over_cut, zeros_along
 from ..update.kernels.choice import Verdict
 from ..update.rate import learning_rate
+from ..update.reads import reads_at_once
 from ..update.write import Workspace
 from ..weights.noise import RoundingKey
 from ..weights.rounding import write_rounded_
@@ -25,8 +26,6 @@ from .options import OPTIONS
 from .rule import Entry, Host, Rule, counter, keys_of
 
 
-# Where a flag is read without waiting.
-_READ_AT_ONCE = ("cpu",)
 # Elements that are worked on at once, in whole rows: on a CPU what its caches hold.
 _BLOCK, _BLOCK_ON_CPU = 1 << 24, 1 << 18
 
@@ -70,7 +69,7 @@ def moments_update_(
     key: RoundingKey | None,
     workspace: Workspace,
     *,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
     table_beta2: float,
     eps: float,
@@ -122,7 +121,7 @@ def moments_update_(
         grad = grad.redistribute(placements=param.placements)
     weight, part = local_shard(param), local_shard(grad)
     usable, of_rows, of_columns = _take_in_(param, part, state, table_beta2, eps, workspace)
-    at_once = weight.device.type in _READ_AT_ONCE
+    at_once = reads_at_once(weight.device)
     if at_once and not usable:
         return False
     keep = 1 - lr * weight_decay * (of_rows > 0).to(of_rows.dtype) if weight_decay else None
@@ -134,7 +133,10 @@ def moments_update_(
         exact = now if now.dtype == of_rows.dtype else workspace.take("exact", now).copy_(now)
         if keep is not None:
             exact.mul_(keep[rows])
-        exact.addcmul_(update, of_rows[rows], value=-lr)
+        if isinstance(lr, Tensor):
+            exact.addcmul_(update, of_rows[rows] * lr, value=-1)
+        else:
+            exact.addcmul_(update, of_rows[rows], value=-lr)
         write_rounded_(now, exact, key, first_row=rows.start)
     return True if at_once else usable
 

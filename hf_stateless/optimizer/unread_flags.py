@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..update.reads import Later
+
 
 class UnreadFlags:
-    """Flags that kernels wrote: steps are counted on the device, and the host reads all of them at once, or never.
+    """Flags that lie on a device: steps are counted there, and the host hears of bad gradients without waiting.
 
     Example:
         >>> import torch
@@ -21,34 +24,53 @@ class UnreadFlags:
     """
 
     def __init__(self) -> None:
-        self._unread: list[tuple[Sequence[int], Tensor]] = []
+        self.later = Later()
+        """What else the host is told in a later step."""
+        self._bad: list[int] = []
 
-    def count(self, indices: Sequence[int], steps: Sequence[Tensor], finite: Tensor, lr: float | Tensor) -> None:
+    def count(
+        self,
+        indices: Sequence[int],
+        steps: Sequence[Tensor],
+        finite: Tensor,
+        lr: float | Tensor,
+        usable: Sequence[Tensor | None] = (),
+    ) -> None:
         """Add one to the counters of finite gradients, unless the learning rate is 0.
 
         Args:
             indices: positions of the parameters.
             steps: their one-element counters.
             finite: for each, whether its gradient was finite.
-            lr: learning rate; a tensor on the device is not read back.
+            lr: learning rate; a tensor on a device is not read back.
+            usable: for each a flag that it was not held back, or None; what was is neither counted nor bad.
         """
-        self._unread.append((indices, finite))
-        if isinstance(lr, Tensor) and lr.device == finite.device:
-            counted = finite & (lr != 0)
-        elif float(lr) != 0:
-            counted = finite
-        else:
+        counted = finite
+        if any(flag is not None for flag in usable):
+            every = torch.ones_like(finite[0])
+            flags = torch.stack([every if flag is None else flag for flag in usable])
+            finite, counted = finite | ~flags, finite & flags
+        self.watch(indices, finite)
+        if isinstance(lr, Tensor) and (lr.device == finite.device or lr.device.type != "cpu"):
+            counted = counted & (lr.to(finite.device) != 0)
+        elif float(lr) == 0:
             return
         torch._foreach_add_(list(steps), list(counted.to(steps[0].dtype).view(-1, 1).unbind()))
 
-    def read(self) -> list[int]:
-        """Return the positions whose gradients were not finite, and forget all; the host waits for the device here.
+    def watch(self, indices: Sequence[int], finite: Tensor) -> None:
+        """Have the positions whose gradients are not finite among those that a later `read` returns."""
+        self.later.tell(finite, partial(self._hear, indices))
 
-        While a graph is captured nothing can be waited for: what its replays find stays unread.
+    def _hear(self, indices: Sequence[int], finite: Sequence[float]) -> None:
+        self._bad += [index for index, good in zip(indices, finite, strict=True) if not good]
+
+    def read(self, *, wait: bool = False) -> list[int]:
+        """Return the positions of bad gradients that are known by now, each once for each time.
+
+        Args:
+            wait: wait for the device, so that all are known.
         """
-        unread, self._unread = self._unread, []
-        if not unread or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return []
-        flags = torch.cat([finite.to(unread[0][1].device) for _, finite in unread]).tolist()
-        indices = [index for some, _ in unread for index in some]
-        return [index for index, good in zip(indices, flags, strict=True) if not good]
+        self.later.send()
+        self.later.read(wait=wait)
+        bad, self._bad = self._bad, []
+        return bad

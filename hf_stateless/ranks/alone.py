@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from ..norms.scale import factor_of_scaled
 from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
 from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.kernels.choice import Kernel, choose
-from ..update.write import Workspace
+from ..update.write import Workspace, judged
 from .matrix_update import MatrixUpdate
 
 
@@ -23,7 +24,7 @@ class Alone:
 
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         """Apply the updates; `finite` is set."""
-        for same in alike(updates, lambda update: (id(update.group), update.param.dtype, update.shape_class)):
+        for same in alike(updates, _class_of):
             for batch in self._batches(same):
                 self._update(batch, workspace)
                 for update in batch:
@@ -56,7 +57,7 @@ class Alone:
     def _by_kernel(self, kernel: Kernel, batch: list[MatrixUpdate]) -> list[MatrixUpdate]:
         """Let a kernel update a batch, and return what it has left alone."""
         first, keys = batch[0], [update.key for update in batch]
-        step_size, decay = first.factors(on_device=True)
+        step_size, decay = first.allowed_factors()
         verdicts = kernel(
             [update.weight for update in batch],
             [update.part for update in batch],
@@ -80,8 +81,8 @@ class Alone:
             row, column = sinkhorn_scalings(grad, num_iterations, scratch=workspace.take("scratch", grad))
         if update.chain.scale == "operator":
             row = row * factor_of_scaled(grad, row, column, blocks).unsqueeze(-1)
-        size = float(row.amax() + 0 * column.amax())  # sums of finite factors could overflow
-        update.write_scaled(row, column, size, workspace)
+        size = row.amax() + 0 * column.amax()  # sums of finite factors could overflow
+        update.write_scaled(row, column, judged(size.view(1, 1), update.weight.device)[0], workspace)
 
     def _by_chain(self, batch: list[MatrixUpdate]) -> None:
         """Normalise matrices of one shape as one batch."""
@@ -90,6 +91,12 @@ class Alone:
         normalized = batch[0].chain.normalize(stacked)
         # One norm for each, or for each of the blocks that it is made of.
         blocks = normalized.flatten(0, 1) if batch[0].layout.blocks > 1 else normalized
-        norms = torch.linalg.vector_norm(blocks.flatten(1), dim=1).view(len(batch), -1).tolist()
-        for update, matrix, of_blocks in zip(batch, normalized, norms, strict=True):
-            update.write(update.layout.back(matrix, update.part.shape), of_blocks)
+        norms = torch.linalg.vector_norm(blocks.flatten(1), dim=1).view(len(batch), -1)
+        verdicts = judged(norms, batch[0].weight.device)
+        for update, matrix, verdict in zip(batch, normalized, verdicts, strict=True):
+            update.write(update.layout.back(matrix, update.part.shape), verdict)
+
+
+def _class_of(update: MatrixUpdate) -> tuple[Any, ...]:
+    """Return what updates share that are computed together; vectors of one length, which may be stacked."""
+    return id(update.group), update.param.dtype, update.param.shape, update.shape_class, id(update.allowed)

@@ -15,8 +15,9 @@ from ..norms.chain import Chain
 from ..update.kernels.choice import Verdict
 from ..update.layout import Layout, layout_of
 from ..update.rate import learning_rate
+from ..update.reads import both, reads_at_once, where_usable
 from ..update.width import width_factor
-from ..update.write import Workspace, is_usable, write_scaled_, write_update_
+from ..update.write import Judged, Workspace, write_scaled_, write_update_
 from ..weights.noise import RoundingKey
 from ..weights.stored import StoredWeight
 from .placement import is_sharded, local_shard, part_of, split_of
@@ -43,6 +44,8 @@ class MatrixUpdate:
     """Whether replicas share the work on it."""
     stored_as: str = ""
     """The layout, where it is not that of the group."""
+    allowed: Tensor | None = None
+    """A flag on the device, where the weight stays as it is unless it is set."""
     finite: Verdict = True
     """Whether the gradient was finite; known after the update."""
 
@@ -88,44 +91,63 @@ class MatrixUpdate:
         """How the matrix is cut: -2 between rows, -1 between columns, 0 in a stack of matrices, None otherwise."""
         return self.layout.cut_along(self.split.dim, self.param.ndim) if self.split else None
 
-    def factors(self, *, on_device: bool = False) -> tuple[Any, Any]:
+    def factors(self) -> tuple[Any, Any]:
         """Return the factor of X and that of W; as tensors on the device where the learning rate is one there."""
-        lr, sizes = learning_rate(self.group), self.layout.sizes(self.param.shape)
-        if on_device and isinstance(lr, Tensor) and lr.device == self.weight.device != torch.device("cpu"):
-            rate: Any = lr.float()
+        lr, sizes, device = learning_rate(self.group), self.layout.sizes(self.param.shape), self.weight.device
+        if isinstance(lr, Tensor) and not (reads_at_once(device) or reads_at_once(lr.device)):
+            rate: Any = lr.reshape(()).to(device, torch.float32)
         else:
             rate = float(lr)
         width = width_factor(self.group.get("width_rule", "none"), *sizes) if sizes else 1.0
         return rate * (self.group["lr_scale"] * width), 1 - rate * self.group["weight_decay"]
 
+    def allowed_factors(self) -> tuple[Any, Any]:
+        """Return the factors for a kernel that knows of no `allowed`: 0 and 1 where nothing may move."""
+        step_size, decay = self.factors()
+        if self.allowed is None:
+            return step_size, decay
+        step_size, decay = (
+            factor
+            if isinstance(factor, Tensor)
+            else torch.full((), factor, dtype=torch.float32, device=self.allowed.device)
+            for factor in (step_size, decay)
+        )
+        return torch.where(self.allowed, step_size, 0), torch.where(self.allowed, decay, 1)
+
     def normalized(self, grad: Tensor) -> Tensor:
         """Return the normalised gradient in the shape of the given one (whole, or a part the chain allows)."""
         return self.layout.back(self.chain.normalize(self.layout.as_matrix(grad)), grad.shape)
 
-    def write(self, update: Tensor, norms: Sequence[float], *, whole: bool = False) -> None:
-        """Apply an update, if its norm is usable.
+    def write(self, update: Tensor, verdict: Judged, *, whole: bool = False) -> None:
+        """Apply an update, if its norms allow it.
 
         Args:
             update: this rank's part, in the shape of the weight.
-            norms: of the whole update, from `Layout.norms`.
+            verdict: on the whole update, by its norms.
             whole: the update is here as a whole.
         """
-        if self._may_write(sum(norms)):
+        may, usable = self._may_write(verdict)
+        if may:
             part = part_of(update, self.param) if whole else update
             step_size, decay = self.factors()
-            write_update_(self.weight, part, step_size, decay_of(self.param, self.layout, decay, norms), self.key)
+            decay = decay_of(self.param, self.layout, decay, verdict.norms)
+            write_update_(self.weight, part, step_size, decay, self.key, usable)
 
-    def write_scaled(self, row: Tensor, column: Tensor, size: float, workspace: Workspace) -> None:
+    def write_scaled(self, row: Tensor, column: Tensor, verdict: Judged, workspace: Workspace) -> None:
         """Apply diag(row) G diag(column), for this rank's part of G."""
-        if self._may_write(size):
-            write_scaled_(self.weight, self.matrix, (row, column), *self.factors(), self.key, self.layout, workspace)
+        may, usable = self._may_write(verdict)
+        if may:
+            vectors, factors = (row, column), self.factors()
+            write_scaled_(self.weight, self.matrix, vectors, *factors, self.key, self.layout, workspace, usable)
 
-    def _may_write(self, size: float) -> bool:
-        self.finite = size < float("inf")
-        return is_usable(size) and self.weight.numel() > 0
+    def _may_write(self, verdict: Judged) -> tuple[bool, Tensor | None]:
+        """Take in a verdict; return whether there is anything to write, and the flag on the device that says more."""
+        self.finite = verdict.finite
+        usable = both(verdict.usable, self.allowed) if isinstance(verdict.usable, Tensor) else None
+        return (usable is not None or bool(verdict.usable)) and self.weight.numel() > 0, usable
 
 
-def decay_of(param: Tensor, layout: Layout, decay: float, norms: Sequence[float]) -> float | Tensor:
+def decay_of(param: Tensor, layout: Layout, decay: float | Tensor, norms: Sequence[float] | Tensor) -> float | Tensor:
     """Return the factor of W, for this rank's part: a tensor where some of its matrices have no update and stay.
 
     Args:
@@ -134,10 +156,15 @@ def decay_of(param: Tensor, layout: Layout, decay: float, norms: Sequence[float]
         decay: the factor of a matrix that has an update.
         norms: of the update, from `Layout.norms`.
     """
-    if decay == 1 or all(norms) or isinstance(param, StoredWeight):
+    if isinstance(param, StoredWeight) or (isinstance(norms, Tensor) and layout.blocks == 1):
+        return decay
+    if not isinstance(decay, Tensor) and (decay == 1 or (not isinstance(norms, Tensor) and all(norms))):
         return decay
     # Where `part_of` needs it: an offloaded shard is elsewhere.
     device = param.device_mesh.device_type if isinstance(param, DTensor) else param.device
     dtype = torch.promote_types(param.dtype, torch.float32)
-    factors = torch.tensor([decay if norm else 1.0 for norm in norms], dtype=dtype, device=device)
+    if isinstance(norms, Tensor):
+        factors = torch.as_tensor(where_usable(norms > 0, decay, dtype)).to(device)
+    else:
+        factors = torch.tensor([decay if norm else 1.0 for norm in norms], dtype=dtype, device=device)
     return part_of(layout.spread(factors, param.shape), param)

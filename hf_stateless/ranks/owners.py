@@ -6,6 +6,7 @@ way. Replicas, which have all gradients already, only share the updates: one all
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -13,7 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..update.layout import Layout
+from ..update.reads import Later, reads_at_once
 from .placement import Split, wide_norm
+
+
+logger = logging.getLogger(__name__)
 
 
 def assign_owners(costs: Sequence[int], load: list[int]) -> list[int]:
@@ -70,7 +75,7 @@ class Exchange:
 
     def to_parts(
         self, updates: Sequence[Tensor], like: Sequence[Tensor], layout: Layout
-    ) -> tuple[list[Tensor], list[list[float]]]:
+    ) -> tuple[list[Tensor], Tensor]:
         """Send the updates of the matrices that this rank owns, each with its norms.
 
         Args:
@@ -79,7 +84,7 @@ class Exchange:
             layout: of every matrix.
 
         Returns:
-            For every matrix, this rank's part of the update, and the norms of the whole update by blocks.
+            For every matrix, this rank's part of the update, and the norms of the whole update, (matrices, blocks).
         """
         dtype = torch.promote_types(like[0].dtype, torch.float32)
         norms = [layout.norms(update).to(dtype) for update in updates]
@@ -93,7 +98,7 @@ class Exchange:
         for pieces, owned in zip(received, self._owned, strict=True):
             for k, i in enumerate(owned):
                 sizes[i], parts[i] = pieces[2 * k], pieces[2 * k + 1].to(like[i].device)
-        return parts, torch.stack(sizes).tolist()
+        return parts, torch.stack(sizes)
 
     def _send(
         self,
@@ -121,7 +126,7 @@ class Exchange:
         ]
 
 
-def same_on_replicas(grads: Sequence[Tensor], group: dist.ProcessGroup) -> bool:
+def same_on_replicas(grads: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
     """Tell whether all ranks have these gradients, as DDP leaves them: by their norms (a collective).
 
     Gradients that differ, say of local SGD between two synchronisations, must not be mixed.
@@ -131,7 +136,47 @@ def same_on_replicas(grads: Sequence[Tensor], group: dist.ProcessGroup) -> bool:
     extremes = torch.cat([norms, -norms])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = extremes.chunk(2)
-    return torch.equal(largest, -smallest)
+    return (largest == -smallest).all()
+
+
+class Agreement:
+    """Whether replicas have the same gradients: what decides which collectives they meet in.
+
+    Where the host may read, it is what holds now. On an accelerator the first step is waited for; later ones go by
+    the step before, and where that was wrong nothing moves: gradients of different processes are never mixed.
+    """
+
+    def __init__(self) -> None:
+        self.flag: Tensor | None = None
+        """On an accelerator, whether they are the same now; None where the host knows it."""
+        self._known: bool | None = None
+        self._later = Later()
+
+    def holds(self, same: Tensor) -> bool:
+        """Tell whether to share the work of this step: the same on all ranks.
+
+        Args:
+            same: from `same_on_replicas`.
+        """
+        if reads_at_once(same.device):
+            return bool(same)
+        self._later.read(wait=True)  # for the step before, which is no wait for what is queued now
+        self.flag = same
+        self._later.tell(same, self._learn)
+        self._later.send()
+        if self._known is None:
+            self._later.read(wait=True)
+        return bool(self._known)
+
+    def _learn(self, values: Sequence[float]) -> None:
+        same = bool(values[0])
+        if self._known and not same:
+            logger.warning(
+                "The gradients of the processes differ: in the step where that began, the matrices that they share "
+                "were left unchanged; from now on each process normalises its own. Type split_whitening=false to "
+                "share none."
+            )
+        self._known = same
 
 
 def shared_updates(

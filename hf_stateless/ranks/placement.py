@@ -223,11 +223,29 @@ def check_gradients(params: Sequence[Tensor]) -> list[tuple[bool, bool]]:
     """
     if not params:
         return []
+    finite, nonzero = gradient_flags(params)
+    return list(zip(finite.tolist(), nonzero.tolist(), strict=True))
+
+
+def gradient_flags(params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what `check_gradients` tells as flags on a device, unread: which are finite, and which are not zero.
+
+    Args:
+        params: at least one, with gradients.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.placement import gradient_flags
+        >>> W = torch.ones(2)
+        >>> W.grad = torch.tensor([1.0, float("nan")])
+        >>> gradient_flags([W])
+        (tensor([False]), tensor([True]))
+    """
     # A group may mix plain tensors with DTensors, and devices.
     one = next((p for p in params if isinstance(p, DTensor)), params[0])
     flags = torch.stack([_finite_and_zero(local_shard(p.grad)).to(one.device) for p in params])  # type: ignore[arg-type]
     finite, zero = _on_all_ranks(flags, one).bool().unbind(1)
-    return list(zip(finite.tolist(), zero.logical_not().tolist(), strict=True))
+    return finite, zero.logical_not()
 
 
 def _finite_and_zero(grad: Tensor) -> Tensor:

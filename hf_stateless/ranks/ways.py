@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..norms.chain import Chain
 from ..update.batches import BATCH_BYTES, alike, bounded
-from ..update.write import Workspace
+from ..update.reads import both
+from ..update.write import Judged, Workspace, judged
 from .alone import Alone
 from .matrix_update import MatrixUpdate
 from .operator_norms import operator_factors
-from .owners import Exchange, assign_owners, same_on_replicas, shared_updates, whitening_cost
+from .owners import Agreement, Exchange, assign_owners, same_on_replicas, shared_updates, whitening_cost
 from .placement import Split, whole_matrix
 from .sinkhorn import ShardedMatrices, iterate, keep_squares
 
@@ -91,14 +92,15 @@ class Sinkhorn:
             held += sum(matrix.numel() for matrix in matrices) if keep else 0
             batches.append(ShardedMatrices(matrices, _split(first), along, sizes, keep_squares=keep))
         iterate(batches, [int(stack[0].chain.num_iterations) for stack in stacks])
-        sizes_of_all = torch.cat([batch.size.to(batches[0].size.device) for batch in batches]).tolist()
+        sizes_of_all = torch.cat([batch.size.to(batches[0].size.device) for batch in batches])
+        verdicts = judged(sizes_of_all.unsqueeze(1), updates[0].weight.device)
         measured = [i for i, stack in enumerate(stacks) if stack[0].chain.scale == "operator"]
         factors = dict(zip(measured, operator_factors([batches[i] for i in measured]), strict=True))
         for i, (stack, batch) in enumerate(zip(stacks, batches, strict=True)):
             rows, columns = batch.scalings()
             rows = rows * factors[i].unsqueeze(-1) if i in factors else rows
             for update, row, column in zip(stack, rows, columns, strict=True):
-                update.write_scaled(row, column, sizes_of_all.pop(0), workspace)
+                update.write_scaled(row, column, verdicts.pop(0), workspace)
 
 
 class Local:
@@ -115,8 +117,9 @@ class Local:
             norms = torch.stack([update.layout.norms(part) for update, part in zip(of_class, parts, strict=True)])
             norms = norms.to(split.device)
             dist.all_reduce(norms, group=split.group)
-            for update, part, of_blocks in zip(of_class, parts, norms.tolist(), strict=True):
-                update.write(part, of_blocks)
+            verdicts = judged(norms, of_class[0].weight.device)
+            for update, part, verdict in zip(of_class, parts, verdicts, strict=True):
+                update.write(part, verdict)
 
 
 class Owned:
@@ -142,8 +145,8 @@ class Owned:
         normalized = _normalize([updates[i] for i in exchange.mine], whole)
         # All are of one class, so that they have one layout.
         parts, norms = exchange.to_parts(normalized, [update.part for update in updates], updates[0].layout)
-        for update, part, of_blocks in zip(updates, parts, norms, strict=True):
-            update.write(part, of_blocks)
+        for update, part, verdict in zip(updates, parts, judged(norms, updates[0].weight.device), strict=True):
+            update.write(part, verdict)
 
 
 class Replicated:
@@ -155,7 +158,8 @@ class Replicated:
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         group = dist.group.WORLD
         grads = [update.part for update in updates]
-        if group is None or not same_on_replicas(grads, group):
+        agreement = workspace.notes.setdefault("replicas", Agreement())
+        if group is None or not agreement.holds(same_on_replicas(grads, group)):
             Alone().run(updates, workspace)
             return
 
@@ -164,7 +168,8 @@ class Replicated:
 
         shapes = [tuple(grad.shape) for grad in grads]
         for i, part in shared_updates(shapes, compute, group, like=grads[0], batch_bytes=BATCH_BYTES):
-            updates[i].write(part, updates[i].layout.norms(part).tolist())
+            updates[i].allowed = both(updates[i].allowed, agreement.flag)
+            updates[i].write(part, _judged_alone(updates[i], part))
 
 
 class Gathered:
@@ -176,7 +181,7 @@ class Gathered:
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         for update in updates:
             normalized = update.normalized(whole_matrix(update.direction))
-            update.write(normalized, update.layout.norms(normalized).tolist(), whole=True)
+            update.write(normalized, _judged_alone(update, normalized), whole=True)
 
 
 WAYS: tuple[Way, ...] = (Alone(), Sinkhorn(), Local(), Owned(), Replicated(), Gathered())
@@ -195,6 +200,10 @@ def _normalize(updates: Sequence[MatrixUpdate], grads: Sequence[Tensor]) -> list
         else:
             done |= {i: updates[i].normalized(grads[i]) for i in positions}
     return [done[i] for i in range(len(grads))]
+
+
+def _judged_alone(update: MatrixUpdate, normalized: Tensor) -> Judged:
+    return judged(update.layout.norms(normalized).unsqueeze(0), update.weight.device)[0]
 
 
 def _split(update: MatrixUpdate) -> Split:

@@ -7,6 +7,9 @@ nearest.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +18,9 @@ from ..norms.sinkhorn import row_blocks, scale_rows_
 from ..weights.noise import RoundingKey
 from ..weights.rounding import write_rounded_
 from ..weights.stored import StoredWeight
-from .kernels.choice import int8_kernel
+from .kernels.choice import Verdict, int8_kernel
 from .layout import Layout
+from .reads import reads_at_once, where_usable
 
 
 class Workspace:
@@ -24,6 +28,12 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.notes: dict[str, Any] = {}
+        """What is known from one step to the next, by who wrote it."""
+
+    def free(self) -> None:
+        """Give the buffers back; the notes stay."""
+        self._buffers.clear()
 
     def take(self, name: str, like: Tensor) -> Tensor:
         """Return an uninitialised tensor of the shape, order and device of `like`, in at least float32."""
@@ -49,25 +59,71 @@ def is_usable(size: float) -> bool:
     return 0 < size < math.inf
 
 
-def write_update_(
-    weight: Tensor, update: Tensor, step_size: float, decay: float | Tensor, key: RoundingKey | None
-) -> None:
-    """Apply W <- decay W - step_size X; the update is used as working space where the weight is bf16.
+@dataclass(frozen=True)
+class Judged:
+    """What the norms of an update say of it: numbers where the host reads at once, else flags on the device."""
 
-    The decay may be a tensor of the shape of W, but not for weights in a format of their own.
+    finite: Verdict
+    """Whether the gradient was finite."""
+    usable: bool | Tensor
+    """Whether the update may be applied."""
+    norms: Sequence[float] | Tensor
+    """Of the blocks that the matrix is made of."""
+
+
+def judged(norms: Tensor, device: torch.device) -> list[Judged]:
+    """Judge updates by their norms.
+
+    Args:
+        norms: (updates, blocks).
+        device: where the weights are; there the flags will be.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.update.write import judged
+        >>> [one.usable for one in judged(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.device("cpu"))]
+        [True, False]
+    """
+    if reads_at_once(device):
+        sizes = [(sum(of_blocks), of_blocks) for of_blocks in norms.tolist()]
+        return [Judged(size < math.inf, is_usable(size), of_blocks) for size, of_blocks in sizes]
+    norms = norms.to(device)
+    finite = (norms < math.inf).all(1)
+    usable = finite & (norms > 0).any(1)
+    return [Judged(*one) for one in zip(finite.unbind(), usable.unbind(), norms.unbind(), strict=True)]
+
+
+def write_update_(
+    weight: Tensor,
+    update: Tensor,
+    step_size: float | Tensor,
+    decay: float | Tensor,
+    key: RoundingKey | None,
+    usable: Tensor | None = None,
+) -> None:
+    """Apply W <- decay W - step_size X; the update is used as working space.
+
+    Args:
+        weight: W, updated in place.
+        update: X.
+        step_size: a number, or a tensor with one on the device.
+        decay: the same, or a tensor of the shape of W, but not for weights in a format of their own.
+        key: of stochastic rounding; None for rounding to nearest.
+        usable: a flag on the device, where W stays as it is unless it is set, whatever X holds.
     """
     if isinstance(weight, StoredWeight):
-        assert not isinstance(decay, Tensor)
-        kernel = int8_kernel(weight, update)
-        if kernel:
-            kernel(weight, update, None, step_size, decay, key)
-        else:
-            weight.write_rows_(lambda rows: update[rows], step_size, decay, key)
+        _write_stored_(weight, update, None, step_size, decay, key, usable)
         return
     exact = weight.to(update.dtype)  # the weight itself where the dtypes agree
+    if usable is not None:
+        update.masked_fill_(~usable, 0)
+        decay = where_usable(usable, decay, exact.dtype)
     if isinstance(decay, Tensor) or decay != 1:
         exact.mul_(decay)
-    exact.add_(update, alpha=-step_size)
+    if isinstance(step_size, Tensor):
+        exact.addcmul_(update, step_size.to(exact.dtype), value=-1)
+    else:
+        exact.add_(update, alpha=-step_size)
     write_rounded_(weight, exact, key, scratch=update)
 
 
@@ -75,31 +131,58 @@ def write_scaled_(
     weight: Tensor,
     grad: Tensor,
     scalings: tuple[Tensor, Tensor],
-    step_size: float,
-    decay: float,
+    step_size: float | Tensor,
+    decay: float | Tensor,
     key: RoundingKey | None,
     layout: Layout,
     workspace: Workspace,
+    usable: Tensor | None = None,
 ) -> None:
     """Apply W <- decay W - step_size diag(r) G diag(c), with G viewed as a matrix and W as it is stored."""
-    row, column = scalings
     if isinstance(weight, StoredWeight):
-        kernel = int8_kernel(weight, grad, row)
-        if kernel:
-            kernel(weight, grad, scalings, step_size, decay, key)
-        else:
-            weight.write_rows_(lambda rows: _scaled(grad[rows], row[rows], column), step_size, decay, key)
+        _write_stored_(weight, grad, scalings, step_size, decay, key, usable)
         return
+    row, column = scalings if usable is None else (torch.where(usable, vector, 0) for vector in scalings)
+    if usable is not None:
+        decay = where_usable(usable, decay, torch.promote_types(weight.dtype, torch.float32))
+    factor: float = 1 if isinstance(step_size, Tensor) else step_size
+    column = column * step_size.to(column.dtype) if isinstance(step_size, Tensor) else column
     blocks = row_blocks(grad) if layout.plain else [slice(0, grad.shape[0])]
     for rows in blocks:
         part = weight[rows] if len(blocks) > 1 else weight
         scratch = workspace.take("scratch", grad[rows])
         exact = part if part.dtype == scratch.dtype else workspace.take("exact", part).copy_(part)
-        if decay != 1:
+        if isinstance(decay, Tensor) or decay != 1:
             exact.mul_(decay)
-        scale_rows_(grad[rows], row[rows], scratch)
-        layout.as_matrix(exact).addcmul_(scratch, column.unsqueeze(-2), value=-step_size)
+        if usable is None:
+            scale_rows_(grad[rows], row[rows], scratch)
+        else:  # NaN times a row of zeros would be NaN
+            scratch.copy_(torch.where(usable, grad[rows], 0)).mul_(row[rows].unsqueeze(-1))
+        layout.as_matrix(exact).addcmul_(scratch, column.unsqueeze(-2), value=-factor)
         write_rounded_(part, exact, key, scratch=layout.as_matrix(scratch), first_row=rows.start)
+
+
+def _write_stored_(
+    weight: StoredWeight,
+    update: Tensor,
+    scalings: tuple[Tensor, Tensor] | None,
+    step_size: float | Tensor,
+    decay: float | Tensor,
+    key: RoundingKey | None,
+    usable: Tensor | None,
+) -> None:
+    """Have a weight in a format of its own updated: by X, or by G where X = diag(r) G diag(c)."""
+    assert isinstance(step_size, Tensor) or not isinstance(decay, Tensor)
+    kernel = int8_kernel(weight, update, scalings[0] if scalings else None)
+    flag = {} if usable is None else {"usable": usable}
+    if kernel:
+        kernel(weight, update, scalings, step_size, decay, key, **flag)
+        return
+
+    def rows_of(rows: slice) -> Tensor:
+        return _scaled(update[rows], scalings[0][rows], scalings[1]) if scalings else update[rows]
+
+    weight.write_rows_(rows_of, step_size, decay, key, **flag)
 
 
 def _scaled(grad: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ def rounding_keys(
     """Return the keys of several parameters; those on one GPU are computed together in a fixed number of launches."""
     cache = cache or TensorCache()
     devices = {step.device for step in steps}
-    if len(devices) > 1 or next(iter(devices)).type == "cpu":
+    # The constants of one alone are no tensor: for each parameter one would be copied from the host at its first step.
+    if len(steps) == 1 or len(devices) > 1 or next(iter(devices)).type == "cpu":
         values = [_key_value(*one) for one in zip(seeds, indices, steps, strict=True)]
     else:
         first, second = cache.get(_key_constants, tuple(seeds), tuple(indices), steps[0].device)

@@ -67,7 +67,7 @@ def round_vectors(values: Tensor, sizes: Sequence[int], keys: Sequence[RoundingK
         The flat bfloat16 values.
     """
     get, device = keys[0].cache.get, values.device
-    owner, column_hash = get(_places, tuple(sizes), device)
+    owner, column_hash = get(places, tuple(sizes), device)
     value = (torch.cat([key.value for key in keys]) + offset)[owner]
     row = mix(get(index_hash, 0, 1, device) ^ value).bitwise_or_(1)
     column = mix(column_hash ^ (value + GOLDEN)).bitwise_or_(1)
@@ -76,7 +76,7 @@ def round_vectors(values: Tensor, sizes: Sequence[int], keys: Sequence[RoundingK
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-def _places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return to which vector each element of a row of vectors belongs, and the hash of its place there."""
     owner = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])
     return owner.to(device), torch.cat([index_hash(0, size, torch.device("cpu")) for size in sizes]).to(device)

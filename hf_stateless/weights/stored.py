@@ -25,15 +25,22 @@ class StoredWeight(nn.Parameter):
         raise NotImplementedError
 
     def write_rows_(
-        self, update: Callable[[slice], Tensor], step_size: float, decay: float, key: RoundingKey | None
+        self,
+        update: Callable[[slice], Tensor],
+        step_size: float | Tensor,
+        decay: float | Tensor,
+        key: RoundingKey | None,
+        *,
+        usable: Tensor | None = None,
     ) -> None:
         """Apply W <- decay W - step_size X, taking rows of X as they are needed.
 
         Args:
             update: takes a slice of rows and returns those of X in float32; they may be overwritten.
-            step_size: factor of X.
-            decay: factor of W.
+            step_size: factor of X; on an accelerator it may be a tensor with one number.
+            decay: factor of W, of the same kind.
             key: of stochastic rounding; None for rounding to nearest.
+            usable: given on accelerators only: a flag on the device, where every byte stays unless it is set.
         """
         raise NotImplementedError
 

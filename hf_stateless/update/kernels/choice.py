@@ -16,6 +16,7 @@ from ...norms.chain import Chain
 from ...norms.scale import UPDATE_SCALES
 from ...weights.stored import StoredWeight
 from ..layout import Layout
+from ..reads import reads_at_once
 from . import cpu_sinkgd, int8, sinkgd
 
 
@@ -49,7 +50,9 @@ def choose(weights: Sequence[Tensor], grads: Sequence[Tensor], chain: Chain, lay
         return None
     if use_triton((weights[0], grads[0])):
         return sinkgd.sinkgd_update_ if sinkgd.fits(weights, grads, layout, chain.num_iterations) else None
-    if os.environ.get(VARIABLE) or not cpu_sinkgd.fits(weights, grads, layout, chain.num_iterations):
+    if os.environ.get(VARIABLE) or not reads_at_once(grads[0].device):
+        return None
+    if not cpu_sinkgd.fits(weights, grads, layout, chain.num_iterations):
         return None
     return cpu_sinkgd.sinkgd_steps_
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ...weights.noise import RoundingKey
@@ -41,6 +42,7 @@ def int8_update_(
     step_size: float | Tensor,
     decay: float | Tensor,
     key: RoundingKey | None,
+    usable: Tensor | None = None,
 ) -> None:
     r"""W <- decay W - step_size X on codes and scales, in one launch; a group without change keeps every byte.
 
@@ -51,9 +53,11 @@ def int8_update_(
         step_size: factor of X; a one-element float32 tensor is read on the device.
         decay: factor of W, of the same kind.
         key: rounding key, or None for rounding to nearest.
+        usable: a flag on the device; the weight keeps every byte unless it is set.
     """
     with on_device(update):
-        vectors = (*(scalings or (None, None)), None)
+        states = None if usable is None else usable.to(torch.int32).view(1, 1)
+        vectors = (*(scalings or (None, None)), states)
         value = None if key is None else key.value
         launch_int8([weight], pointer_table([update]), update, vectors, value, step_size, decay, slice(0, 1))
 

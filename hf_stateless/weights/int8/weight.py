@@ -70,7 +70,13 @@ class Int8Weight(StoredWeight):
 
     @torch.no_grad()
     def write_rows_(
-        self, update: Callable[[slice], Tensor], step_size: float, decay: float, key: RoundingKey | None
+        self,
+        update: Callable[[slice], Tensor],
+        step_size: float | Tensor,
+        decay: float | Tensor,
+        key: RoundingKey | None,
+        *,
+        usable: Tensor | None = None,
     ) -> None:
         r"""Apply W <- decay W - step_size X to codes and scales, some rows at a time in float32.
 
@@ -81,11 +87,17 @@ class Int8Weight(StoredWeight):
         for first in range(0, rows, at_once):
             part = slice(first, first + at_once)
             codes, scale = self.codes[part], self.scale.data[part]
+            before = None if usable is None else (codes.clone(), scale.clone())
             exact = dequantize_matrix(codes, scale)
-            if decay != 1:
+            if isinstance(decay, Tensor) or decay != 1:
                 exact.mul_(decay)
-            exact.add_(update(part), alpha=-step_size)
+            if isinstance(step_size, Tensor):
+                exact.addcmul_(update(part), step_size, value=-1)
+            else:
+                exact.add_(update(part), alpha=-step_size)
             requantize_(codes, scale, exact, key, first_row=first)
+            for now, old in zip((codes, scale), before or (), strict=False):
+                now.copy_(torch.where(usable, now, old))  # type: ignore[arg-type]
 
     def stand_in(self, device: str) -> Int8Weight:
         """Return an 8-bit weight of this shape on another device, with contents that mean nothing."""
