@@ -33,12 +33,15 @@ def nearest(losses: Mapping[int, float], count: int | None) -> list[int]:
 def best_rate(records: Iterable[Mapping[str, Any]]) -> tuple[float, dict[int, float], dict[float, float]]:
     """Return the best learning rate, the loss of each seed at it, and the mean loss at each rate.
 
-    Where seeds were repeated at some of the rates only, the best is chosen among those that most seeds were run with.
+    The best is picked by `pick_loss`, where records have one. Where seeds were repeated at some of the rates only, it
+    is chosen among those that most seeds were run with.
     """
     by_rate: dict[float, dict[int, float]] = {}
+    to_pick: dict[float, list[float]] = {}
     for record in records:
         by_rate.setdefault(record["learning_rate"], {})[record["seed"]] = record["eval_loss"]
+        to_pick.setdefault(record["learning_rate"], []).append(record.get("pick_loss", record["eval_loss"]))
     most = max(map(len, by_rate.values()))
     means = {lr: statistics.mean(losses.values()) for lr, losses in sorted(by_rate.items())}
-    best = min((lr for lr in means if len(by_rate[lr]) == most), key=means.__getitem__)
+    best = min((lr for lr in means if len(by_rate[lr]) == most), key=lambda lr: statistics.mean(to_pick[lr]))
     return best, by_rate[best], means
