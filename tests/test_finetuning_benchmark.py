@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import re
-from statistics import mean
 
 import pytest
 import torch
@@ -18,10 +17,17 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 
 import finetuning
+import finetuning_report
 import wordnet_pairs
 
 
-RESULTS = ROOT / "recipes" / "benchmarks" / "results" / "finetuning-cpu.json"
+RESULTS = ROOT / "recipes" / "benchmarks" / "results"
+SIX = "finetuning-six-layers-cpu.json"
+TITLES = {
+    (SIX, "wordnet, layers, last 6 layers"): "SFT, weights of six layers",
+    (SIX, "wordnet, lora of rank 8, last 6 layers"): "SFT, LoRA of rank 8 on six layers",
+}
+TOLD = "What to expect of fine-tuning"
 LICENCE = "  1 This is the licence.  \n"
 NOUN = (
     '00001740 03 n 02 small_room 0 cell 1 000 | a room of little size ; "he slept in a cell"; "it was bare"  \n'
@@ -68,11 +74,11 @@ def test_the_walk_ends_with_a_worse_rate_on_both_sides(best, monkeypatch):
     assert {lr for seed, lr in tried if seed == 1} == {2.0 ** (best - 1), 2.0**best, 2.0 ** (best + 1)}
 
 
-def test_one_rate_is_run_with_every_seed_and_no_other(monkeypatch):
+def test_rates_that_are_given_are_run_with_every_seed_and_no_others(monkeypatch):
     tried = []
     monkeypatch.setattr(finetuning, "cached", lambda *run: tried.append(run[:3]))
-    finetuning.sweep("sinkgd, int8", argparse.Namespace(lr=0.5, seeds=[0, 2]))
-    assert tried == [("sinkgd, int8", 0.5, 0), ("sinkgd, int8", 0.5, 2)]
+    finetuning.sweep("sinkgd, int8", argparse.Namespace(lr=[0.5, 1.0], seeds=[0, 2]))
+    assert tried == [("sinkgd, int8", lr, seed) for seed in (0, 2) for lr in (0.5, 1.0)]
 
 
 @pytest.mark.parametrize(("row", "kinds"), [("sinkgd, int8 nearest", {"Int8Weight"}), ("sinkgd, bf16", {"Parameter"})])
@@ -86,20 +92,18 @@ def test_the_last_layers_are_trained_as_the_row_stores_them(row, kinds, make_mod
     assert {p.dtype for p in trained.values()} == {torch.bfloat16}
 
 
-def test_a_rate_counts_only_when_every_seed_was_run_with_it():
-    losses = {(1e-3, 0): 2.0, (1e-3, 1): 3.0, (2e-3, 0): 1.0}
-    records = [{"learning_rate": lr, "seed": seed, "eval_loss": loss} for (lr, seed), loss in losses.items()]
-    assert finetuning.best_of(records) == (1e-3, [2.0, 3.0], {1e-3: 2.5})
+@pytest.mark.parametrize(("file", "study"), TITLES, ids=TITLES.values())
+def test_the_tables_of_the_pages_are_the_results(file, study):
+    assert finetuning_report.table(of_the_results(file)[study]) in section("recipes/README.md", TOLD)
 
 
-@pytest.mark.parametrize("tuning", ["layers", "lora"])
-def test_the_tables_of_the_pages_are_the_results(tuning):
-    assert page_with(finetuning.table(of_the_results(), tuning))
+@pytest.mark.parametrize("file", [SIX])
+def test_every_study_has_a_table(file):
+    assert of_the_results(file).keys() == {study for name, study in TITLES if name == file}
 
 
-def of_the_results(tuning=None, row=None):
-    records = json.loads(RESULTS.read_text())["records"]
-    return [r for r in records if tuning in (None, r["tuning"]) and row in (None, r["row"])]
+def of_the_results(file):
+    return finetuning_report.studies(json.loads((RESULTS / file).read_text())["records"])
 
 
 def written(rate):
@@ -108,60 +112,59 @@ def written(rate):
     return f"{float(digits):g}e{int(exponent)}"
 
 
-def of_the_first_seed(row, tuning="lora"):
-    return {r["learning_rate"]: f"{r['eval_loss']:.3f}" for r in of_the_results(tuning, row) if r["seed"] == 0}
+def of_the_first_seed(row):
+    lora = of_the_results(SIX)["wordnet, lora of rank 8, last 6 layers"][row]
+    return {lr: f"{losses[0]:.3f}" for lr, losses in lora.by_rate.items() if 0 in losses}
 
 
-def test_the_best_rates_on_the_page_are_those_of_the_sweeps_in_steps_of_the_default_scale():
-    swept = 0.2
-    assert all(f"lr_scale={swept}" in finetuning.ROWS[row][1] for row in ("sinkgd", "swan", "swan, product"))
-    scales = {"adamw": swept, **{name: PRESETS[name].lr_scale for name in ("sinkgd", "swan")}}
-    for title, tuning in {"SFT, weights of six layers": "layers", "SFT, LoRA of rank 8": "lora"}.items():
-        best = {row: finetuning.best_of(of_the_results(tuning, row))[0] * swept / scales[row] for row in scales}
-        assert page_with(f"| {title} | {' | '.join(map(written, best.values()))} |")
-    assert parse_options("swan", {"lora": "product"}).lr_scale_beside == swept
-    product = finetuning.best_of(of_the_results("lora", "swan, product"))[0]
-    assert page_with(f"| the same with `lora=product` | | not run | {written(product)} |")
-    level = finetuning.best_of(of_the_results("lora", "adamw"))[2]
-    assert abs(level[4e-3] - level[8e-3]) < 0.005
+def at_the_default_scale(rows, name):
+    """The best learning rate of a preset, or what gives its matrices the same step with the default `lr_scale`."""
+    if name in rows:
+        return written(rows[name].best)
+    swept = rows.get(f"{name}, lr_scale=0.2")
+    return written(swept.best * 0.2 / PRESETS[name].lr_scale) if swept else "not run"
+
+
+@pytest.mark.parametrize(("file", "study"), TITLES, ids=TITLES.values())
+def test_the_best_rates_on_the_page_are_those_of_the_sweeps(file, study):
+    rows = of_the_results(file)[study]
+    cells = [written(rows["adamw"].best), *(at_the_default_scale(rows, name) for name in ("sinkgd", "swan"))]
+    assert page_with(f"| {TITLES[file, study]} | {' | '.join(cells)} |")
+
+
+def test_the_rate_of_lora_product_on_the_page_is_that_of_the_sweep():
+    assert parse_options("swan", {"lora": "product"}).lr_scale_beside == 0.2
+    rows = of_the_results(SIX)["wordnet, lora of rank 8, last 6 layers"]
+    product, adamw = rows["swan, product, lr_scale=0.2"], rows["adamw"]
+    assert page_with(f"| the same with `lora=product` | | not run | {written(product.best)} |")
+    assert abs(adamw.over(adamw, 4e-3)) < 0.005
 
 
 def test_what_the_page_says_of_lora_is_the_first_seed_of_the_sweeps():
-    product, adamw = of_the_first_seed("swan, product"), of_the_first_seed("adamw")
+    product, adamw = of_the_first_seed("swan, product, lr_scale=0.2"), of_the_first_seed("adamw")
     rows = [
         f"| {written(lr)} | {product.get(lr, 'not run')} | {adamw.get(lr, 'not run')} |"
         for lr in sorted(product.keys() | adamw.keys())
     ]
     page = page_with("\n".join(rows))
-    separate = of_the_first_seed("swan")
+    separate = of_the_first_seed("swan, lr_scale=0.2")
     assert max(separate) / min(separate) == max(product) / min(product) == 8
     told = f"it ended between {min(separate.values())} and {max(separate.values())}, "
     assert told + f"`product` between {min(product.values())} and {max(product.values())}." in section(page, "LoRA")
 
 
-def test_a_rate_that_one_seed_was_run_with_is_told_below_the_table_and_in_the_recipe():
-    told = section("recipes/README.md", "What to expect of fine-tuning")
-    for tuning in ("layers", "lora"):
-        for row in {r["row"] for r in of_the_results(tuning)}:
-            first = of_the_first_seed(row, tuning)
-            best, _, means = finetuning.best_of(of_the_results(tuning, row))
-            alone = [lr for lr in (best / 2, best * 2) if lr in first and lr not in means]
-            each = " and ".join(f"at {first[lr]} with {written(lr)}" for lr in alone)
-            assert not alone or f"`{row}` ended {each}, beside {first[best]} with {written(best)}." in told
+def test_what_the_recipe_of_lora_says_of_its_rate_is_the_first_seed_of_the_sweep():
     recipe = re.sub(r"\n# *", " ", (ROOT / "recipes/smollm2-135m/sft-lora/swan.yaml").read_text())
     rate = float(re.search(r"learning_rate: (\S+)", recipe)[1])
-    once, twice, fourfold = (of_the_first_seed("swan, product")[factor * rate] for factor in (1, 2, 4))
+    product = of_the_first_seed("swan, product, lr_scale=0.2")
+    once, twice, fourfold = (product[factor * rate] for factor in (1, 2, 4))
     assert f"it ended at {once}; twice and four times this rate ended lower, at {twice} and {fourfold}." in recipe
 
 
 def test_the_losses_that_the_readme_tells_are_the_results():
-    ends = {
-        tuning: [
-            f"{mean(finetuning.best_of(of_the_results(tuning, row))[1]):.3f}" for row in ("swan", "sinkgd", "adamw")
-        ]
-        for tuning in ("layers", "lora")
-    }
-    swan, sinkgd, adamw = ends["layers"]
-    told = f"`swan` ended at {swan}, `sinkgd` at {sinkgd} and AdamW at {adamw}; "
-    told += "with LoRA at {}, {} and {}.".format(*ends["lora"])
+    studies = of_the_results(SIX)
+    names = ("swan, lr_scale=0.2", "sinkgd, lr_scale=0.2", "adamw")
+    layers, lora = ([f"{rows[name].loss:.3f}" for name in names] for rows in studies.values())
+    told = "`swan` ended at {}, `sinkgd` at {} and AdamW at {}; ".format(*layers)
+    told += "with LoRA at {}, {} and {}.".format(*lora)
     assert told in section("README.md", "Is it as good as AdamW?")
