@@ -72,6 +72,14 @@ def polar(g, rtol=1e-6):
     return u[:, keep] @ vh[keep]
 
 
+def polar_express_step(g):
+    """The first step of Polar Express as a polynomial of the singular values."""
+    g = f64(g)
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    s = s / s.square().sum().sqrt().clamp_min(1e-300) / 1.01 / 1.01
+    return u @ torch.diag(8.28721201814563 * s - 23.595886519098837 * s**3 + 17.300387312530933 * s**5) @ v
+
+
 def swan(g, steps=10, beta=0.8, center=True):
     return frobenius(newton_schulz(row_standardize(g) if center else row_l2(g), steps, beta))
 

@@ -27,6 +27,9 @@ REFERENCES = {
     # A single column has nothing to centre: see `row_standardize`.
     "swan": lambda g: reference.swan(g, center=g.shape[-1] > 1),
     "sinkgd": reference.multi_normalize,
+    "sinkgd_polar": lambda g: reference.frobenius(
+        reference.polar_express_step(reference.multi_normalize(g, iterations=1))
+    ),
     "multinorm": lambda g: reference.frobenius(reference.newton_schulz(reference.row_l2(g))),
 }
 # Weights of four to forty rows, so that the loops of the references stay cheap.

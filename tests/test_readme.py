@@ -105,7 +105,7 @@ def test_the_readme_tells_what_the_package_requires():
 
 
 def test_the_first_run_takes_as_long_as_the_readme_says():
-    recipe = read("recipes/llama-tiny/pretrain/sinkgd.yaml")
+    recipe = read("recipes/llama-tiny/pretrain/sinkgd_polar.yaml")
     steps = int(re.search(r"^max_steps: (\d+)$", recipe, re.MULTILINE)[1])
     seconds = float(re.search(r"([\d.]+) s a step", recipe)[1])
     told = f"Its {steps} steps take about {steps * seconds / 60:.0f} minutes on two CPU cores (measured)"
@@ -114,13 +114,11 @@ def test_the_first_run_takes_as_long_as_the_readme_says():
 
 def test_the_perplexities_of_the_smallest_recipe_are_those_of_its_table():
     ends = {row[0]: row[4] for row in table("Recipe", "Steps of 4,096 tokens")}
-    default, lower = {}, {}
-    for title, perplexity in ends.items():
-        name = re.search(r"(\w+)\.yaml", title)[1]
-        (lower if "lr_scale=0.2" in title else default)[name] = perplexity
-    told = f"with `sinkgd` ends at perplexity {default['sinkgd']}, and at {lower['sinkgd']} with `lr_scale=0.2` "
-    told += f"(`swan`: {default['swan']} and {lower['swan']})"
+    ours = next(value for title, value in ends.items() if "no arguments" in title)
+    adamw = min(value for title, value in ends.items() if "adamw.yaml" in title)
+    told = f"The first run ends at perplexity {ours}, and AdamW with the same multiples at {adamw}"
     assert told in section("README.md", "Which learning rate?")
+    assert f"ended at perplexity {adamw} " in read("recipes/llama-tiny/pretrain/sinkgd_polar.yaml")
 
 
 @cache

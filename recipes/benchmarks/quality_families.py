@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import statistics
@@ -11,26 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from quality_plan import STUDIES
-from quality_report import Records, of_study
+from quality_report import Records, of_study, table
 
 
 FAMILIES = {
     "AdamW": "adamw, rates apart",
     "Muon": "muon",
-    "`swan`": "swan, row_moment tables",
-    "`sinkgd`": "sinkgd, row_moment tables",
-    "`swan`, momentum 0.9": "swan, momentum 0.9",
-    "AdamW, one rate": "adamw",
+    "`swan`": "swan",
+    "`sinkgd_polar`": "sinkgd 1, polar 1",
+    "`sinkgd`": "sinkgd",
+    "`swan`, `embeddings=factored`": "swan, factored tables",
+    "`swan`, `embeddings=row_moment`": "swan, row_moment tables",
 }
 """What an optimizer is called, and how the rows of the plan begin that may stand for it."""
 TITLES = {
-    "small": "Small, 200 steps",
+    "small": "200 steps",
     "long": "600 steps",
-    "longest": "2,400 steps",
-    "largest, english": "Larger, English",
+    "small, english": "200 steps, English",
 }
 """The studies of the short table, and what they are called in it."""
-_LENGTHS = ("small", "long", "longest")
 
 
 @dataclass(frozen=True)
@@ -131,23 +129,11 @@ def _cell(losses: Mapping[str, float], name: str) -> str:
     return f"**{text}**" if losses[name] == min(losses.values()) else text
 
 
-def steps_to_adamw(records: Records) -> dict[str, float]:
-    """Return the part of AdamW's steps after which an optimizer ends as low as AdamW does.
-
-    It lies between runs of two lengths, each with a schedule of its own. The loss is taken as linear in the logarithm
-    of the steps between 200, 600 and 2,400; the target is AdamW's loss at the longest of them that it was run with.
-    """
-    curves = {
-        name: {STUDIES[s].steps: one.loss for s in _LENGTHS if (one := best(of_study(records, s), family))}
-        for name, family in FAMILIES.items()
-    }
-    longest = max(curves["AdamW"])
-    target = curves["AdamW"][longest]
-    parts = {}
-    for name, curve in curves.items():
-        points = sorted(curve.items())
-        for (few, above), (many, below) in itertools.pairwise(points):
-            if above >= target >= below:
-                share = (above - target) / (above - below)
-                parts[name] = math.exp(math.log(few) + share * math.log(many / few)) / longest
-    return parts
+def document(records: Records) -> str:
+    """Return all tables as a Markdown file: each optimizer at its best, then every row of the plan."""
+    found = {name: runs for name in STUDIES if (runs := of_study(records, name))}
+    sections = {"each optimizer at its best": summary(records)}
+    sections |= {f"{name}, each at its best": study_table(runs) for name, runs in found.items()}
+    sections |= {f"{name}, every row": table(runs) for name, runs in found.items()}
+    texts = [f"## {title[0].upper()}{title[1:]}\n\n{text}\n" for title, text in sections.items()]
+    return "\n".join(["# Runs of `quality.py`\n", *texts])
