@@ -64,6 +64,14 @@ def test_a_table_says_what_was_not_run_and_puts_the_lowest_loss_first():
     assert third == "| `swan` | 2.500 | 2.500 | +0.500 | 4.0e-04 | not run, not run | not run |"
 
 
+def test_a_seed_that_is_easy_for_everybody_puts_no_row_first():
+    adamw = runs({(1, 0): (2.0, 2.0), (1, 1): (1.0, 1.0)}, row="adamw")
+    rows = finetuning_report.studies([*adamw, *runs({(1, 1): (1.2, 1.2)})])["words, all"]
+    first, second = finetuning_report.table(rows).splitlines()[2:]
+    assert first.startswith("| `adamw` | 1.500 |")
+    assert second.startswith("| `sinkgd` | 1.200 | 1.200 | +0.200 |")
+
+
 @pytest.mark.parametrize("count", [2, 5, 8])
 def test_the_two_halves_share_no_pair_and_are_as_long_as_each_other(count, monkeypatch):
     rows = [{"prompt": "p" * n, "completion": "c" * (n % 3)} for n in range(count, 0, -1)]

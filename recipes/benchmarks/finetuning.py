@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/wordnet_pairs.py wordnet
     python recipes/benchmarks/reasoning_pairs.py reversal --task word_sequence_reversal:min_words=4,max_words=6
-    python recipes/benchmarks/finetuning.py --data wordnet --tuning all --rows adamw sinkgd
+    python recipes/benchmarks/finetuning.py --data wordnet --tuning all --rows adamw "sinkgd, lr_scale=0.4"
     python recipes/benchmarks/finetuning.py --data reversal --tuning lora --lora_r 32 --start 1e-3
     python recipes/benchmarks/finetuning.py --data pairs --tuning layers --layers 6 --rows "sinkgd, int8" --lr 3e-3
     python recipes/benchmarks/finetuning.py --report recipes/benchmarks/results/finetuning-cpu.json
@@ -46,23 +46,23 @@ import hf_stateless
 from hf_stateless.reports.files import write_json
 
 
-# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. What follows a comma is read by `weights_of`. With
-# this scale a step of a matrix is as large as AdamW's.
+# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. bf16 and int8 are read by `weights_of`. A row names
+# its scale and what updates embeddings, since the defaults may change.
 ROWS: dict[str, tuple[str, str | None]] = {
     "adamw": ("adamw_torch_fused", None),
     "loraplus": ("adamw_torch_fused", None),
-    "sinkgd": ("sinkgd", "embeddings=adamw"),
-    "sinkgd, row moments": ("sinkgd", "embeddings=row_moment"),
-    "sinkgd, lr_scale=0.1": ("sinkgd", "lr_scale=0.1,embeddings=adamw"),
+    "sinkgd, lr_scale=0.4": ("sinkgd", "lr_scale=0.4,embeddings=adamw"),
     "sinkgd, lr_scale=0.2": ("sinkgd", "lr_scale=0.2,embeddings=adamw"),
     "sinkgd, lr_scale=0.8": ("sinkgd", "lr_scale=0.8,embeddings=adamw"),
-    "sinkgd_polar": ("sinkgd_polar", "embeddings=adamw"),
+    "sinkgd, lr_scale=0.4, row moments": ("sinkgd", "lr_scale=0.4,embeddings=row_moment"),
+    "sinkgd_polar, lr_scale=1": ("sinkgd_polar", "lr_scale=1,embeddings=adamw"),
     "sinkgd_polar, lr_scale=4": ("sinkgd_polar", "lr_scale=4,embeddings=adamw"),
-    "sinkgd_polar, lr_scale=16": ("sinkgd_polar", "lr_scale=16,embeddings=adamw"),
     "sinkgd_polar, lr_scale=8": ("sinkgd_polar", "lr_scale=8,embeddings=adamw"),
-    "swan": ("swan", "embeddings=adamw"),
-    "sinkgd, product": ("sinkgd", "lora=product"),
-    "swan, product": ("swan", "lora=product"),
+    "sinkgd_polar, lr_scale=16": ("sinkgd_polar", "lr_scale=16,embeddings=adamw"),
+    "swan, lr_scale=0.2": ("swan", "lr_scale=0.2,embeddings=adamw"),
+    "swan, lr_scale=2": ("swan", "lr_scale=2,embeddings=adamw"),
+    "sinkgd, product, lr_scale=0.2": ("sinkgd", "lora=product,lr_scale=0.2"),
+    "swan, product, lr_scale=0.2": ("swan", "lora=product,lr_scale=0.2"),
     "sinkgd, bf16": ("sinkgd", "lr_scale=0.2"),
     "sinkgd, int8": ("sinkgd", "lr_scale=0.2"),
     "sinkgd, int8 nearest": ("sinkgd", "lr_scale=0.2,stochastic_rounding=false"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,10 +62,15 @@ def studies(records: Records) -> dict[str, dict[str, Row]]:
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """Render the rows of a study as a Markdown table, best row first."""
+    """Render the rows of a study as a Markdown table, the lowest beside AdamW on equal seeds first."""
     adamw = rows.get("adamw")
+
+    def rank(row: Row) -> tuple[float, float]:
+        over = row.over(adamw) if adamw else None
+        return math.inf if over is None else over, row.loss
+
     lines = [HEADER]
-    for name, row in sorted(rows.items(), key=lambda item: item[1].loss):
+    for name, row in sorted(rows.items(), key=lambda item: rank(item[1])):
         beside = ", ".join(_over(row.over(row, factor * row.best)) for factor in (0.5, 2))
         each = ", ".join(f"{loss:.3f}" for loss in row.losses.values())
         best, shared = (_over(row.over(adamw, rate) if adamw else None) for rate in (None, adamw and adamw.best))
