@@ -46,8 +46,8 @@ import hf_stateless
 from hf_stateless.reports.files import write_json
 
 
-# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. bf16 and int8 are read by `weights_of`. A row names
-# its scale and what updates embeddings, since the defaults may change.
+# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. bf16 and int8 are read by `weights_of`. A row
+# names its scale and what updates embeddings, since the defaults may change.
 ROWS: dict[str, tuple[str, str | None]] = {
     "adamw": ("adamw_torch_fused", None),
     "loraplus": ("adamw_torch_fused", None),
@@ -55,10 +55,10 @@ ROWS: dict[str, tuple[str, str | None]] = {
     "sinkgd, lr_scale=0.2": ("sinkgd", "lr_scale=0.2,embeddings=adamw"),
     "sinkgd, lr_scale=0.8": ("sinkgd", "lr_scale=0.8,embeddings=adamw"),
     "sinkgd, lr_scale=0.4, row moments": ("sinkgd", "lr_scale=0.4,embeddings=row_moment"),
-    "sinkgd_polar, lr_scale=1": ("sinkgd_polar", "lr_scale=1,embeddings=adamw"),
-    "sinkgd_polar, lr_scale=4": ("sinkgd_polar", "lr_scale=4,embeddings=adamw"),
-    "sinkgd_polar, lr_scale=8": ("sinkgd_polar", "lr_scale=8,embeddings=adamw"),
-    "sinkgd_polar, lr_scale=16": ("sinkgd_polar", "lr_scale=16,embeddings=adamw"),
+    "sinkgd_polar by operator, lr_scale=1": ("sinkgd_polar", "scale=operator,lr_scale=1,embeddings=adamw"),
+    "sinkgd_polar by operator, lr_scale=4": ("sinkgd_polar", "scale=operator,lr_scale=4,embeddings=adamw"),
+    "sinkgd_polar by operator, lr_scale=8": ("sinkgd_polar", "scale=operator,lr_scale=8,embeddings=adamw"),
+    "sinkgd_polar by operator, lr_scale=16": ("sinkgd_polar", "scale=operator,lr_scale=16,embeddings=adamw"),
     "swan, lr_scale=0.2": ("swan", "lr_scale=0.2,embeddings=adamw"),
     "swan, lr_scale=2": ("swan", "lr_scale=2,embeddings=adamw"),
     "sinkgd, product, lr_scale=0.2": ("sinkgd", "lora=product,lr_scale=0.2"),
