@@ -31,6 +31,7 @@ REFERENCES = {
         reference.polar_express_step(reference.multi_normalize(g, iterations=1))
     ),
     "multinorm": lambda g: reference.frobenius(reference.newton_schulz(reference.row_l2(g))),
+    "sinkgd_polar": lambda g: PRESETS["sinkgd_polar"].chain.normalize(reference.f64(g)),
 }
 # Weights of four to forty rows, so that the loops of the references stay cheap.
 SHAPES = ((12, 20), (40, 9), (16, 16), (1, 8), (8, 1))
@@ -89,8 +90,7 @@ def test_a_layout_is_a_view_of_separate_matrices(name, layout, shape, to_matrix)
 @each_preset
 def test_a_batch_of_matrices_equals_a_loop(name):
     preset = PRESETS[name]
-    options = {"lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.1, "layout": "out_in", "norms": preset.norms}
-    options["num_iterations"] = preset.num_iterations
+    options = {"lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.1, "layout": "out_in", **preset.group()}
     grads = [dense(6, 9, seed=1), torch.zeros(6, 9), torch.full((6, 9), math.nan), dense(6, 9, seed=2)]
     batched = [dense(6, 9, seed=i) for i in range(4)]
     looped = [w.clone() for w in batched]

@@ -25,29 +25,30 @@ class _Estimate:
         self._row, self._column = batch.scalings()
         self._sizes = (batch.rows, batch.columns)
         vectors = start_vectors(self._sizes, self._row)
-        self._vectors = vectors[batch.first_column :][: self._column.shape[-1]] if batch.along == -1 else vectors
+        self._vectors = vectors[:, batch.first_column :][:, : self._column.shape[-1]] if batch.along == -1 else vectors
         self._w = self._squares = self._images = vectors
 
     def first(self) -> Tensor:
         """Return what the ranks have to add up: of X^T X V, or of X V where columns are cut."""
         x = self._part()
-        return x @ self._vectors if self.batch.along == -1 else x.mT @ (x @ self._vectors)
+        images = self._vectors @ x.mT
+        return images if self.batch.along == -1 else images @ x
 
     def second(self, total: Tensor) -> Tensor:
         """Take that sum, and return what the ranks have to add up for the norms of w and of X w."""
         x = self._part()
-        self._w = x.mT @ total if self.batch.along == -1 else total
-        images, squares = x @ self._w, self._w.square().sum(-2)
+        self._w = total @ x if self.batch.along == -1 else total
+        images, squares = self._w @ x.mT, self._w.square().sum(-1)
         if self.batch.along == -1:
-            return torch.cat([images, squares.unsqueeze(-2)], -2)
+            return torch.cat([images, squares.unsqueeze(-1)], -1)
         self._squares = squares
-        return images.square().sum(-2)
+        return images.square().sum(-1)
 
     def factor(self, total: Tensor) -> Tensor:
         """Take that sum, and return the factors of the matrices."""
         if self.batch.along != -1:
             return operator_factor(total, self._squares, self._sizes)
-        return operator_factor(total[..., :-1, :].square().sum(-2), total[..., -1, :], self._sizes)
+        return operator_factor(total[..., :-1].square().sum(-1), total[..., -1], self._sizes)
 
     def _part(self) -> Tensor:
         parts = zip(self.batch.grads, self._row, self._column, strict=True)
