@@ -31,7 +31,6 @@ REFERENCES = {
         reference.polar_express_step(reference.multi_normalize(g, iterations=1))
     ),
     "multinorm": lambda g: reference.frobenius(reference.newton_schulz(reference.row_l2(g))),
-    "sinkgd_polar": lambda g: PRESETS["sinkgd_polar"].chain.normalize(reference.f64(g)),
 }
 # Weights of four to forty rows, so that the loops of the references stay cheap.
 SHAPES = ((12, 20), (40, 9), (16, 16), (1, 8), (8, 1))

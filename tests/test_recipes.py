@@ -267,7 +267,7 @@ BAD_INPUT = {
     "--dataset_name allenai/c4 --streaming --max_steps -1": "A streamed dataset has no known length",
     "--dataset_name allenai/c4": "Without a network, give local files with --train_files 'data/*.txt'",
     "--train_files short.txt --tokenizer_name t5-base": "Cannot load the tokenizer 't5-base':",
-    "--resume_from_checkpoint true": "No checkpoint at runs/llama-tiny-sinkgd: give its folder, or true",
+    "--resume_from_checkpoint true": "No checkpoint at runs/llama-tiny-sinkgd_polar: give its folder, or true",
     "--load_in_8bit_training --optim adamw_torch": "8-bit weights are trained by swan, sinkgd",
     "--resume_from_checkpoint gone": "No checkpoint at gone: give its folder, or true for the latest one.",
     "--output_dir old": "old holds checkpoints of an earlier run: continue it with --resume_from_checkpoint true",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quality_plan import MAIN, ROWS, STUDIES, at_constant_rate
+from quality_plan import MAIN, ROWS, STUDIES, Study, at_constant_rate
 from rate_walk import best_rate
 
 
@@ -36,11 +36,12 @@ def label(row: str) -> str:
 
 def of_study(records: Records, name: str) -> list[dict[str, Any]]:
     """Return the finished runs of a study; a run that diverged counts as an infinite loss."""
-    wanted = STUDIES[name].values()
+    # Earlier records lack what all studies had alike.
+    wanted, usual = STUDIES[name].values(), Study().values()
     return [
         {**record, "eval_loss": float("inf") if record["eval_loss"] is None else record["eval_loss"]}
         for record in records
-        if all(record.get(key) == value for key, value in wanted.items())
+        if all(record.get(key, usual[key]) == value for key, value in wanted.items())
     ]
 
 
