@@ -46,8 +46,8 @@ import hf_stateless
 from hf_stateless.reports.files import write_json
 
 
-# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. bf16 and int8 are read by `weights_of`. A row names
-# its scale and what updates embeddings, since the defaults may change.
+# The `optim` and `optim_args` of a row; `loraplus` is made by PEFT. bf16 and int8 are read by `weights_of`. A row
+# names its scale and what updates embeddings, since the defaults may change.
 ROWS: dict[str, tuple[str, str | None]] = {
     "adamw": ("adamw_torch_fused", None),
     "loraplus": ("adamw_torch_fused", None),
