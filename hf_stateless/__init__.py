@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .trainer.factory import (
         MultiNormFactory,
         SinkGDFactory,
+        SinkGDPolarFactory,
         SwanFactory,
         create_lora_optimizer,
         create_optimizer,
@@ -34,6 +35,7 @@ __all__ = [
     "MultiNormFactory",
     "MultiNormPreset",
     "SinkGDFactory",
+    "SinkGDPolarFactory",
     "StatelessOptimizer",
     "SwanFactory",
     "attach_memory_report",
@@ -52,6 +54,7 @@ _PLACES = {
     "MultiNormFactory": ".trainer.factory",
     "MultiNormPreset": ".norms.presets",
     "SinkGDFactory": ".trainer.factory",
+    "SinkGDPolarFactory": ".trainer.factory",
     "StatelessOptimizer": ".optimizer.optimizer",
     "SwanFactory": ".trainer.factory",
     "attach_memory_report": ".reports.callback",

@@ -12,7 +12,15 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import OptimizerContext
 
 import hf_stateless
-from hf_stateless import PRESETS, MultiNormFactory, SinkGDFactory, StatelessOptimizer, SwanFactory, create_optimizer
+from hf_stateless import (
+    PRESETS,
+    MultiNormFactory,
+    SinkGDFactory,
+    SinkGDPolarFactory,
+    StatelessOptimizer,
+    SwanFactory,
+    create_optimizer,
+)
 from hf_stateless.optimizer.options import embeddings
 from hf_stateless.trainer.handler import handle
 from hf_stateless.trainer.optim_args import optimizer_names
@@ -22,7 +30,12 @@ from hf_stateless.trainer.partition import partition_parameters
 # TRL and PEFT read a name that transformers 5.23 warns about
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
-FACTORIES = {"swan": SwanFactory, "sinkgd": SinkGDFactory, "multinorm": MultiNormFactory}
+FACTORIES = {
+    "swan": SwanFactory,
+    "sinkgd": SinkGDFactory,
+    "sinkgd_polar": SinkGDPolarFactory,
+    "multinorm": MultiNormFactory,
+}
 ENVIRONMENT = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
 
 

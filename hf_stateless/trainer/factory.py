@@ -266,6 +266,18 @@ class SinkGDFactory(_Factory):
     name = "sinkgd"
 
 
+class SinkGDPolarFactory(_Factory):
+    """`Trainer(optimizer_cls_and_kwargs=(SinkGDPolarFactory, {"lr": 1e-3}))`: SinkGD, then a Polar Express step.
+
+    Example:
+        >>> from hf_stateless import SinkGDPolarFactory
+        >>> SinkGDPolarFactory().name
+        'sinkgd_polar'
+    """
+
+    name = "sinkgd_polar"
+
+
 class MultiNormFactory(_Factory):
     """`Trainer(optimizer_cls_and_kwargs=(MultiNormFactory, {"lr": 1e-3, "norms": ("sign",)}))`: any chain.
 
