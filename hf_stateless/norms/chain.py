@@ -68,21 +68,21 @@ class Chain:
         if self.is_sinkhorn:
             x = sr_sinkhorn(grad, self.num_iterations, dtype=wide if self.scale == "operator" else dtype or wide)
         else:
-            x = grad.to(wide, copy=True)
+            # Bound to one name throughout, so that no step keeps the matrix before it alive.
+            x, pairs = grad.to(wide, copy=True), self._pairs
             for _ in range(int(self.num_iterations)):
-                x = self._once(x)
+                x = sr_sinkhorn(x, pairs) if pairs else x
+                for norm in (NORMS[name] for name in self.norms[2 * pairs :]):
+                    x = norm(x, **{option: getattr(self, option) for option in norm.options})
         return (scale_to_operator(x) if self.scale == "operator" else x).to(dtype or wide)
 
-    def _once(self, x: Tensor) -> Tensor:
-        """Apply each norm once; SR-Sinkhorn at the start of a chain, written out, takes its diagonal form."""
+    @property
+    def _pairs(self) -> int:
+        """Return how many iterations of SR-Sinkhorn begin the chain, written out, if two or more: in diagonal form."""
         pairs = 0
         while self.norms[2 * pairs : 2 * pairs + 2] == ("row_l2", "col_l2"):
             pairs += 1
-        first = 2 * pairs if pairs > 1 else 0
-        x = sr_sinkhorn(x, pairs) if first else x
-        for norm in (NORMS[name] for name in self.norms[first:]):
-            x = norm(x, **{option: getattr(self, option) for option in norm.options})
-        return x
+        return pairs if pairs > 1 else 0
 
 
 def multi_normalize(

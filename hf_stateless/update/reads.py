@@ -80,6 +80,8 @@ class Later:
             values: flags or numbers, told as float32.
             then: called with them, in the order in which they were told.
         """
+        if values.is_meta:  # a prediction: there is nothing to learn
+            return
         self._new.append((values.detach().reshape(-1), then))
 
     def send(self) -> None:
