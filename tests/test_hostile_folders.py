@@ -35,8 +35,10 @@ def test_this_package_calls_no_unpickler():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
                 assert not unpicklers & names, file
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "yaml.load", "np.load"):
-                pytest.fail(f"{file}:{node.lineno} calls {ast.unparse(node)}")
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "yaml.load", "np.load"):
+                # With this torch's own reader makes tensors and plain containers, and nothing else.
+                safe = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.get("weights_only")
+                assert (ast.unparse(node.func), safe) == ("torch.load", "True"), f"{file}:{node.lineno}"
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])

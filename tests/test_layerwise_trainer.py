@@ -93,7 +93,7 @@ def test_the_rate_of_every_matrix_is_the_logged_one_at_every_step(name, release,
     assert group["algorithm"] == "multinorm"
     for (moved, grads), rate in zip(updates.steps, rates, strict=True):
         for parameter in group["param_names"]:
-            x = multi_normalize(grads[parameter], preset.norms, preset.num_iterations)
+            x = multi_normalize(grads[parameter], **vars(preset.chain))
             observed = -(moved[parameter] * x).sum() / x.square().sum() / group["lr_scale"]
             # A weight of size 0.1 holds a step of 1e-3 to five digits.
             assert observed.item() == pytest.approx(rate, rel=1e-3, abs=1e-8), parameter

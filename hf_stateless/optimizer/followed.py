@@ -29,7 +29,8 @@ def followed(
     Example:
         >>> from hf_stateless.optimizer.followed import followed
         >>> table = {"params": [], "role": "head", "algorithm": "row_moment", "lr": 0.1, "table_beta2": 0.99}
-        >>> otherwise = {0: {"adamw": {"algorithm": "adamw", "betas": (0.9, 0.999)}}}
+        >>> rules = {"row_moment": {"algorithm": "row_moment", "table_beta2": 0.99}}
+        >>> otherwise = {0: {**rules, "adamw": {"algorithm": "adamw", "betas": (0.9, 0.999)}}}
         >>> followed([table], [{"params": [], "algorithm": "adamw"}], otherwise)
         [{'params': [], 'role': 'head', 'lr': 0.1, 'algorithm': 'adamw', 'betas': (0.9, 0.999)}]
     """

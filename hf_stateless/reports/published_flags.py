@@ -48,7 +48,7 @@ WORDS = _names(
     train_sampling_strategy optim_target_modules attn_implementation lora_target_modules lora_task_type
     bnb_4bit_quant_type bnb_4bit_quant_storage model_config task text_column dataset_config dataset_train_split
     dataset_test_split dataset_text_field packing_strategy truncation_mode loss_type answer_tag
-    importance_sampling_level vllm_mode mixed_precision dynamo_backend
+    importance_sampling_level vllm_mode mixed_precision dynamo_backend adamw_rates
     """
 )
 """One name or several."""

@@ -55,7 +55,7 @@ TINY_STEPS = '--models 60m --layers 1 --rounds 2 --rows sinkgd "swan, polar_expr
 OTHERS = "--rows adamw " + " ".join(
     f'"{row}, rest 32/4/16x"' for row in ("adamw, rates apart", "muon", "swan", "sinkgd")
 )
-TINY_QUALITY = "--study rehearsal --runs {out}/quality-runs/rehearsal --train_files {work}/text.txt"
+TINY_QUALITY = "--study rehearsal --runs {out}/quality-runs/rehearsal --train_files {work}/text.txt --no-compile"
 TINY_QUALITY += " --factors 0 --threads 1 --rows adamw"
 
 
