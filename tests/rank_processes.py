@@ -1,14 +1,27 @@
 """Several ranks on this machine, without the seconds that each would need to import torch and transformers."""
 
+import contextlib
 import multiprocessing
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 # One process imports these once and is forked for every rank. It has run nothing, so there is no thread to lose.
 multiprocessing.set_forkserver_preload(["torch", "transformers", "accelerate", "peft", "hypothesis", "pytest"])
+
+
+@contextlib.contextmanager
+def joined(rank, folder, world):
+    """Join the other ranks of `on_ranks` by gloo; the given function saves what `on_ranks` returns of this one."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        yield partial(torch.save, f=Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
 
 
 def on_ranks(worker, world):

@@ -1,12 +1,9 @@
 """Several matrices in one parameter, cut over two ranks anywhere, against one process."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import dense
-from rank_processes import on_ranks
+from rank_processes import joined, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -71,15 +68,12 @@ def weights(chain, mesh=None, placements=None):
 
 def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
+    with joined(rank, folder, WORLD) as save:
         mesh = init_device_mesh("cpu", (WORLD,))
         cuts = {"rows": [Shard(0)], "columns": [Shard(1)], "replicated": [Replicate()]}
         results = {case: weights(chain, mesh, cuts[cut]) for case, (chain, cut) in CASES.items()}
         results["split"] = weights("swan")  # plain tensors of replicas, which share the whitening
-        torch.save(results, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        save(results)
 
 
 @pytest.fixture(scope="module")

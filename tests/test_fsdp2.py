@@ -1,14 +1,13 @@
 """Sharded steps on four gloo processes against one process: every cut of a matrix, and what is sent for it."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import table_moments_runs
 import torch
 import torch.distributed as dist
 from conftest import dense
-from rank_processes import on_ranks
+from rank_processes import joined, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -217,8 +216,7 @@ def run_bounded(monkeypatch):
 
 def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
+    with joined(rank, folder, WORLD) as save:
         results = {"world": dist.get_world_size()}
         for case, (shape, placements, options) in CASES.items():
             for kind in (*GRADIENTS, "graded"):
@@ -238,9 +236,7 @@ def worker(rank, folder):
         results["rounded"] = run_rounded()
         with pytest.MonkeyPatch.context() as monkeypatch:
             results["bounded"] = run_bounded(monkeypatch)
-        torch.save(results, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        save(results)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,11 @@
 """`lora=product`: runs that resume to the bit, updates in backward, several processes."""
 
-from pathlib import Path
-
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import VOCAB_SIZE, dense, tiny_inputs
 from lora_pairs import adapted, example, optimizer_of, pair_of
-from rank_processes import on_ranks
+from rank_processes import joined, on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -140,15 +137,12 @@ WORLD = 2
 
 def sharded_steps(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
+    with joined(rank, folder, WORLD) as save:
         results = {}
         for placement in (Shard(0), Replicate()):
             mesh = init_device_mesh("cpu", (WORLD,))
             results[str(placement)] = stepped(lambda whole, p=placement, m=mesh: distribute_tensor(whole, m, [p]))
-        torch.save(results, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        save(results)
 
 
 def stepped(place, steps=3):

@@ -1,13 +1,11 @@
 """On two processes too no step reads what lies on a GPU, and each road leaves the same bits."""
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import dense
-from rank_processes import on_ranks
+from rank_processes import joined, on_ranks
 from roads import DECAY, MOMENTUM, ROW, SINKGD, SWAN, of_cpus, of_gpus, spoil
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -108,10 +106,9 @@ class Messages(logging.Handler):
 
 def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     messages = Messages()
     logging.getLogger("hf_stateless").addHandler(messages)
-    try:
+    with joined(rank, folder, WORLD) as save:
         results = {}
         for road in (of_cpus, of_gpus):
             gpu = road is of_gpus
@@ -124,9 +121,7 @@ def worker(rank, folder):
             for differ_in in ((), (0, 1, 2, 3), (2, 3), (2,)):
                 results["replicas", differ_in, gpu] = replicas(rank, differ_in, road, messages)
             results["texts", gpu] = list(messages.texts)
-        torch.save(results, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        save(results)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Who whitens what: balance of the owners, and replicas that share the work on whole matrices."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import dense
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_processes import on_ranks
+from rank_processes import joined, on_ranks
 
 from hf_stateless import PRESETS, StatelessOptimizer
 from hf_stateless.ranks import ways
@@ -64,8 +62,7 @@ def stepped(preset, *, split, rank=0, dtype=torch.float32):
 
 def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
+    with joined(rank, folder, WORLD) as save:
         results = {"world": dist.get_world_size()}
         for name, preset in CHAINS.items():
             for dtype in (torch.float32, torch.bfloat16):
@@ -74,9 +71,7 @@ def worker(rank, folder):
             with pytest.MonkeyPatch.context() as monkeypatch:
                 monkeypatch.setattr(ways, "BATCH_BYTES", 1)
                 results[name, "one by one"] = stepped(preset, split=True)
-        torch.save(results, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        save(results)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Claims about learning rates by kind of parameter: who gets which, under schedulers, at resume, and who is told."""
 
 import io
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import TINY_MODELS, relative_error, tiny_inputs
 from huggingface_hub import ModelCard
-from rank_processes import on_ranks
+from rank_processes import joined, on_ranks
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -395,12 +393,9 @@ def resumed_scales(folder):
 
 def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
+    with joined(rank, folder, 2) as save:
         results = {name: sharded_steps(*case, shard=True) for name, case in CASES.items()}
-        torch.save({**results, "resumed": resumed_scales(folder)}, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        save({**results, "resumed": resumed_scales(folder)})
 
 
 def test_sharded_models_have_the_same_rates_and_take_the_same_steps():

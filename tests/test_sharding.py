@@ -1,12 +1,11 @@
 """FSDP2 and DDP on two gloo processes against one process; what cannot be sharded is refused."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from rank_processes import on_ranks
+from rank_processes import joined, on_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -143,8 +142,7 @@ def run_replicated(rank):
 
 def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
+    with joined(rank, folder, WORLD) as save:
         results = {case: run_sharded(rank, name, options) for case, (name, options) in cases().items()}
         for kind, full in (("full", True), ("sharded", False)):
             for case, (name, options) in cases().items():
@@ -152,9 +150,7 @@ def worker(rank, folder):
             for case in HALVES:
                 results[f"{kind}: {case} in halves"] = run_resumed(rank, *SHARDED[case], full, torch.bfloat16)
         results |= {"spoiled": run_spoiled(rank), "rounded": run_rounded(rank), "replicated": run_replicated(rank)}
-        torch.save(results, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        save(results)
 
 
 def cases():

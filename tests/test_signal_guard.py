@@ -6,14 +6,12 @@ import logging
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import TINY_MODELS, dense
 from documents import ROOT, page_with
-from rank_processes import on_ranks
+from rank_processes import joined, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -219,8 +217,7 @@ def test_the_guard_can_be_switched_on_and_off_on_resume(saved_with):
 
 def run(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
+    with joined(rank, folder, WORLD) as save:
         mesh = init_device_mesh("cpu", (WORLD,))
         results = {}
         for case, place in {
@@ -233,9 +230,7 @@ def run(rank, folder):
         # Replicas whose norms lie on different sides of the threshold, as rounding errors of other hardware may do.
         grad = torch.tensor([1.0 + 1e-6 * (1 if rank else -1)])
         results["edge"] = measure_signal([grad], torch.full((64,), 10.0))
-        torch.save(results, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        save(results)
 
 
 SCALES = [1.0] * WARM_UP + [1e-3, 1.0, 0.05, 0.2]
