@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .sinkhorn import scale_rows_
+from .sinkhorn import scaled
 
 
 UPDATE_SCALES = ("rms", "operator")
@@ -89,18 +89,14 @@ def factor_of_scaled(grad: Tensor, row: Tensor, column: Tensor, blocks: Sequence
     """
     sizes = (grad.shape[-2], grad.shape[-1])
     vectors = start_vectors(sizes, row)
-
-    def scaled(g: Tensor, r: Tensor) -> Tensor:
-        return scale_rows_(g, r, torch.empty_like(g, dtype=r.dtype)).mul_(column.unsqueeze(-2))
-
     if len(blocks) == 1:
-        return _factor(scaled(grad, row))
+        return _factor(scaled(grad, row, column))
     w, images = torch.zeros_like(vectors), vectors.new_zeros(_VECTORS)
     for rows in blocks:
-        x = scaled(grad[rows], row[rows])
+        x = scaled(grad[rows], row[rows], column)
         w += vectors @ x.mT @ x
     for rows in blocks:
-        images += (w @ scaled(grad[rows], row[rows]).mT).square().sum(-1)
+        images += (w @ scaled(grad[rows], row[rows], column).mT).square().sum(-1)
     return operator_factor(images, w.square().sum(-1), sizes)
 
 

@@ -227,6 +227,11 @@ def sr_sinkhorn(grad: Tensor, num_iterations: float = 5, *, dtype: torch.dtype |
     return scratch.to(dtype or grad.dtype)
 
 
+def scaled(grad: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Return diag(r) G diag(c) in the dtype of r, for (..., m, n), (..., m) and (..., n)."""
+    return scale_rows_(grad, row, torch.empty_like(grad, dtype=row.dtype)).mul_(column.unsqueeze(-2))
+
+
 def scale_rows_(grad: Tensor, row: Tensor, out: Tensor) -> Tensor:
     """Write diag(r) G into a buffer of at least float32: of order one whatever the scale of G, unlike G diag(c)."""
     if grad.dtype == out.dtype:

@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 
 Otherwise = Mapping[int, Mapping[str, Mapping[str, Any]]]
 """For the positions of some groups: what the group would hold under other rules, by their names."""
-_OPTIONS = {"embedding": "embeddings", "head": "heads"}
+TABLE_OPTIONS = {"embedding": "embeddings", "head": "heads"}
+"""The options that name the rules of tables, by the roles of these."""
 
 
 def followed(
@@ -76,11 +77,11 @@ def said(groups: Sequence[Mapping[str, Any]]) -> str:
     rules: dict[str, str] = {}
     for group in groups:
         role = str(group.get("role"))
-        if role in _OPTIONS and rules.get(role) in (None, "adamw"):  # biases of heads have that too
+        if role in TABLE_OPTIONS and rules.get(role) in (None, "adamw"):  # biases of heads have that too
             rules[role] = "stateless" if group["algorithm"] == "multinorm" else group["algorithm"]
     if rules.get("head") == rules.get("embedding"):
         rules.pop("head", None)
-    return ",".join(f"{_OPTIONS[role]}={rules[role]}" for role in _OPTIONS if role in rules)
+    return ",".join(f"{TABLE_OPTIONS[role]}={rules[role]}" for role in TABLE_OPTIONS if role in rules)
 
 
 def without_others(

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..update.reads import Later
+from ..update.reads import Later, reads_at_once
 
 
 class UnreadFlags:
@@ -51,7 +51,7 @@ class UnreadFlags:
             flags = torch.stack([every if flag is None else flag for flag in usable])
             finite, counted = finite | ~flags, finite & flags
         self.watch(indices, finite)
-        if isinstance(lr, Tensor) and (lr.device == finite.device or lr.device.type != "cpu"):
+        if isinstance(lr, Tensor) and (lr.device == finite.device or not reads_at_once(lr.device)):
             counted = counted & (lr.to(finite.device) != 0)
         elif float(lr) == 0:
             return

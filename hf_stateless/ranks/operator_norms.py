@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..norms.scale import operator_factor, start_vectors
-from ..norms.sinkhorn import scale_rows_
+from ..norms.sinkhorn import scaled
 from .sinkhorn import ShardedMatrices
 
 
@@ -52,8 +52,7 @@ class _Estimate:
 
     def _part(self) -> Tensor:
         parts = zip(self.batch.grads, self._row, self._column, strict=True)
-        scaled = [scale_rows_(g, r, torch.empty_like(g, dtype=r.dtype)).mul_(c.unsqueeze(-2)) for g, r, c in parts]
-        return torch.stack(scaled)
+        return torch.stack([scaled(*part) for part in parts])
 
 
 def operator_factors(batches: Sequence[ShardedMatrices]) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..optimizer.followed import Otherwise
+from ..optimizer.followed import TABLE_OPTIONS, Otherwise
 from ..optimizer.lora_product import product_chain
 from ..optimizer.options import group_values
 from ..optimizer.rules import RULES
@@ -13,10 +13,6 @@ from ..update.layout import one_layout
 from .adapters import is_factor
 from .optim_args import Options
 from .partition import PartitionedParameter
-
-
-# The roles of tables, and the options that name their rules.
-_TABLES = {"embedding": "embeddings", "head": "heads"}
 
 
 def rule_of(entry: PartitionedParameter, options: Options, lr: float) -> dict[str, Any]:
@@ -84,11 +80,11 @@ def _algorithm(entry: PartitionedParameter, options: Options) -> str:
 
 def _refuse_dimensions(entry: PartitionedParameter, options: Options, chosen: str) -> None:
     """Refuse a rule that was asked for where a weight is no table; biases are never meant."""
-    asked = entry.role in _TABLES and entry.role not in options.not_asked
+    asked = entry.role in TABLE_OPTIONS and entry.role not in options.not_asked
     if asked and RULES[chosen].by_rows and entry.parameter.ndim > 2:
         raise ValueError(
             f"{entry.name} has the shape {tuple(entry.parameter.shape)}, and {chosen} is for tables of two "
-            f"dimensions: type {_TABLES[entry.role]}=adamw in optim_args, or freeze it."
+            f"dimensions: type {TABLE_OPTIONS[entry.role]}=adamw in optim_args, or freeze it."
         )
 
 
@@ -108,4 +104,4 @@ def _of_chain(entry: PartitionedParameter, options: Options, algorithm: str) -> 
 
 
 def _is_table(entry: PartitionedParameter) -> bool:
-    return entry.role in _TABLES and entry.parameter.ndim == 2
+    return entry.role in TABLE_OPTIONS and entry.parameter.ndim == 2

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norms.sinkhorn import row_blocks, scale_rows_
+from ..norms.sinkhorn import row_blocks, scale_rows_, scaled
 from ..weights.noise import RoundingKey
 from ..weights.rounding import write_rounded_
 from ..weights.stored import StoredWeight
@@ -180,11 +180,6 @@ def _write_stored_(
         return
 
     def rows_of(rows: slice) -> Tensor:
-        return _scaled(update[rows], scalings[0][rows], scalings[1]) if scalings else update[rows]
+        return scaled(update[rows], scalings[0][rows], scalings[1]) if scalings else update[rows]
 
     weight.write_rows_(rows_of, step_size, decay, key, **flag)
-
-
-def _scaled(grad: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    exact = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-    return scale_rows_(grad, row, exact).mul_(column)
