@@ -63,6 +63,17 @@ def test_the_best_rate_is_one_that_most_seeds_were_run_with():
     assert means == pytest.approx({1.0: 2.1, 2.0: 1.8, 4.0: 1.0})
 
 
+@pytest.mark.parametrize(
+    ("pick", "reported", "best"),
+    [((2.0, 3.0), (9.0, 1.0), 1e-3), ((None, 3.0), (1.0, 2.0), 2e-3), ((2.5, None), (2.0, 1.0), 1e-3)],
+    ids=str,
+)
+def test_rates_are_picked_by_the_other_half_and_none_that_diverged(pick, reported, best):
+    rows = zip((1e-3, 2e-3), pick, reported, strict=True)
+    records = [{"learning_rate": lr, "seed": 0, "pick_loss": p, "eval_loss": loss} for lr, p, loss in rows]
+    assert rate_walk.best_rate(records)[0] == best
+
+
 @pytest.mark.parametrize("factory", [MuonFactory, AdamWFactory])
 def test_the_rows_with_a_factory_update_every_parameter_once(factory):
     model = quality.make_model(TINY, 64, 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 from gpu_process import last_lines
 from gpu_stages import Stage
+from rate_walk import picked
 
 
 Records = list[dict[str, Any]]
@@ -90,7 +91,7 @@ def of_quality(runs: Path) -> Records:
     keys = ("row", "eval_loss", "learning_rate", "seed", "seconds", "parameters", "state_bytes")
     records = []
     for same in by_row.values():
-        best = min(same, key=lambda record: record["eval_loss"])
+        best = same[picked({place: [record] for place, record in enumerate(same)})]
         tokens = best["sequences"] * best["block"] * best["steps"]
         records.append({**{key: best[key] for key in keys}, "rates": len(same), "tokens": tokens})
     return records

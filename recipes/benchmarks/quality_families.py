@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from quality_plan import STUDIES
 from quality_report import Records, of_study, table
+from rate_walk import picked
 
 
 FAMILIES = {
@@ -40,7 +40,7 @@ class Best:
     losses: Mapping[int, float]
     """By seed."""
     beside: Mapping[float, float]
-    """The mean losses at the other rates for matrices of the same row."""
+    """What the rates for matrices of the same row cost on the first seed, beside the best."""
     state: float
     """Bytes of state for each parameter."""
 
@@ -69,9 +69,7 @@ def best(records: Records, family: str) -> Best | None:
             of_setting.setdefault((record["row"], record["learning_rate"]), []).append(record)
     if not of_setting:
         return None
-    most = max(map(len, of_setting.values()))
-    to_pick = {key: _mean(same, "pick_loss") for key, same in of_setting.items() if len(same) == most}
-    row, rate = min(to_pick, key=to_pick.__getitem__)
+    row, rate = picked(of_setting)
     chosen = of_setting[row, rate]
     losses = {r["seed"]: r["eval_loss"] for r in chosen}
     first = min(losses)
@@ -82,10 +80,6 @@ def best(records: Records, family: str) -> Best | None:
     }
     state = statistics.median(r["state_bytes"] / r["parameters"] for r in chosen)
     return Best(row, rate, losses, {lr: loss - losses[first] for lr, loss in beside.items()}, state)
-
-
-def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
-    return statistics.mean(math.inf if r[key] is None else r[key] for r in records)
 
 
 def study_table(records: Records) -> str:

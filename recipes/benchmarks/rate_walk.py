@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+
+Key = TypeVar("Key")
+Records = Sequence[Mapping[str, Any]]
 
 
 def walk(loss: Callable[[int], float], least: int) -> dict[int, float]:
@@ -36,12 +41,30 @@ def best_rate(records: Iterable[Mapping[str, Any]]) -> tuple[float, dict[int, fl
     The best is picked by `pick_loss`, where records have one. Where seeds were repeated at some of the rates only, it
     is chosen among those that most seeds were run with.
     """
-    by_rate: dict[float, dict[int, float]] = {}
-    to_pick: dict[float, list[float]] = {}
+    by_rate: dict[float, list[Mapping[str, Any]]] = {}
     for record in records:
-        by_rate.setdefault(record["learning_rate"], {})[record["seed"]] = record["eval_loss"]
-        to_pick.setdefault(record["learning_rate"], []).append(record.get("pick_loss", record["eval_loss"]))
-    most = max(map(len, by_rate.values()))
-    means = {lr: statistics.mean(losses.values()) for lr, losses in sorted(by_rate.items())}
-    best = min((lr for lr in means if len(by_rate[lr]) == most), key=lambda lr: statistics.mean(to_pick[lr]))
-    return best, by_rate[best], means
+        by_rate.setdefault(record["learning_rate"], []).append(record)
+    losses = {lr: {record["seed"]: record["eval_loss"] for record in same} for lr, same in sorted(by_rate.items())}
+    means = {lr: statistics.mean(of_seeds.values()) for lr, of_seeds in losses.items()}
+    best = picked(dict(sorted(by_rate.items())))  # of equal ones the lowest
+    return best, losses[best], means
+
+
+def picked(settings: Mapping[Key, Records]) -> Key:
+    """Return the setting with the lowest mean of `pick_loss`, or of `eval_loss`, among those with the most runs.
+
+    A run that diverged, without a loss, counts as infinite.
+
+    Example:
+        >>> runs = {"low": [{"pick_loss": 3.0, "eval_loss": 2.0}], "high": [{"pick_loss": 2.5, "eval_loss": 2.6}]}
+        >>> picked(runs)
+        'high'
+    """
+
+    def to_pick(record: Mapping[str, Any]) -> float:
+        loss = record.get("pick_loss", record["eval_loss"])
+        return math.inf if loss is None else float(loss)
+
+    most = max(map(len, settings.values()))
+    means = {key: statistics.mean(map(to_pick, same)) for key, same in settings.items() if len(same) == most}
+    return min(means, key=means.__getitem__)
