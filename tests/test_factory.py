@@ -2,6 +2,7 @@
 
 import io
 import math
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -302,6 +303,16 @@ def test_deepspeed_of_accelerate_launch_is_refused(make_model, monkeypatch):
     assert "DeepSpeed ZeRO" in refusal(ask, make_model("llama"), deepspeed=None)
 
 
+@pytest.mark.parametrize("file", ["zero2.json", "configs/my run.json", None])
+@pytest.mark.parametrize("told", ["arguments", "environment"])
+def test_the_refusal_of_deepspeed_names_what_converts_its_file(make_model, monkeypatch, file, told):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    if told == "environment" and file:
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
+    message = refusal(ask, make_model("llama"), deepspeed=file if told == "arguments" else {"train_batch_size": 1})
+    assert f"hf-stateless convert-config {shlex.quote(file) if file else 'CONFIG'} -o fsdp2.yaml" in message
+
+
 # Environment of `accelerate launch`, what the arguments announce, and whether that is FSDP1.
 SHARDING = [
     ({}, None, False),
@@ -327,6 +338,7 @@ def test_fsdp1_is_refused_when_it_is_announced_and_fsdp2_is_not(make_model, monk
         return
     message = refusal(ask, make_model("llama"), fsdp_plugin_args=plugin)
     assert message.startswith("FSDP1 flattens parameters")
+    assert "hf-stateless convert-config CONFIG -o fsdp2.yaml" in message
     assert "fsdp_version: 2 in the accelerate config" in message
     assert "fsdp_config={'version': 2} in TrainingArguments" in message
 

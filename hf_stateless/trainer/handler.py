@@ -14,7 +14,7 @@ from ..optimizer.optimizer import StatelessOptimizer
 from ..weights.int8.convert import int8_layers
 from .factory import optimizer_arguments
 from .optim_args import is_layerwise, refuse_repeated_keys
-from .partition import refuse_fsdp1
+from .partition import convert_command, refuse_fsdp1
 from .table import trainer_prints
 
 
@@ -105,10 +105,13 @@ def _refuse_partitioning(args: Any) -> None:
     """
     announced = [getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")]
     if any(announced) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        # The Trainer takes a path or the values themselves; `accelerate launch` tells the path of a JSON.
+        told = [announced[0], os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")]
+        file = next((name for name in told if isinstance(name, (str, os.PathLike)) and str(name)), None)
         raise ValueError(
             "DeepSpeed ZeRO hands the optimizer flat partitions, so row norms, column norms and whitening are "
             "undefined: leave out --deepspeed, or set distributed_type: FSDP and fsdp_version: 2 in the accelerate "
-            "config to shard with FSDP2."
+            f"config to shard with FSDP2 ({convert_command(file)} writes it)."
         )
     plugin = getattr(args, "fsdp_plugin_args", None)
     # An Accelerator sets ACCELERATE_USE_FSDP without a version, `accelerate launch` always with one.

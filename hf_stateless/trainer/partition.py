@@ -7,7 +7,9 @@ mixture of experts is no matrix.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -217,5 +219,10 @@ def refuse_fsdp1() -> NoReturn:
     """Raise the error of FSDP1, with what to type instead."""
     raise ValueError(
         "FSDP1 flattens parameters, so row norms, column norms and whitening are undefined: set fsdp_version: 2 in "
-        "the accelerate config, or fsdp_config={'version': 2} in TrainingArguments."
+        f"the accelerate config ({convert_command()} writes it), or fsdp_config={{'version': 2}} in TrainingArguments."
     )
+
+
+def convert_command(file: str | os.PathLike[str] | None = None) -> str:
+    """Return what writes the accelerate config of FSDP2 for a config of DeepSpeed or FSDP1, here CONFIG if unknown."""
+    return f"hf-stateless convert-config {shlex.quote(os.fspath(file)) if file else 'CONFIG'} -o fsdp2.yaml"

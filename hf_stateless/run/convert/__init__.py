@@ -1,0 +1,1 @@
+"""`hf-stateless convert-config`: from DeepSpeed and FSDP1 to FSDP2."""
