@@ -222,12 +222,19 @@ def test_an_optimizer_of_deepspeed_becomes_a_name_to_type(kind, word, tmp_path):
     assert word in notes
 
 
+GATHER = {"stage3_gather_16bit_weights_on_model_save": "auto"}
 TEMPLATE = {
     "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000},
     "bf16": {"enabled": "auto"},
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
     "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
-    "zero_optimization": {"stage": 3, "offload_param": CPU, "overlap_comm": True, "reduce_bucket_size": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        **GATHER,
+        "offload_param": CPU,
+        "overlap_comm": True,
+        "reduce_bucket_size": "auto",
+    },
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "train_batch_size": "auto",
@@ -236,6 +243,7 @@ TEMPLATE = {
 
 def test_auto_values_are_left_to_the_training_arguments(tmp_path):
     result = convert_file(str(written(tmp_path, TEMPLATE)))
+    assert result.config["fsdp_config"]["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     assert result.arguments == {"lr_scheduler_type": "constant_with_warmup"}
     [line] = [note for note in result.notes if "TrainingArguments decides as before" in note]
     for name in ("fp16.enabled", "gradient_accumulation_steps", "gradient_clipping", "optimizer.params.lr", "betas"):
@@ -315,6 +323,16 @@ def test_hybrid_shards_hold_one_model_on_each_machine(machines, converted, tmp_p
     mics = {"zero_optimization": {"stage": 3, "mics_shard_size": 8 // machines}, "train_batch_size": 8}
     mics |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     assert converted(mics, "ds.json")[0].parallelism_config == config.parallelism_config
+
+
+def test_sequences_that_deepspeed_cuts_are_cut_by_accelerate(converted, tmp_path):
+    sizes = {"dp_shard_size": 4, "sp_size": 2, "sp_backend": "deepspeed", "tp_size": 1}
+    values = of_deepspeed(zero_stage=3)
+    values["parallelism_config"] = {f"parallelism_config_{name}": size for name, size in sizes.items()}
+    config, _ = converted(values)
+    expected = {"dp_shard_size": 4, "tp_size": 1, "cp_size": 2}
+    assert config.parallelism_config == {f"parallelism_config_{name}": size for name, size in expected.items()}
+    assert "parallelism_config_cp_size: 2 cuts them" in notes_of(tmp_path, values, "config.yaml")
 
 
 def test_no_shard_is_plain_ddp(converted, tmp_path):

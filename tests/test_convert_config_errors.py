@@ -26,6 +26,7 @@ BAD = {
     ),
     "of a model": ({"model_type": "llama"}, "got a file with model_type, expected a DeepSpeed config"),
     "of a run": ({"deepspeed": "ds.json", "bf16": True}, "convert-config ds.json"),
+    "of a run of axolotl": ({"fsdp_config": {"fsdp_offload_params": True}}, "type version: 2 in its fsdp_config"),
     "of the Trainer": ({"transformer_layer_cls_to_wrap": ["A"], "min_num_params": 0}, 'type "version": 2'),
     "a key twice": ('{"zero_optimization": {"stage": 2}, "zero_optimization": {}}', "got zero_optimization twice"),
     "stage 4": ({"zero_optimization": {"stage": 4}}, "stage: got 4, expected a stage of ZeRO"),

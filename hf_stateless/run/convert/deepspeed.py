@@ -69,7 +69,8 @@ def _stage(settings: Settings) -> int:
 def _shard(stage: int, settings: Settings, result: Conversion) -> None:
     """Write what FSDP2 does as a stage of ZeRO does."""
     gathers = [f"{ZERO}.stage3_gather_{kind}_weights_on_model_save" for kind in ("16bit", "fp16")]
-    gathered = [settings.switch(key) for key in gathers]
+    # "auto" is accelerate's, and a whole model the safer of the two.
+    gathered = [str(settings.take(key, default=True)).lower() == "true" for key in gathers]
     whole = stage < 3 or any(gathered)
     zero_init = settings.switch("zero3_init_flag")
     result.config["distributed_type"] = "FSDP"
@@ -87,9 +88,26 @@ def _shard(stage: int, settings: Settings, result: Conversion) -> None:
         result.notes.append(
             "Weights are saved in parts, as before: fsdp_state_dict_type: FULL_STATE_DICT saves a whole model."
         )
+    _sequences(result)
     shard = settings.number(f"{ZERO}.mics_shard_size", least=-1, whole=True)
     if shard and shard > 0:
         replicated(result, int(shard), f"{ZERO}.mics_shard_size")
+
+
+def _sequences(result: Conversion) -> None:
+    """Cut sequences as accelerate does with FSDP2, where DeepSpeed cut them."""
+    sizes = result.config.get("parallelism_config") or {}
+    prefix = "parallelism_config_sp_"
+    parts = sizes.get(f"{prefix}size", 1)
+    kept = {key: value for key, value in sizes.items() if not str(key).startswith(prefix)}
+    if parts != 1:
+        kept["parallelism_config_cp_size"] = parts
+        result.notes.append(
+            f"{prefix}size: sequences are cut by DeepSpeed; parallelism_config_cp_size: {parts} cuts them without it, "
+            "with attn_implementation='sdpa'."
+        )
+    if kept != sizes:
+        result.config["parallelism_config"] = kept
 
 
 def _offload(stage: int, settings: Settings, result: Conversion) -> bool:
@@ -116,8 +134,8 @@ def _device(settings: Settings, name: str, *older: str) -> str:
     """Take where something is offloaded to: none, cpu or nvme; older settings are switches."""
     key = f"{ZERO}.{name}.device"
     switches = [settings.switch(f"{ZERO}.{key}") is True for key in older]
-    device = str(settings.take(key) or "none").lower()
-    settings.take(f"{ZERO}.{name}.nvme_path")
+    device = str(settings.take(key, default="none") or "none").lower()
+    settings.take(f"{ZERO}.{name}.nvme_path", default="none")
     if device not in ("none", "cpu", "nvme"):
         raise ValueError(f"{settings.name(key)}: got {device!r}, expected none, cpu or nvme")
     return "cpu" if device == "none" and any(switches) else device

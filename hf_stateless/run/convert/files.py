@@ -45,6 +45,10 @@ def convert_file(path: str) -> Conversion:
         raise ValueError(f"these are the settings of a run; type: hf-stateless convert-config {values['deepspeed']}")
     if OF_TRAINER & set(values):
         raise ValueError('this is an fsdp_config of TrainingArguments: type "version": 2 in it, and it is FSDP2')
+    if isinstance(values.get("fsdp_config"), (dict, str)):
+        raise ValueError(
+            "these are the settings of a run: type version: 2 in its fsdp_config (axolotl: fsdp_version: 2)"
+        )
     raise ValueError(f"got a file with {', '.join(map(str, list(values)[:5])) or 'nothing'}, {WANTED}")
 
 

@@ -42,10 +42,15 @@ class Settings:
         """Return what a person calls it."""
         return self._names.get(key, key)
 
-    def take(self, key: str) -> Any:
-        """Return a value and forget it; None where there is none. What is "auto" is remembered as such."""
+    def take(self, key: str, *, default: Any = None) -> Any:
+        """Return a value and forget it; None where there is none.
+
+        What is "auto" is remembered as a value of TrainingArguments, or is `default` where that is given.
+        """
         value = self._values.pop(key, None)
         if value == "auto":
+            if default is not None:
+                return default
             self.autos.append(self.name(key))
         return value
 
