@@ -342,26 +342,39 @@ def test_no_shard_is_plain_ddp(converted, tmp_path):
     assert "fsdp_offload_params: DDP moves nothing" in notes_of(tmp_path, values, "config.yaml")
 
 
-def test_a_launch_with_the_converted_config_trains_as_one_process_does(tmp_path):
-    zero = {"stage": 3, "offload_param": CPU}
+ZERO3 = {"stage": 3, "offload_param": CPU}
+BLOCKS = {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_use_orig_params": False}
+LAUNCHED = {
+    "zero2": of_deepspeed(zero_stage=2),
+    "fsdp1": of_fsdp(fsdp_sharding_strategy=1, **BLOCKS, fsdp_activation_checkpointing=True),
+    "grad_op": of_fsdp(fsdp_sharding_strategy="SHARD_GRAD_OP", fsdp_cpu_ram_efficient_loading=False),
+}
+
+
+def test_a_launch_with_the_converted_config_trains_as_one_process_does(tmp_path, monkeypatch):
+    """One launch, with ZeRO-3; the others change what accelerate tells its processes, as launches of them would."""
     sizes = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
-    path = written(tmp_path, {"zero_optimization": zero, "gradient_clipping": 0.5, **sizes}, "ds.json")
+    path = written(tmp_path, {"zero_optimization": ZERO3, "gradient_clipping": 0.5, **sizes}, "ds.json")
     assert main([str(path), "-o", str(tmp_path / "fsdp2.yaml")]) == 0
-    arguments = {"optim": "sinkgd", "max_steps": 4, **arguments_of(tmp_path, path.read_text(), "ds.json")}
-    (tmp_path / "jobs.json").write_text(json.dumps({"sinkgd": {"arguments": arguments}}))
+    arguments = {"optim": "sinkgd", "max_steps": 4, **convert_file(str(path)).arguments}
+    jobs = {"zero3": {"arguments": arguments}}
+    for name, values in LAUNCHED.items():
+        out = tmp_path / f"{name}.yaml"
+        assert main([str(written(tmp_path, values, "config.yaml")), "-o", str(out)]) == 0
+        with monkeypatch.context() as alone:
+            told = {key: value for key, value in environment_of(out, alone).items() if key.startswith("FSDP_")}
+        jobs[name] = {"arguments": arguments, "environment": told}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp2.yaml")]
     worker = [str(ROOT / "tests" / "distributed_worker.py"), str(tmp_path), str(tmp_path / "jobs.json")]
-    done = subprocess.run(
-        [*launch, "--main_process_port", "0", *worker],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    words = [*launch, "--main_process_port", "0", *worker]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    launched = torch.load(tmp_path / "0.pt", weights_only=True)["sinkgd"]
-    assert launched["world"] == 2
-    assert len(launched["sharded"]) == len(launched["weights"])
-    alone = train({"arguments": {**arguments, "per_device_train_batch_size": 2}}, tmp_path)
-    torch.testing.assert_close(launched["weights"], alone["weights"], rtol=1e-5, atol=1e-5)
+    one = train({"arguments": {**arguments, "per_device_train_batch_size": 2}}, tmp_path)
+    results = torch.load(tmp_path / "0.pt", weights_only=True)
+    assert set(results) == set(jobs)
+    for name, launched in results.items():
+        assert launched["world"] == 2
+        assert len(launched["sharded"]) == len(launched["weights"]), name
+        weights = {key.replace("_checkpoint_wrapped_module.", ""): p for key, p in launched["weights"].items()}
+        torch.testing.assert_close(weights, one["weights"], rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from documents import ROOT, blocks, guides, markdown_pages, read, section, tracked_files
+from documents import ROOT, blocks, guides, markdown_pages, read, section, tables, tracked_files
 
 
 EXTENSIONS = ["py", "yaml", "yml", "md", "json", "jinja", "toml", "txt", "sh", "png", "cff"]
@@ -90,6 +90,47 @@ def files_and_folders(folder):
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_page_of_a_folder_lists_exactly_its_files(folder):
     assert listed_files(f"hf_stateless/{folder}/README.md") == files_and_folders(f"hf_stateless/{folder}")
+
+
+def named_tests(text):
+    """The tests that a text names as `tests/test_x.py::test_y`, or `::test_z` of the file named before."""
+    file = ""
+    for named, test in re.findall(r"`(tests/\w+\.py)?::(\w+)`", text):
+        file = named or file
+        yield file, test
+
+
+def missing_tests(text):
+    """Those that no file of the tests defines."""
+    return [
+        f"{file}::{test}"
+        for file, test in named_tests(text)
+        if file not in tracked_files() or not re.search(rf"^def {test}\(", read(file), re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize("page", markdown_pages())
+def test_tests_named_on_a_page_exist(page):
+    assert missing_tests(read(page)) == [], f"{page} names tests that are not there"
+
+
+def test_every_claim_about_ranks_names_a_test_that_shows_it():
+    [(_, rows)] = tables("Setup", "Result", "Tested on", "Test")
+    bare = [row[0] for row in rows if not list(named_tests(row[3])) and row[1] != "not measured"]
+    assert bare == []
+    assert len(rows) > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "gone"),
+    [
+        ("`tests/test_docs_paths.py::test_tests_named_on_a_page_exist`, `::named_tests`", []),
+        ("`tests/test_docs_paths.py::test_no_such_claim`", ["tests/test_docs_paths.py::test_no_such_claim"]),
+        ("`tests/test_none.py::test_a`, `::test_b`", ["tests/test_none.py::test_a", "tests/test_none.py::test_b"]),
+    ],
+)
+def test_a_test_that_is_named_and_not_there_is_found(text, gone):
+    assert missing_tests(text) == gone
 
 
 LAUNCHES = [
