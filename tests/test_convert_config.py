@@ -302,11 +302,13 @@ def test_older_names_and_numbers_of_accelerate_are_read(converted, tmp_path):
         fp16=True,
         dynamo_backend="NO",
         fsdp_config={"backward_prefetch_policy": 1, "state_dict_type": 2, "sharding_strategy": 2, "min_num_params": 20,
+                     "transformer_layer_cls_to_wrap": ["A", "B"],
                      "auto_wrap_policy": "SIZE_BASED_WRAP"},
     )  # fmt: skip
     config, plugin = converted(values)
     assert (config.mixed_precision, plugin.min_num_params, plugin.reshard_after_forward) == ("fp16", 20, False)
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+    assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "A,B"
     assert "FSDP2 has no LOCAL_STATE_DICT" in notes_of(tmp_path, values, "config.yaml")
 
 
@@ -323,6 +325,24 @@ def test_hybrid_shards_hold_one_model_on_each_machine(machines, converted, tmp_p
     mics = {"zero_optimization": {"stage": 3, "mics_shard_size": 8 // machines}, "train_batch_size": 8}
     mics |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     assert converted(mics, "ds.json")[0].parallelism_config == config.parallelism_config
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({**of_fsdp(), "deepspeed_config": {"zero_stage": 3}}, "deepspeed_config: left out"),
+        ({**of_deepspeed(zero_stage=2), "fsdp_config": {"fsdp_version": 1}}, "fsdp_config: left out"),
+        ({**of_fsdp(fsdp_sharding_strategy=4), "num_machines": 3}, "need the number of processes"),
+        ({**of_fsdp(), "use_deepspeed": False, "my_key": 1}, "my_key, use_deepspeed: accelerate reads no such key"),
+    ],
+)
+def test_what_a_file_says_in_vain_is_named(values, word, tmp_path):
+    assert word in notes_of(tmp_path, values, "config.yaml")
+
+
+def test_accelerate_shards_as_zero_2_where_no_stage_is_said(converted):
+    config, plugin = converted(of_deepspeed(gradient_accumulation_steps=2))
+    assert (config.distributed_type, plugin.reshard_after_forward) == (DistributedType.FSDP, False)
 
 
 def test_sequences_that_deepspeed_cuts_are_cut_by_accelerate(converted, tmp_path):

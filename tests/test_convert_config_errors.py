@@ -11,6 +11,7 @@ from hf_stateless.run import command as cli
 from hf_stateless.run.convert.command import main
 
 
+BILLIONS = "\n".join(["a0: &a0 [1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))])
 BAD = {
     "a list": ("[1, 2]", "got a list"),
     "empty": ("", "got an empty file"),
@@ -18,7 +19,10 @@ BAD = {
     "half a JSON": ('{"zero_optimization": {', "not JSON"),
     "half a YAML": ("a: [1\nb", "not YAML"),
     "deep": ("[" * 100_000, "not YAML"),
-    "in itself": ("zero_optimization: &a {stage: 3, b: *a}", "recursion"),
+    "in itself": ("zero_optimization: &a {stage: 3, b: *a}", "got more than 10000 values"),
+    "endless": ("zero_optimization: {stage: 3}\n" + "# \n" * 100_000, "got more than 262144 characters"),
+    "a number of 400 digits": ({**ZERO2, "train_batch_size": 10**400}, "expected a whole number"),
+    "a list that stands for billions": (f"{BILLIONS}\nzero_optimization: {{stage: *a11}}", "got more than 10000"),
     "billions": (
         "zero_optimization: {stage: 3}\na0: &a0 {x: 1, y: 1}\n"
         + "\n".join(f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}" for i in range(1, 12)),

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         print(_convert(args.file, args.output, args.force))
     except OSError as error:
-        return _error(f"{error.filename}: {error.strerror}")
+        return _error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except ValueError as error:
         return _error(str(error))
         return 2

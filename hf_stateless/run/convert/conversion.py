@@ -37,7 +37,7 @@ class Conversion:
         if self.arguments:
             values = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
             lines.append(f"TrainingArguments({values})")
-        return [one_line(line) for line in [*lines, *self.notes]]
+        return [one_line(line, most=20_000) for line in [*lines, *self.notes]]
 
     def text(self, source: str, out: str) -> str:
         """Return the file: what a person has to know as comments, then the values as YAML."""

@@ -23,6 +23,8 @@ OF_TRAINER = {
     "auto_wrap_policy",
     "min_num_params",
 }
+LONGEST, MOST = 1 << 18, 10_000
+"""Characters and values that a file may hold: a few lines of YAML can stand for billions of values."""
 WANTED = "expected a DeepSpeed config (JSON) or an accelerate config with distributed_type: DEEPSPEED or FSDP"
 
 
@@ -59,7 +61,10 @@ def read_config(path: str) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is neither, or holds something else than a mapping.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(LONGEST + 1)
+    if len(text) > LONGEST:
+        raise ValueError(f"got more than {LONGEST} characters, {WANTED}")
     is_json = path.endswith(".json") or text.lstrip().startswith("{")
     try:
         values = json.loads(text, object_pairs_hook=_once) if is_json else yaml.safe_load(text)
@@ -69,6 +74,13 @@ def read_config(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         kind = {list: "a list", type(None): "an empty file", str: "a text"}.get(type(values), repr(values))
         raise ValueError(f"got {kind}, {WANTED}")
+    waiting, count = [values], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > MOST:
+            raise ValueError(f"got more than {MOST} values, {WANTED}")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return values
 
 
@@ -101,12 +113,15 @@ def _of_accelerate(values: dict[str, Any], path: str) -> Conversion:
         if name in config and (type(config[name]) is not int or config[name] < 1):
             raise ValueError(f"{name}: got {config[name]!r}, expected a whole number of at least 1")
     config["compute_environment"] = "LOCAL_MACHINE"
+    other = "fsdp_config" if kind == "DEEPSPEED" else "deepspeed_config"
     if kind == "DEEPSPEED":
         result = _deepspeed_of_accelerate(blocks["deepspeed_config"], config, path)
     elif kind == "FSDP":
         result = convert_fsdp1(blocks["fsdp_config"], config)
     else:
         raise ValueError(f"distributed_type: got {kind}, {WANTED}")
+    if blocks[other]:
+        result.notes.append(f"{other}: left out, since distributed_type: {kind} does not read it.")
     unknown = sorted(str(key) for key in set(values) - known)
     if unknown:
         result.notes.append(f"{', '.join(unknown)}: accelerate reads no such key, so it is left out.")
@@ -120,7 +135,7 @@ def _deepspeed_of_accelerate(block: dict[str, Any], config: dict[str, Any], path
     file = str(block.get("deepspeed_config_file") or "none")
     rest = {key: value for key, value in block.items() if key not in (*ACCELERATE_NAMES, "deepspeed_config_file")}
     if file == "none":
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"zero_optimization": {"stage": 2}}  # accelerate's own default
         for key, (_, value) in own.items():
             _put(values, key, value)
         return convert_deepspeed({**values, **rest}, config, names)

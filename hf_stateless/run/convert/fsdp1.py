@@ -37,11 +37,15 @@ def convert_fsdp1(values: dict[str, Any], config: dict[str, Any]) -> Conversion:
     new = {"fsdp_version": 1, "fsdp_sharding_strategy": strategy, "fsdp_auto_wrap_policy": _policy(settings, result)}
     new["fsdp_state_dict_type"] = _state_dict_type(settings, result)
     kept = {key: settings.take(key) for key in settings.left() if key in NEW_NAMES or key in _read_by_launch()}
+    classes = "fsdp_transformer_layer_cls_to_wrap"
+    if isinstance(kept.get(classes), list):
+        kept[classes] = ",".join(map(str, kept[classes]))
     converted = convert_config_to_fsdp2({"fsdp_config": {**new, **kept}})
     result.config["fsdp_config"] = {"fsdp_version": 2, **converted["fsdp_config"]}
     if strategy.startswith("HYBRID"):
         machines, processes = config.get("num_machines", 1), config.get("num_processes")
-        replicated(result, processes // machines if processes else None, f"fsdp_sharding_strategy: {strategy}")
+        shard = processes // machines if processes and processes % machines == 0 else None
+        replicated(result, shard, f"fsdp_sharding_strategy: {strategy}")
     _name_the_rest(settings, result)
     return result
 
@@ -62,7 +66,7 @@ def _refuse_fsdp2(settings: Settings) -> None:
         raise ValueError(f"fsdp_version: got {version}, expected 1 or none")
 
 
-def _choice(settings: Settings, key: str, choices: list[str], first: int = 1) -> str | None:
+def _choice(settings: Settings, key: str, choices: list[str]) -> str | None:
     """Take one of several words, or its number in older files.
 
     Raises:
@@ -71,7 +75,7 @@ def _choice(settings: Settings, key: str, choices: list[str], first: int = 1) ->
     value = settings.take(key)
     if value is None:
         return None
-    numbers = {str(number): word for number, word in enumerate(choices, first)}
+    numbers = {str(number): word for number, word in enumerate(choices, 1)}
     word = numbers.get(str(value), str(value).upper())
     if word not in choices or isinstance(value, bool):
         raise ValueError(f"{key}: got {value!r}, expected one of {', '.join(choices)}")

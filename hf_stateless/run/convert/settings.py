@@ -5,10 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 
-MOST = 10_000
-"""Settings that a file may hold: a few lines of YAML can stand for billions."""
-
-
 class Settings:
     """Values of nested mappings, each handed out once.
 
@@ -96,7 +92,7 @@ class Settings:
             return None
         try:
             number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if not least <= number < float("inf") or (whole and number != int(number)):
             kind = "a whole number" if whole else "a number"
@@ -110,6 +106,4 @@ def _leaves(values: dict[Any, Any], above: str = "") -> list[tuple[str, Any]]:
     for key, value in values.items():
         name = f"{above}{key}"
         found += _leaves(value, f"{name}.") if isinstance(value, dict) and value else [(name, value)]
-        if len(found) > MOST:
-            raise ValueError(f"got more than {MOST} settings")
     return found
