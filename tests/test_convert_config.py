@@ -143,7 +143,8 @@ AS_LINEAR = {"learning_rate": 1e-3, "warmup_steps": 10, "max_steps": 99, "lr_sch
     [
         ({"gradient_accumulation_steps": 4, **CLIP}, {"gradient_accumulation_steps": 4, "max_grad_norm": 0.5}),
         ({"gradient_clipping": "auto", "gradient_accumulation_steps": "auto"}, {}),
-        ({}, {"max_grad_norm": 0}),
+        ({}, {}),
+        ({"gradient_clipping": 0}, {"max_grad_norm": 0}),
         ({"train_micro_batch_size_per_gpu": 3, **CLIP}, {"per_device_train_batch_size": 3, "max_grad_norm": 0.5}),
         (
             {"gradient_clipping": "1.0", "dataloader_drop_last": True},
@@ -338,6 +339,13 @@ def test_hybrid_shards_hold_one_model_on_each_machine(machines, converted, tmp_p
 )
 def test_what_a_file_says_in_vain_is_named(values, word, tmp_path):
     assert word in notes_of(tmp_path, values, "config.yaml")
+
+
+def test_clipping_that_is_not_said_is_the_training_arguments_or_what_deepspeed_does(tmp_path):
+    assert "type max_grad_norm=0" in notes_of(tmp_path, ZERO2)
+    notes = notes_of(tmp_path, of_deepspeed(zero_stage=2), "config.yaml")
+    assert "gradient_clipping: auto, TrainingArguments decides" in notes
+    assert "max_grad_norm=0" not in notes
 
 
 def test_accelerate_shards_as_zero_2_where_no_stage_is_said(converted):

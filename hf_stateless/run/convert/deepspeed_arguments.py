@@ -66,8 +66,10 @@ def _clipping(settings: Settings, result: Conversion) -> None:
     if most is not None:
         result.arguments["max_grad_norm"] = most
     elif not is_said:
-        result.arguments["max_grad_norm"] = 0
-        result.notes.append("max_grad_norm=0: the file asks for no clipping, the Trainer clips to 1.0 by itself.")
+        result.notes.append(
+            "gradient_clipping is absent: the Trainer clips to 1.0, as DeepSpeed itself does since 0.19.3; older "
+            "releases did not clip, for which type max_grad_norm=0."
+        )
 
 
 def _optimizer(settings: Settings, result: Conversion) -> None:

@@ -135,7 +135,8 @@ def _deepspeed_of_accelerate(block: dict[str, Any], config: dict[str, Any], path
     file = str(block.get("deepspeed_config_file") or "none")
     rest = {key: value for key, value in block.items() if key not in (*ACCELERATE_NAMES, "deepspeed_config_file")}
     if file == "none":
-        values: dict[str, Any] = {"zero_optimization": {"stage": 2}}  # accelerate's own default
+        # Accelerate's own defaults.
+        values: dict[str, Any] = {"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}
         for key, (_, value) in own.items():
             _put(values, key, value)
         return convert_deepspeed({**values, **rest}, config, names)
