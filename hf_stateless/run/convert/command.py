@@ -56,7 +56,6 @@ def main(argv: list[str] | None = None) -> int:
         return _error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except ValueError as error:
         return _error(str(error))
-        return 2
     return 0
 
 
