@@ -78,11 +78,11 @@ class Chain:
 
     @property
     def _pairs(self) -> int:
-        """Return how many iterations of SR-Sinkhorn begin the chain, written out, if two or more: in diagonal form."""
+        """Return how many iterations of SR-Sinkhorn begin the chain, written out: they take the diagonal form."""
         pairs = 0
         while self.norms[2 * pairs : 2 * pairs + 2] == ("row_l2", "col_l2"):
             pairs += 1
-        return pairs if pairs > 1 else 0
+        return pairs
 
 
 def multi_normalize(
