@@ -119,22 +119,23 @@ def row_standardize(grad: Tensor) -> Tensor:
 def spectral(
     grad: Tensor,
     *,
-    whitening: str = "newton_schulz",
+    whitening: str = "polar_express",
     ns_steps: int | None = None,
     ns_beta: float | None = None,
     ns_dtype: str | None = None,
 ) -> Tensor:
     r"""Move all singular values towards one another: (G G^T)^{-1/2} G, rescaled to entry RMS 1, G in R^{m x n}.
 
-    Only `whitening="eigh"` is exact (and idempotent); the default is the polynomial of the SWAN paper.
+    Only `whitening="eigh"` is exact (and idempotent); `newton_schulz` is the polynomial of the SWAN paper.
     State kept: none.
 
     Args:
         grad: (..., m, n) gradient, m = out_features.
-        whitening: one of `newton_schulz`, `nsds`, `eigh`, `polar_express`.
-        ns_steps: iterations; the default is that of the whitening (10, 2, not used, 5).
+        whitening: one of `polar_express`, `newton_schulz`, `nsds`, `eigh`.
+        ns_steps: iterations; the default is that of the whitening (5, 10, 2, not used).
         ns_beta: step size of `newton_schulz` (0.8) and `nsds` (0.4).
-        ns_dtype: `float32` (default) or `float16`, of the products of `newton_schulz`.
+        ns_dtype: of the products, `float32`, `bfloat16` (`polar_express`) or `float16` (`newton_schulz`); the default
+            is that of the whitening.
 
     Raises:
         ValueError: unknown `whitening`.
