@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 
+# Devices that sum in float64; elsewhere gradients of a norm below 1e-19 count as zero.
+_WITH_FLOAT64 = ("cpu", "cuda", "meta")
+_LARGEST_FACTOR = 2.0**126
 # Rows of a symmetric product that are computed at once: of its upper triangle only what lies in these blocks.
 _STRIP = 128
 
@@ -20,8 +23,12 @@ def check_dtype(name: str | None, whitening: str, valid: tuple[str, ...]) -> Non
         raise ValueError(f"{whitening} takes no ns_dtype={name}. Valid: {', '.join(valid)}.")
 
 
-def wide_unit(grad: Tensor) -> tuple[Tensor, bool]:
-    """Return the matrix with m <= n in at least float32, over its Frobenius norm, and whether it was transposed.
+def wide_unit(grad: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, bool]:
+    """Return the matrix with m <= n over its Frobenius norm, and whether it was transposed.
+
+    Args:
+        grad: (..., m, n).
+        dtype: of the result; that of the gradient, at least float32, where it is None.
 
     Example:
         >>> import torch
@@ -29,10 +36,14 @@ def wide_unit(grad: Tensor) -> tuple[Tensor, bool]:
         >>> wide_unit(torch.tensor([[3.0], [4.0]]))
         (tensor([[0.6000, 0.8000]]), True)
     """
-    x = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
-    # The norm of the row norms: one sum over a whole matrix in float32 is off by 3e-5, which the iterations amplify.
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, keepdim=True), dim=-2, keepdim=True)
-    unit = x / torch.where(norm == 0, 1, norm)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    x = grad.detach().to(wide)
+    # Sums in float64: one over a whole matrix in float32 is off by 3e-5, which the iterations amplify, and squares of
+    # 1e-30 would vanish in it.
+    sums = torch.float64 if x.device.type in _WITH_FLOAT64 else wide
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=sums)
+    factor = torch.where(norm == 0, 1, 1 / norm).clamp_max(_LARGEST_FACTOR).to(wide)
+    unit = torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype or wide))
     tall = unit.shape[-2] > unit.shape[-1]
     return (unit.mT if tall else unit), tall
 
@@ -63,6 +74,21 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
         rows = slice(top, top + _STRIP)
         product[..., :top, rows] = product[..., rows, :top].mT
     return product
+
+
+def quadratic(gram: Tensor, b: float, c: float) -> Tensor:
+    """Return b A + c A^2 for symmetric matrices A, a batch of them but on a CPU.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.norms.gram import quadratic
+        >>> quadratic(torch.diag(torch.tensor([2.0, 3.0])), 1.0, 10.0)
+        tensor([[42.,  0.],
+                [ 0., 93.]])
+    """
+    if gram.device.type == "cpu":
+        return symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b)
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
 
 
 def _lower(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .gram import check_dtype, restore, symmetric_product, wide_unit
+from .gram import check_dtype, quadratic, restore, symmetric_product, wide_unit
 
 
 POLAR_EXPRESS_DTYPES = ("float32", "bfloat16")
@@ -58,12 +58,11 @@ def polar_express(grad: Tensor, *, ns_steps: int = 5, ns_dtype: str | None = Non
         Polar Express, https://huggingface.co/papers/2505.16932, Algorithm 1.
     """
     check_dtype(ns_dtype, "polar_express", POLAR_EXPRESS_DTYPES)
-    unit, tall = wide_unit(grad)
-    x = unit.to(_dtype_of_products(unit) if ns_dtype is None else getattr(torch, ns_dtype))
-    x = x.reshape(-1, *x.shape[-2:])
+    unit, tall = wide_unit(grad, _dtype_of_products(grad) if ns_dtype is None else getattr(torch, ns_dtype))
+    x = unit.reshape(-1, *unit.shape[-2:])
     # A CPU takes longer for a product of batches of one than for that of two matrices.
     x = torch.stack([_steps(one, ns_steps) for one in x]) if x.device.type == "cpu" else _steps(x, ns_steps)
-    return restore(x.reshape(unit.shape).to(unit.dtype), tall)
+    return restore(x.reshape(unit.shape).to(torch.promote_types(grad.dtype, torch.float32)), tall)
 
 
 def _steps(x: Tensor, steps: int) -> Tensor:
@@ -71,8 +70,7 @@ def _steps(x: Tensor, steps: int) -> Tensor:
     add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for a, b, c in coefficients(steps):
         gram = symmetric_product(x, x)
-        factor = symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b)
-        x = add_product(x, factor, x, beta=a)
+        x = add_product(x, quadratic(gram, b, c), x, beta=a)
     return x
 
 
@@ -90,9 +88,10 @@ def coefficients(steps: int) -> list[tuple[float, float, float]]:
     return [(a / s, b / s**3, c / s**5) for s, (a, b, c) in zip(down, every, strict=True)]
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    large = x.dtype == torch.float32 and x.shape[-2] >= _BFLOAT16_FROM
-    return torch.bfloat16 if large and multiplies_in_bfloat16(x.device.type) else x.dtype
+def _dtype_of_products(grad: Tensor) -> torch.dtype:
+    large = grad.dtype != torch.float64 and min(grad.shape[-2:]) >= _BFLOAT16_FROM
+    fast = large and multiplies_in_bfloat16(grad.device.type)
+    return torch.bfloat16 if fast else torch.promote_types(grad.dtype, torch.float32)
 
 
 @functools.cache

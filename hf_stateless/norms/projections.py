@@ -154,7 +154,7 @@ def spectral(
         raise ValueError(f"Unknown whitening {whitening!r}. Valid: {', '.join(WHITENINGS)}.")
     options = {"ns_steps": ns_steps, "ns_beta": ns_beta, "ns_dtype": ns_dtype}
     given = {key: value for key, value in options.items() if value is not None}
-    white = WHITENINGS[whitening](_unit_range(grad, (-2, -1)), **given)
+    white = WHITENINGS[whitening](grad, **given)
     return _frobenius_to_(white).to(grad.dtype)
 
 
