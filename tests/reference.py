@@ -83,7 +83,7 @@ QUINTICS = (
 
 
 def polar_express(g, steps=5):
-    """Polar Express as a polynomial of the singular values, with a margin of 1.01 before the first and in each step."""
+    """Polar Express as a polynomial of the singular values, with margins of 1.01 before the first and in each step."""
     u, s, v = torch.linalg.svd(f64(g), full_matrices=False)
     s = s / s.square().sum().sqrt().clamp_min(1e-300) / 1.01
     for a, b, c in QUINTICS[:steps]:

@@ -153,7 +153,11 @@ REACHING = [
     ("swan", "whitening=nsds", {"whitening": "nsds", "ns_steps": 2, "ns_beta": 0.4}),
     ("swan", "whitening=eigh", {"whitening": "eigh", "ns_steps": None, "ns_beta": None}),
     ("swan", "whitening=polar_express", {"whitening": "polar_express", "ns_steps": 5, "ns_beta": None}),
-    ("swan", "whitening=newton_schulz,ns_steps=4,ns_beta=0.5", {"whitening": "newton_schulz", "ns_steps": 4, "ns_beta": 0.5}),
+    (
+        "swan",
+        "whitening=newton_schulz,ns_steps=4,ns_beta=0.5",
+        {"whitening": "newton_schulz", "ns_steps": 4, "ns_beta": 0.5},
+    ),
     ("swan", "whitening=newton_schulz,ns_dtype=float16", {"whitening": "newton_schulz", "ns_dtype": "float16"}),
     ("swan", "center=false", {"norms": ("row_l2", "spectral")}),
     ("multinorm", "norms=row_l2+sign,num_iterations=2", {"norms": ("row_l2", "sign"), "num_iterations": 2}),

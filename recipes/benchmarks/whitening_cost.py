@@ -3,10 +3,10 @@
     python recipes/benchmarks/whitening_cost.py --output results.json
 
 Every operation that a step would launch on a GPU runs on tensors without contents. FLOPs are those of its matrix
-products, bytes are what its operations read and write, for nothing is fused. The time
-is predicted for an H100: products at 990 TFLOP/s in bf16 and float16 and at 67 in float32, bytes at 3.0 TB/s, one after
-the other. No kernel reaches these rates, so a step takes longer: read the ratios. Weights and gradients are bf16; what
-writes the weights is left out, which is the same for all. SinkGD has a kernel of its own on a GPU, 16 bytes a weight.
+products, bytes are what its operations read and write, for nothing is fused. The time is predicted for an H100, with
+products at 990 TFLOP/s in bf16 and float16 and at 67 in float32 and bytes at 3.0 TB/s, one after the other. No kernel
+reaches these rates, so a step takes longer: read the ratios. Weights and gradients are bf16. What writes weights is
+left out: it is the same for all.
 The table stands in README.md beside this file.
 """
 
