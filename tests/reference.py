@@ -72,15 +72,31 @@ def polar(g, rtol=1e-6):
     return u[:, keep] @ vh[keep]
 
 
-def polar_express_step(g):
-    """The first step of Polar Express as a polynomial of the singular values."""
-    g = f64(g)
-    u, s, v = torch.linalg.svd(g, full_matrices=False)
-    s = s / s.square().sum().sqrt().clamp_min(1e-300) / 1.01 / 1.01
-    return u @ torch.diag(8.28721201814563 * s - 23.595886519098837 * s**3 + 17.300387312530933 * s**5) @ v
+# Minimax quintics for singular values in [1e-3, 1], arXiv 2505.16932, Algorithm 1.
+QUINTICS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
 
 
-def swan(g, steps=10, beta=0.8, center=True):
+def polar_express(g, steps=5):
+    """Polar Express as a polynomial of the singular values, with margins of 1.01 before the first and in each step."""
+    u, s, v = torch.linalg.svd(f64(g), full_matrices=False)
+    s = s / s.square().sum().sqrt().clamp_min(1e-300) / 1.01
+    for a, b, c in QUINTICS[:steps]:
+        s = s / 1.01
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ v
+
+
+def swan(g, center=True):
+    return frobenius(polar_express(row_standardize(g) if center else row_l2(g)))
+
+
+def swan_of_the_paper(g, steps=10, beta=0.8, center=True):
     return frobenius(newton_schulz(row_standardize(g) if center else row_l2(g), steps, beta))
 
 

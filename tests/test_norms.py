@@ -164,7 +164,7 @@ def test_input_is_left_alone_in_every_memory_layout(project, layout):
 def test_a_batch_equals_a_loop(project, grad, batch):
     stack = torch.stack([grad * 2.0**i for i in range(batch)]).roll(1, dims=-1)
     loop = torch.stack([project(matrix) for matrix in stack.reshape(-1, *stack.shape[-2:])]).view_as(stack)
-    # The whitening's polynomial amplifies small singular values, and rounding with them, by up to 6340.
+    # The polynomials of whitenings amplify small singular values, and rounding with them, by up to 6340.
     amplified = 6340 * torch.finfo(torch.float32).eps if project is PROJECTIONS["spectral"] else 1e-5
     tolerance = max(amplified, torch.finfo(grad.dtype).eps)
     torch.testing.assert_close(project(stack), loop, rtol=tolerance, atol=tolerance)
@@ -298,5 +298,5 @@ def test_one_column_has_nothing_to_centre_and_is_normalised_instead_of_lost():
 
 
 def test_unknown_whitening_is_refused_with_the_valid_names():
-    with pytest.raises(ValueError, match=r"'cholesky'.*newton_schulz.*nsds.*eigh.*polar_express"):
+    with pytest.raises(ValueError, match=r"'cholesky'.*polar_express.*newton_schulz.*nsds.*eigh"):
         spectral(dense(3, 4), whitening="cholesky")

@@ -28,9 +28,9 @@ REFERENCES = {
     "swan": lambda g: reference.swan(g, center=g.shape[-1] > 1),
     "sinkgd": reference.multi_normalize,
     "sinkgd_polar": lambda g: reference.frobenius(
-        reference.polar_express_step(reference.multi_normalize(g, iterations=1))
+        reference.polar_express(reference.multi_normalize(g, iterations=1), 1)
     ),
-    "multinorm": lambda g: reference.frobenius(reference.newton_schulz(reference.row_l2(g))),
+    "multinorm": lambda g: reference.frobenius(reference.polar_express(reference.row_l2(g))),
 }
 # Weights of four to forty rows, so that the loops of the references stay cheap.
 SHAPES = ((12, 20), (40, 9), (16, 16), (1, 8), (8, 1))

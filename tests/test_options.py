@@ -27,6 +27,7 @@ from hf_stateless.update.width import WIDTH_RULES
 
 
 NAMES = optimizer_names()
+DTYPES = ("float32", "float16", "bfloat16")
 # Each key with some text, and the Python value that means the same.
 VALUES = {
     "norms": [("row_l2+spectral", ("row_l2", "spectral")), ("spectral", ["spectral"])],
@@ -36,7 +37,7 @@ VALUES = {
     "whitening": [(name, name) for name in WHITENING_DEFAULTS],
     "ns_steps": [("7", 7)],
     "ns_beta": [("0.5", 0.5)],
-    "ns_dtype": [(name, name) for name in NS_DTYPES],
+    "ns_dtype": [(name, name) for name in DTYPES],
     "center": [("true", True), ("False", False), ("0", 0)],
     "embeddings": [(name, name) for name in embeddings()],
     "heads": [(name, name) for name in embeddings()],
@@ -76,7 +77,9 @@ def test_table_covers_every_key():
 @pytest.mark.parametrize(("name", "key", "text", "value"), CASES)
 def test_text_and_python_value_mean_the_same(name, key, text, value):
     # Which only this whitening takes, whatever the preset has.
-    beside = {"whitening": "newton_schulz"} if key in ("ns_beta", "ns_dtype") else {}
+    beside = {"whitening": "newton_schulz"} if key == "ns_beta" else {}
+    if key == "ns_dtype":
+        beside = {"whitening": next(name for name in NS_DTYPES if value in NS_DTYPES[name])}
     parsed = parse_options(name, {key: text, **beside})
     assert parsed == parse_options(name, {key: value, **beside})
     if key not in ("norms", "center"):
@@ -210,7 +213,7 @@ WRONG_FOR_SWAN = [
     ("whitening", ["svd", "", None], " | ".join(WHITENING_DEFAULTS)),
     ("ns_steps", ["0", "1.5", "ten"], "an integer of at least 1"),
     ("ns_beta", ["-0.5", "nan", "inf"], "a number of at least 0"),
-    ("ns_dtype", ["bfloat16", "half", "", None], " | ".join(NS_DTYPES)),
+    ("ns_dtype", ["float64", "half", "", None], " | ".join(DTYPES)),
     ("center", ["maybe", "-1"], "true or false"),
 ]
 WRONG_CASES = [
@@ -335,6 +338,16 @@ def test_value_that_the_whitening_does_not_take_is_refused(whitening, key):
     message = message_of("swan", {"whitening": whitening, key: VALUES[key][0][0]})
     assert f"whitening={whitening} takes no {key}" in message
     assert message.endswith("leave it out.")
+
+
+@pytest.mark.parametrize(
+    ("whitening", "ns_dtype"), [("newton_schulz", "bfloat16"), ("polar_express", "float16"), ("nsds", "float16")]
+)
+@pytest.mark.parametrize("name", ["swan", "multinorm", "sinkgd_polar_layerwise"])
+def test_a_dtype_that_the_whitening_cannot_take_is_refused(name, whitening, ns_dtype):
+    message = message_of(name, {"whitening": whitening, "ns_dtype": ns_dtype})
+    assert f"whitening={whitening} takes no ns_dtype" in message
+    assert " | ".join(NS_DTYPES[whitening]) in message if whitening in NS_DTYPES else message.endswith("leave it out.")
 
 
 @pytest.mark.parametrize("name", ["sinkdg", "", "SWAN", "adamw", "swan_layer", "_layerwise"])

@@ -34,8 +34,8 @@ def test_bytes_of_low_rank_moments_are_those_of_the_longer_side():
 def test_a_row_without_its_package_says_so(monkeypatch):
     missing = Row(None, needs="a_package_that_is_not_there")
     assert missing.missing("cpu") == "a_package_that_is_not_there is not installed"
-    assert ROWS["swan, float16"].missing("cpu") == "not on cpu"
-    assert ROWS["sinkgd"].missing("cpu") == ROWS["swan, float16"].missing("cuda") == ""
+    assert ROWS["swan, newton_schulz, float16"].missing("cpu") == "not on cpu"
+    assert ROWS["sinkgd"].missing("cpu") == ROWS["swan, newton_schulz, float16"].missing("cuda") == ""
     monkeypatch.setitem(ROWS, "missing", missing)
     args = argparse.Namespace(rows=["missing", "sinkgd"], slow=False, device="cpu")
     step_time.choose_rows(args)

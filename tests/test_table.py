@@ -239,3 +239,21 @@ def test_explain_refuses_in_one_line(arguments, message, folder, capsys):
     assert captured.err.startswith("hf-stateless explain: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("optim", "options", "told"),
+    [
+        ("swan", {}, "whitening: polar_express, 5 steps"),
+        ("swan_layerwise", {"whitening": "newton_schulz"}, "whitening: newton_schulz, 10 steps"),
+        ("sinkgd_polar", {}, "whitening: polar_express, one step"),
+        ("multinorm", {"whitening": "eigh"}, "whitening: eigh"),
+        ("multinorm", {"norms": "sign"}, None),
+        ("sinkgd", {}, None),
+    ],
+)
+def test_the_table_says_how_matrices_are_whitened(optim, options, told, make_model, caplog):
+    with caplog.at_level("INFO", logger="hf_stateless"):
+        create_optimizer(make_model("llama"), optim, lr=1e-3, **options)
+    lines = [line for line in caplog.text.splitlines() if line.startswith("whitening:")]
+    assert lines == ([told] if told else [])

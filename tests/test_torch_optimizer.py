@@ -96,6 +96,19 @@ def test_options_changed_at_resume_are_applied_with_a_warning(caplog):
     }
 
 
+@pytest.mark.parametrize(
+    ("norms", "told"), [(("row_standardize", "spectral"), True), (("spectral",), True), (("row_l2", "col_l2"), False)]
+)
+def test_another_whitening_at_resume_is_told_where_the_chain_whitens(norms, told, caplog):
+    weight = parameter(8, 12)
+    saved = StatelessOptimizer([group(weight, norms=norms, whitening="newton_schulz", ns_dtype="float32")], lr=0.01)
+    after = StatelessOptimizer([group(weight, norms=norms)], lr=0.01)
+    with caplog.at_level(logging.WARNING):
+        after.load_state_dict(through_file(saved.state_dict()))
+    assert after.param_groups[0]["whitening"] == "polar_express"
+    assert ["whitening='newton_schulz'" in line for line in caplog.messages] == ([True] if told else [])
+
+
 CHANGES = [("sinkgd", "swan"), ("swan", "sinkgd"), ("sinkgd", "multinorm")]
 
 

@@ -7,9 +7,11 @@ from conftest import dense, gradients, relative_error, tiny_inputs
 from hypothesis import given
 from torch.utils.flop_counter import FlopCounterMode
 
-import hf_stateless.norms.whitening as module
+import hf_stateless.norms.newton_schulz as module
+import hf_stateless.norms.polar_express as express
+from hf_stateless.norms.gram import symmetric_product
 from hf_stateless.norms.projections import row_standardize, spectral
-from hf_stateless.norms.whitening import WHITENINGS, eigh, newton_schulz, nsds, polar_express
+from hf_stateless.norms.whitening import NS_DTYPES, WHITENINGS, eigh, newton_schulz, nsds, polar_express
 
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (7, 33), (33, 7), (48, 48), (48, 129), (129, 48)]
@@ -112,18 +114,23 @@ def test_ten_steps_of_beta_0_8_amplify_a_vanishing_singular_value_6340_times():
     assert result[1, 1].item() / tiny == pytest.approx(2.4**10, rel=1e-4)
 
 
+SWANS = [("polar_express", reference.swan), ("newton_schulz", reference.swan_of_the_paper)]
+
+
+@pytest.mark.parametrize(("whitening", "expected"), SWANS)
 @pytest.mark.parametrize("shape", SHAPES[3:])
-def test_swan_matches_its_reference(shape):
+def test_swan_matches_its_reference(shape, whitening, expected):
     grad = dense(*shape)
-    assert relative_error(spectral(row_standardize(grad)), reference.swan(grad)) <= 1e-4
+    assert relative_error(spectral(row_standardize(grad), whitening=whitening), expected(grad)) <= 1e-4
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize(("whitening", "expected"), SWANS)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(48, 48), (48, 129), (129, 48)])
-def test_swan_matches_its_reference_on_every_spectrum(shape, spectrum):
+def test_swan_matches_its_reference_on_every_spectrum(shape, spectrum, whitening, expected):
     grad = with_spectrum(*shape, spectrum)
-    assert relative_error(spectral(row_standardize(grad)), reference.swan(grad)) <= 1e-4
+    assert relative_error(spectral(row_standardize(grad), whitening=whitening), expected(grad)) <= 1e-4
 
 
 @pytest.mark.usefixtures("form")
@@ -131,9 +138,9 @@ def test_swan_matches_its_reference_on_the_gradients_of_a_language_model(make_mo
     model = make_model("llama")
     model(**tiny_inputs("llama")).loss.backward()
     for name, parameter in model.model.layers.named_parameters():
-        if parameter.ndim == 2:
-            error = relative_error(spectral(row_standardize(parameter.grad)), reference.swan(parameter.grad))
-            assert error <= 1e-4, name
+        for whitening, expected in SWANS if parameter.ndim == 2 else []:
+            white = spectral(row_standardize(parameter.grad), whitening=whitening)
+            assert relative_error(white, expected(parameter.grad)) <= 1e-4, (name, whitening)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -248,11 +255,12 @@ def test_products_need_less_than_the_papers_iteration(shape, share):
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("options", [{}, {"ns_dtype": "float16"}], ids=str)
-def test_a_bad_entry_spoils_its_own_matrix_only(options):
+@pytest.mark.parametrize("name", [(newton_schulz, "float32"), (newton_schulz, "float16"), (polar_express, "bfloat16")])
+def test_a_bad_entry_spoils_its_own_matrix_only(name):
     grad = dense(3, 16, 40)
     grad[1, 2, 3] = torch.nan
-    result = newton_schulz(grad, **options)
+    whiten, ns_dtype = name
+    result = whiten(grad, ns_dtype=ns_dtype)
     assert result[1].isnan().all()
     assert result[[0, 2]].isfinite().all()
 
@@ -277,6 +285,65 @@ def test_float16_products_have_sizes_that_are_multiples_of_8(shape, monkeypatch)
     assert all(size % 8 == 0 for dtype, (_, *sizes) in seen if dtype == torch.float16 for size in sizes)
 
 
-def test_other_dtypes_of_the_products_are_refused():
-    with pytest.raises(ValueError, match=r"Unknown ns_dtype 'bfloat16'\. Valid: float32, float16\."):
-        spectral(dense(4, 4), ns_dtype="bfloat16")
+@pytest.mark.parametrize("name", NS_DTYPES)
+@pytest.mark.parametrize("ns_dtype", ["bfloat16", "float16", "float64", "half", ""])
+def test_other_dtypes_of_the_products_are_refused(name, ns_dtype):
+    if ns_dtype not in NS_DTYPES[name]:
+        with pytest.raises(ValueError, match=rf"{name} takes no ns_dtype={ns_dtype}\. Valid: float32, b?float16\."):
+            spectral(dense(4, 4), whitening=name, ns_dtype=ns_dtype)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize(("spectrum", "least"), [("flat", 0.998), ("1/i", 0.999), ("log to 1e-4", 0.985)])
+@pytest.mark.parametrize("shape", [(48, 48), (300, 700), (700, 300)])
+def test_polar_express_in_bfloat16_stays_close_to_float32(shape, spectrum, least, steps):
+    grad = with_spectrum(*shape, spectrum)
+    result = polar_express(grad, ns_steps=steps, ns_dtype="bfloat16")
+    assert result.dtype == torch.float32
+    assert cosine(result, polar_express(grad.double(), ns_steps=steps)) >= least
+    assert singular_values(result).max() <= 1.1 * singular_values(polar_express(grad.double(), ns_steps=steps)).max()
+
+
+@pytest.mark.parametrize(
+    ("shape", "fast"), [((255, 400), True), ((256, 300), True), ((300, 256), True), ((300, 600), False)]
+)
+def test_products_are_in_bfloat16_where_they_are_large_and_the_device_is_fast_in_it(shape, fast, monkeypatch):
+    monkeypatch.setattr(express, "multiplies_in_bfloat16", lambda device_type: fast)
+    grad = dense(*shape)
+    expected = "bfloat16" if fast and min(shape) >= 256 else "float32"
+    assert torch.equal(polar_express(grad), polar_express(grad, ns_dtype=expected))
+    assert polar_express(grad.double()).dtype == torch.float64
+    assert relative_error(polar_express(grad.double()), polar_express(grad, ns_dtype="float32")) <= 1e-4
+
+
+def test_what_is_fast_in_bfloat16_is_known_for_each_kind_of_device(monkeypatch):
+    ask = express.multiplies_in_bfloat16.__wrapped__
+    for capabilities in ({"avx512_bf16": True}, {"amx_bf16": True}, {"avx512_f": True}, {}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert ask("cpu") == any(name.endswith("bf16") for name in capabilities)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not ask("cpu")
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        assert ask("cuda") == supported
+    assert [ask(kind) for kind in ("xpu", "meta", "mps", "hpu")] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (127, 20), (128, 20), (129, 300), (513, 40), (3, 200, 30), (2, 2, 140, 9)])
+def test_a_symmetric_product_is_the_product(shape, dtype):
+    x = dense(*shape, dtype=dtype)
+    product = symmetric_product(x, x)
+    assert relative_error(product, product.mT) <= 1e-3
+    assert relative_error(product, x.double() @ x.double().mT) <= (4e-3 if dtype == torch.bfloat16 else 1e-5)
+    square = symmetric_product(product, product)
+    assert relative_error(square, product.double() @ product.double()) <= (4e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(("shape", "share"), [((512, 512), 0.76), ((512, 1376), 0.83), ((1376, 512), 0.83)])
+def test_a_polar_express_step_on_a_cpu_has_fewer_products_than_a_step_of_muon(shape, share):
+    """Counted: Muon takes two products with X, and one of the size of its Gram matrix."""
+    m, n = min(shape), max(shape)
+    with FlopCounterMode(display=False) as counter:
+        polar_express(dense(*shape), ns_steps=1)
+    assert counter.get_total_flops() <= share * 2 * (2 * m * m * n + m**3)

@@ -27,7 +27,7 @@ class Chain:
 
     norms: tuple[str, ...] = ("row_l2", "col_l2")
     num_iterations: float = 5
-    whitening: str = "newton_schulz"
+    whitening: str = "polar_express"
     ns_steps: int | None = None
     ns_beta: float | None = None
     ns_dtype: str | None = None
@@ -78,11 +78,11 @@ class Chain:
 
     @property
     def _pairs(self) -> int:
-        """Return how many iterations of SR-Sinkhorn begin the chain, written out, if two or more: in diagonal form."""
+        """Return how many iterations of SR-Sinkhorn begin the chain, written out: they take the diagonal form."""
         pairs = 0
         while self.norms[2 * pairs : 2 * pairs + 2] == ("row_l2", "col_l2"):
             pairs += 1
-        return pairs if pairs > 1 else 0
+        return pairs
 
 
 def multi_normalize(
@@ -90,7 +90,7 @@ def multi_normalize(
     norms: Sequence[str] = ("row_l2", "col_l2"),
     num_iterations: int = 5,
     *,
-    whitening: str = "newton_schulz",
+    whitening: str = "polar_express",
     ns_steps: int | None = None,
     ns_beta: float | None = None,
     ns_dtype: str | None = None,
@@ -107,10 +107,11 @@ def multi_normalize(
         grad: (..., m, n) gradient; leading dimensions are independent matrices. Not modified.
         norms: names from `hf_stateless.NORMS`, applied from left to right.
         num_iterations: L, how often the chain is run.
-        whitening: how `spectral` is computed: `newton_schulz`, `nsds`, `eigh` or `polar_express`.
+        whitening: how `spectral` is computed: `polar_express`, `newton_schulz`, `nsds` or `eigh`.
         ns_steps: iterations of the whitening; default is that of the whitening.
         ns_beta: step size of the whitening; default is that of the whitening.
-        ns_dtype: `float32` (default) or `float16`, of the products of `newton_schulz`.
+        ns_dtype: of the products, `float32`, `bfloat16` (`polar_express`) or `float16` (`newton_schulz`); the default
+            is that of the whitening.
         scale: `rms` leaves entries of root mean square 1; `operator` makes the result smaller until its largest
             singular value is about sqrt(max(m, n)), that of a matrix of equal singular values.
         dtype: dtype of the result; default that of `grad`. Half gradients are computed in float32 in any case.

@@ -54,7 +54,7 @@ class MultiNormPreset:
     """Where the method is defined."""
     citation: str
     """BibTeX of the paper, or of several."""
-    whitening: str = "newton_schulz"
+    whitening: str = "polar_express"
     """How `spectral` is computed."""
     ns_steps: int | None = None
     """Iterations of the whitening; None for its own default."""
@@ -103,7 +103,6 @@ PRESETS: dict[str, MultiNormPreset] = {
         title="SinkGD with a Polar Express step",
         paper="https://huggingface.co/papers/2502.06742",
         citation=f"{_MULTI_NORMALIZATION_PAPER}\n{_POLAR_EXPRESS_PAPER}",
-        whitening="polar_express",
         ns_steps=1,
     ),
     "multinorm": MultiNormPreset(
@@ -122,8 +121,8 @@ def in_words(field: str) -> str:
 
     Example:
         >>> from hf_stateless.norms.presets import in_words
-        >>> in_words("whitening")
-        '`newton_schulz`, `polar_express` (`sinkgd_polar`)'
+        >>> in_words("ns_steps")
+        'of the whitening, `1` (`sinkgd_polar`)'
     """
     usual = MultiNormPreset.__dataclass_fields__[field].default
     others = [(name, getattr(preset, field)) for name, preset in PRESETS.items() if getattr(preset, field) != usual]

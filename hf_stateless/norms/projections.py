@@ -22,9 +22,10 @@ ROWS, COLUMNS = frozenset({"rows"}), frozenset({"columns"})
 
 
 def _unit_range(grad: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Scale by powers of two so that the largest entry over `dim` lies in [0.5, 1), in at least float32."""
+    """Return a copy, scaled by powers of two so that the largest entry over `dim` lies in [0.5, 1), in float32."""
     x = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
-    return x * power_of_two_inverse(x.abs().amax(dim, keepdim=True))
+    largest = torch.maximum(x.amax(dim, keepdim=True), x.amin(dim, keepdim=True).neg_())
+    return x * power_of_two_inverse(largest)
 
 
 def power_of_two_inverse(largest: Tensor) -> Tensor:
@@ -34,9 +35,9 @@ def power_of_two_inverse(largest: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), -exponent.clamp(-bound, bound))
 
 
-def _scale_to(x: Tensor, norm: Tensor, target: float) -> Tensor:
-    """Return x * target / norm, with 0 where the norm is 0."""
-    return x * torch.where(norm == 0, 0, target / norm)
+def _scale_to_(x: Tensor, norm: Tensor, target: float) -> Tensor:
+    """Multiply x by target / norm in place, with 0 where the norm is 0."""
+    return x.mul_(torch.where(norm == 0, 0, target / norm))
 
 
 def row_l2(grad: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def row_l2(grad: Tensor) -> Tensor:
     """
     x = _unit_range(grad, (-1,))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return _scale_to(x, norm, grad.shape[-1] ** 0.5).to(grad.dtype)
+    return _scale_to_(x, norm, grad.shape[-1] ** 0.5).to(grad.dtype)
 
 
 def col_l2(grad: Tensor) -> Tensor:
@@ -106,34 +107,35 @@ def row_standardize(grad: Tensor) -> Tensor:
     if n == 1:
         return row_l2(grad)
     x = _unit_range(grad, (-1,))
-    centred = x - x.mean(-1, keepdim=True)
-    norm = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     # Centring leaves rounding noise of a few eps in a constant row: below that a row counts as constant.
     noise = 4 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    result = _scale_to(centred, torch.where(norm <= noise, 0, norm), n**0.5)
+    x.sub_(x.mean(-1, keepdim=True))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    _scale_to_(x, torch.where(norm <= noise, 0, norm), n**0.5)
     # Whitening amplifies what is left of the mean 6000 times; a second centring takes the rounding of the first out.
-    return (result - result.mean(-1, keepdim=True)).to(grad.dtype)
+    return x.sub_(x.mean(-1, keepdim=True)).to(grad.dtype)
 
 
 def spectral(
     grad: Tensor,
     *,
-    whitening: str = "newton_schulz",
+    whitening: str = "polar_express",
     ns_steps: int | None = None,
     ns_beta: float | None = None,
     ns_dtype: str | None = None,
 ) -> Tensor:
     r"""Move all singular values towards one another: (G G^T)^{-1/2} G, rescaled to entry RMS 1, G in R^{m x n}.
 
-    Only `whitening="eigh"` is exact (and idempotent); the default is the polynomial of the SWAN paper.
+    Only `whitening="eigh"` is exact (and idempotent); `newton_schulz` is the polynomial of the SWAN paper.
     State kept: none.
 
     Args:
         grad: (..., m, n) gradient, m = out_features.
-        whitening: one of `newton_schulz`, `nsds`, `eigh`, `polar_express`.
-        ns_steps: iterations; the default is that of the whitening (10, 2, not used, 5).
+        whitening: one of `polar_express`, `newton_schulz`, `nsds`, `eigh`.
+        ns_steps: iterations; the default is that of the whitening (5, 10, 2, not used).
         ns_beta: step size of `newton_schulz` (0.8) and `nsds` (0.4).
-        ns_dtype: `float32` (default) or `float16`, of the products of `newton_schulz`.
+        ns_dtype: of the products, `float32`, `bfloat16` (`polar_express`) or `float16` (`newton_schulz`); the default
+            is that of the whitening.
 
     Raises:
         ValueError: unknown `whitening`.
@@ -152,8 +154,8 @@ def spectral(
         raise ValueError(f"Unknown whitening {whitening!r}. Valid: {', '.join(WHITENINGS)}.")
     options = {"ns_steps": ns_steps, "ns_beta": ns_beta, "ns_dtype": ns_dtype}
     given = {key: value for key, value in options.items() if value is not None}
-    white = WHITENINGS[whitening](_unit_range(grad, (-2, -1)), **given)
-    return frobenius(white).to(grad.dtype)
+    white = WHITENINGS[whitening](grad, **given)
+    return _frobenius_to_(white).to(grad.dtype)
 
 
 def sign(grad: Tensor) -> Tensor:
@@ -193,9 +195,13 @@ def frobenius(grad: Tensor) -> Tensor:
     References:
         https://huggingface.co/papers/2502.06742, a single-norm instance of MultiNorm (Algorithm 1).
     """
-    x = _unit_range(grad, (-2, -1))
+    return _frobenius_to_(_unit_range(grad, (-2, -1))).to(grad.dtype)
+
+
+def _frobenius_to_(x: Tensor) -> Tensor:
+    """Scale matrices to entry RMS 1 in place, whose squares neither underflow nor overflow."""
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return _scale_to(x, norm, (grad.shape[-2] * grad.shape[-1]) ** 0.5).to(grad.dtype)
+    return _scale_to_(x, norm, (x.shape[-2] * x.shape[-1]) ** 0.5)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..norms.chain import Chain
 from ..ranks.placement import local_shard
 from .followed import said
-from .options import on_demand
+from .options import OPTIONS, on_demand
 from .rates import SCALES
 from .rule import state_on_meta
 from .rules import RULES
@@ -31,6 +32,7 @@ _NEVER_NEGATIVE = (
     *("step", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "momentum_scale", "recent_norms"),
     *("row_moment", "row_weight", "column_moment", "column_weight", "table_moment"),
 )
+_OF_WHITENING = tuple(name for name, option in OPTIONS.items() if option.belongs_to.whitening)
 # What a checkpoint decides when it is resumed; everything else in a group is an option of the run.
 _FROM_CHECKPOINT = ("params", "param_names", "lr", "initial_lr")
 
@@ -64,7 +66,9 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
     for group, current in zip(groups, options, strict=True):
         unsaid = {**dict.fromkeys(SCALES, 1.0), **on_demand(str(current.get("algorithm")))}
         saved, now = {**unsaid, **group}, {**unsaid, **current}
-        changed |= {key: (saved.get(key), value) for key, value in now.items() if saved.get(key) != value}
+        without = _OF_WHITENING if not Chain.of(current).whitens else ()  # which then means nothing
+        differ = [key for key, value in now.items() if saved.get(key) != value and key not in without]
+        changed |= {key: (saved.get(key), now[key]) for key in differ}
         for key in unsaid:
             group.pop(key, None)
         group.update(current)

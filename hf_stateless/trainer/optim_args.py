@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..norms.chain import Chain, check_norms
 from ..norms.presets import PRESETS
-from ..norms.whitening import WHITENING_DEFAULTS
+from ..norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
 from ..optimizer.option_kinds import UNREADABLE, shown
 from ..optimizer.options import LAYERWISE, OPTIONS, Option
 from ..optimizer.rates import RATES, SCALES
@@ -125,6 +125,10 @@ def _whitening_defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for key in {key for others in WHITENING_DEFAULTS.values() for key in others} - taken.keys():
         if key in given:
             raise ValueError(f"whitening={whitening} takes no {key} (optim_args of optim={name!r}): leave it out.")
+    dtype = given.get("ns_dtype")
+    if dtype is not None and dtype not in NS_DTYPES[whitening]:
+        valid = " | ".join(NS_DTYPES[whitening])
+        raise ValueError(f"whitening={whitening} takes no ns_dtype={dtype} (optim_args of optim={name!r}): {valid}.")
     steps = {"ns_steps": preset.ns_steps} if whitening == preset.whitening and preset.ns_steps else {}
     return {"whitening": whitening, **taken, **steps}
 

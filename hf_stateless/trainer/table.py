@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..norms.chain import Chain
 from ..update.layout import layout_at
 from ..update.rate import rate_scale
 from ..weights.stored import StoredWeight
@@ -101,8 +102,16 @@ def describe(groups: Sequence[Mapping[str, Any]], optim: str, model: nn.Module |
         cells.append((method, role, str(tensors), f"{numel:,}", f"{100 * numel / total:.1f} %", examples))
     head = f"optim={optim} updates (all names: hf-stateless explain MODEL; other matrices: optim_target_modules):"
     frozen = _frozen(model) if model is not None else 0
-    tail = [*_rates(groups), *([f"frozen: {frozen} tensors"] if frozen else [])]
+    tail = [*_whitening(groups), *_rates(groups), *([f"frozen: {frozen} tensors"] if frozen else [])]
     return "\n".join([head, *aligned(cells, text=(0, 1, -1)), *tail])
+
+
+def _whitening(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the line that says how matrices are whitened; none where nothing is."""
+    group = next((group for group in groups if group["role"] == "matrix" and "whitening" in group), {})
+    chain = Chain.of(group)
+    steps = {None: "", 1: ", one step"}.get(chain.ns_steps, f", {chain.ns_steps} steps")
+    return [f"whitening: {chain.whitening}{steps}"] if chain.whitens else []
 
 
 def _rates(groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -45,15 +45,15 @@ BENCHMARKS = "{root}/recipes/benchmarks"
 # The optimizers that the issue of a step's cost is about; a row whose package is missing is left out by the script.
 STEPS = (
     '"AdamW (fused)" "AdamW (foreach)" "AdamW8bit (bitsandbytes)" "Muon (torch)" "SinkSGD_adv (adv_optm)" sinkgd '
-    '"sinkgd, L=1" "sinkgd, torch" swan "swan, polar_express" "swan, float16"'
+    '"sinkgd, L=1" "sinkgd, torch" swan sinkgd_polar "swan, newton_schulz, float16"'
 )
 MEMORY = (
     '"AdamW (fused)" "AdamW8bit (bitsandbytes)" swan sinkgd "swan_layerwise, release=all" '
     '"sinkgd_layerwise, release=all" "sinkgd_layerwise, int8"'
 )
-TINY_STEPS = '--models 60m --layers 1 --rounds 2 --rows sinkgd "swan, polar_express"'
+TINY_STEPS = "--models 60m --layers 1 --rounds 2 --rows sinkgd sinkgd_polar"
 OTHERS = "--rows adamw " + " ".join(
-    f'"{row}, rest 32/4/16x"' for row in ("adamw, rates apart", "muon", "swan", "sinkgd")
+    f'"{row}, rest 32/4/16x"' for row in ("adamw, rates apart", "muon", "swan", "sinkgd 1, polar 1", "sinkgd")
 )
 TINY_QUALITY = "--study rehearsal --runs {out}/quality-runs/rehearsal --train_files {work}/text.txt --no-compile"
 TINY_QUALITY += " --factors 0 --threads 1 --rows adamw"

@@ -17,6 +17,7 @@ FAMILIES = {
     "AdamW": "adamw, rates apart",
     "Muon": "muon",
     "`swan`": "swan",
+    "`swan`, `whitening=newton_schulz`": "swan, newton_schulz",
     "`sinkgd_polar`": "sinkgd 1, polar 1",
     "`sinkgd`": "sinkgd",
     "`swan`, `embeddings=factored`": "swan, factored tables",

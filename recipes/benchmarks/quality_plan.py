@@ -221,7 +221,8 @@ ROWS: dict[str, Row] = {
     "sign": ours("multinorm:norms=sign"),
     "swan, not centred": ours("swan:center=false", 4e-3),
     "swan, polar_express": ours("swan:whitening=polar_express", 4e-3),
-    "swan, beta 0.5": ours("swan:ns_beta=0.5", 4e-3),
+    "swan, newton_schulz": ours("swan:whitening=newton_schulz", 4e-3),
+    "swan, beta 0.5": ours("swan:whitening=newton_schulz,ns_beta=0.5", 4e-3),
     "spectral, momentum 0.95, float32": ours("multinorm:norms=spectral,momentum=0.95,momentum_dtype=float32", 4e-3),
     "spectral, polar_express, momentum 0.95, float32": ours(
         "multinorm:norms=spectral,whitening=polar_express,momentum=0.95,momentum_dtype=float32", 4e-3
@@ -247,9 +248,24 @@ ROWS: dict[str, Row] = {
 MAIN = ("adamw", "adamw, rates apart", "muon", "swan", "sinkgd")
 # The finalists, each with rates by kind, and what is asked of embeddings, iterations, whitening and scale.
 _CHAIN = "row_l2+col_l2"
+_TABLES = {
+    "": "",
+    ", factored tables": ",embeddings=factored",
+    ", row_moment tables": ",embeddings=row_moment",
+    ", column_moment tables": ",embeddings=column_moment",
+    ", row moments, AdamW head": ",embeddings=row_moment,heads=adamw",
+    ", row moments, head by columns": ",embeddings=row_moment,heads=column_moment",
+}
 VARIANTS = {
     "sinkgd, operator": ("sinkgd:scale=operator", 2e-3),
     "swan, operator": ("swan:scale=operator", 4e-3),
+    **{
+        f"swan, newton_schulz{name}": (f"swan:whitening=newton_schulz{tables}", 4e-3)
+        for name, tables in _TABLES.items()
+    },
+    "swan, bfloat16": ("swan:ns_dtype=bfloat16", 4e-3),
+    "swan, 6 steps": ("swan:ns_steps=6", 4e-3),
+    "sinkgd 1, polar 1, bfloat16": (f"multinorm:norms={_CHAIN}+spectral,ns_steps=1,ns_dtype=bfloat16", 2e-3),
     **{
         f"sinkgd {n}, polar {steps}{kind}": (
             f"multinorm:norms={'+'.join([_CHAIN] * n)}+spectral,whitening=polar_express,ns_steps={steps}{scale}",

@@ -125,8 +125,11 @@ ROWS: dict[str, Row] = {
     "sinkgd, L=1": Row(ours("sinkgd", num_iterations=1)),
     "sinkgd, torch": Row(ours("sinkgd"), environment={"HF_STATELESS_KERNELS": "torch"}),
     "swan": Row(ours("swan")),
-    "swan, polar_express": Row(ours("swan", whitening="polar_express")),
-    "swan, float16": Row(ours("swan", ns_dtype="float16"), devices=("cuda",)),
+    "sinkgd_polar": Row(ours("sinkgd_polar")),
+    "swan, newton_schulz": Row(ours("swan", whitening="newton_schulz")),
+    "swan, newton_schulz, float16": Row(
+        ours("swan", whitening="newton_schulz", ns_dtype="float16"), devices=("cuda",)
+    ),
 }
-SLOW = ("Muon (torch)", "swan", "swan, polar_express", "swan, float16")
+SLOW = ("Muon (torch)", "swan", "sinkgd_polar", "swan, newton_schulz", "swan, newton_schulz, float16")
 """Rows of many matrix products, for which a CPU takes seconds."""

@@ -1,6 +1,7 @@
 """Time of one whitening, and how close it comes to the SWAN paper's polynomial in float64, on gradients of a LLaMA.
 
     python recipes/benchmarks/whitening.py --output results.json                        # CPU, one thread
+    python recipes/benchmarks/whitening.py --models 60m 1b --rounds 0 --output results.json     # cosines alone
     python recipes/benchmarks/whitening.py --device cuda --models 60m 350m 1b --batch 8
 
 The gradients are those of a LLaMA with one layer after `--steps` steps of AdamW on the sources of Python's standard
@@ -20,7 +21,9 @@ import sysconfig
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from result_files import write_results
@@ -45,6 +48,7 @@ MODELS = {
 VOCABULARY, LENGTH = 8192, 128
 BASELINE = "the paper's iteration, float32"
 HALF = "`newton_schulz`, `ns_dtype=float16`"
+ONE_STEP = "`polar_express`, `ns_steps=1`"
 
 
 def paper_polynomial(grad: Tensor) -> Tensor:
@@ -69,13 +73,32 @@ def muon(grad: Tensor) -> Tensor:
     return -torch.stack([param.detach() for param in params]).view(grad.shape)
 
 
-METHODS: dict[str, Callable[[Tensor], Tensor]] = {
-    BASELINE: paper_polynomial,
-    "`newton_schulz`": newton_schulz,
-    HALF: lambda grad: newton_schulz(grad, ns_dtype="float16"),
-    "`polar_express`": polar_express,
-    "`torch.optim.Muon`, bf16": muon,
-    "`eigh`": eigh,
+@dataclass(frozen=True)
+class Method:
+    """A way to whiten."""
+
+    run: Callable[..., Tensor]
+    options: tuple[tuple[str, Any], ...] = ()
+    has_float64: bool = True
+    """Whether it computes gradients in float64 in float64, where no dtype of its products is asked for."""
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return self.run(grad, **dict(self.options))
+
+    def in_float64(self, grad: Tensor) -> Tensor:
+        """Return what it would be without rounding."""
+        return self.run(grad.double(), **{key: value for key, value in self.options if key != "ns_dtype"})
+
+
+METHODS = {
+    BASELINE: Method(paper_polynomial),
+    "`newton_schulz`": Method(newton_schulz),
+    HALF: Method(newton_schulz, (("ns_dtype", "float16"),)),
+    "`polar_express`, `ns_dtype=float32`": Method(polar_express, (("ns_dtype", "float32"),)),
+    "`polar_express`, `ns_dtype=bfloat16`": Method(polar_express, (("ns_dtype", "bfloat16"),)),
+    ONE_STEP: Method(polar_express, (("ns_steps", 1), ("ns_dtype", "bfloat16"))),
+    "`torch.optim.Muon`, bf16": Method(muon, has_float64=False),
+    "`eigh`": Method(eigh),
 }
 
 
@@ -104,6 +127,11 @@ def gradients(hidden: int, intermediate: int, steps: int) -> list[Tensor]:
     return [row_standardize(p.grad) for p in model.model.layers.parameters() if p.ndim == 2]
 
 
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Return the cosine of two matrices."""
+    return torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
 def seconds(method: Callable[[Tensor], Tensor], grad: Tensor) -> float:
     """Time one call: of the thread on CPU, until the device is idle on CUDA."""
     if grad.device.type == "cpu":
@@ -117,7 +145,7 @@ def seconds(method: Callable[[Tensor], Tensor], grad: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def measure(grads: list[Tensor], args: argparse.Namespace) -> list[dict[str, object]]:
+def measure(grads: list[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one record per method for gradients of one shape, turned or not."""
     exact = [paper_polynomial(grad.double()) for grad in grads]
     wide = grads[-1].to(args.device)
@@ -125,7 +153,7 @@ def measure(grads: list[Tensor], args: argparse.Namespace) -> list[dict[str, obj
     # Half products of a CPU are emulated: their time says nothing.
     timed = [name for name in METHODS if args.device == "cuda" or name != HALF]
     times: dict[str, list[float]] = {name: [] for name in timed}
-    for round_number in range(args.rounds + 1):
+    for round_number in range(args.rounds + 1 if args.rounds else 0):
         for name in timed:
             elapsed = seconds(METHODS[name], batch)
             times[name] += [elapsed] if round_number else []
@@ -133,13 +161,16 @@ def measure(grads: list[Tensor], args: argparse.Namespace) -> list[dict[str, obj
     for name, method in METHODS.items():
         results = [method(grad.to(args.device)).cpu().double() for grad in grads]
         pairs = list(zip(results, exact, strict=True))
-        record: dict[str, object] = {
+        record: dict[str, Any] = {
             "shape": list(wide.shape),
             "method": name,
-            "cosine": min(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in pairs),
+            "cosine": min(cosine(a, b) for a, b in pairs),
             "relative_error": max(((a - b).norm() / b.norm()).item() for a, b in pairs),
         }
-        if name in times:
+        if method.has_float64:
+            own = [method.in_float64(grad) for grad in grads]
+            record["cosine_to_float64"] = min(cosine(a, b) for a, b in zip(results, own, strict=True))
+        if times.get(name):
             ratios = [value / base for value, base in zip(times[name], times[BASELINE], strict=True)]
             low, _, high = statistics.quantiles(ratios, n=4)
             record |= {
@@ -165,7 +196,7 @@ def setup(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def table(records: list[dict[str, object]]) -> str:
+def table(records: list[dict[str, Any]]) -> str:
     """Render the times and ratios of each shape, and the range of the cosines, as a Markdown table."""
     shapes = list(dict.fromkeys(tuple(r["shape"]) for r in records))
     lines = ["| Method | " + " | ".join(f"{m} x {n}" for m, n in shapes) + " | Cosine |"]
@@ -182,6 +213,19 @@ def table(records: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def rounding_table(records: list[dict[str, Any]]) -> str:
+    """Render how close each method comes to itself in float64, and to the paper's polynomial, as a Markdown table."""
+    shapes = list(dict.fromkeys(tuple(r["shape"]) for r in records))
+    lines = ["| Whitening | " + " | ".join(f"{m} x {n}" for m, n in shapes) + " | To the paper's |"]
+    lines.append("|---|" + "---:|" * (len(shapes) + 1))
+    for name in dict.fromkeys(r["method"] for r in records if "cosine_to_float64" in r):
+        cells = {tuple(r["shape"]): r for r in records if r["method"] == name}
+        own = " | ".join(f"{cells[shape]['cosine_to_float64']:.4f}" for shape in shapes)
+        low, high = (f(cells[shape]["cosine"] for shape in shapes) for f in (min, max))
+        lines.append(f"| {name} | {own} | {low:.2f} to {high:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Parse the command line, measure, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,17 +236,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, help="write the records as JSON")
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f"--rounds={args.rounds}: at least 2 are needed for a spread")
+    if args.rounds == 1 or args.rounds < 0:
+        parser.error(f"--rounds={args.rounds}: at least 2 are needed for a spread, 0 for cosines alone")
     if args.device == "cpu":
         torch.set_num_threads(1)
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     for model in args.models:
         print(f"measuring {model} ...", flush=True)
         grads = gradients(*MODELS[model], args.steps)
         for square in (True, False):
             records += measure([g for g in grads if (g.shape[0] == g.shape[1]) == square], args)
-    print(table(records))
+    print(table(records) if args.rounds else rounding_table(records))
     print("\n".join(f"{key}: {value}" for key, value in setup(args).items()))
     if args.output:
         write_results(args.output, setup(args), records=records)
