@@ -1,6 +1,7 @@
 """The whitening benchmark: real gradients, the paper's iteration, and the table on its page."""
 
 import json
+import statistics
 
 import pytest
 import reference
@@ -8,7 +9,8 @@ import torch
 import whitening as benchmark
 import whitening_cost as cost
 from conftest import dense, relative_error
-from documents import ROOT, page_with
+from documents import ROOT, page_with, section
+from quality_report import of_study
 
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results" / "whitening-cpu.json"
@@ -89,6 +91,24 @@ def test_the_table_of_rounding_on_the_page_is_the_results():
     records = json.loads((RESULTS.parent / "whitening-rounding-cpu.json").read_text())["records"]
     assert page_with(benchmark.rounding_table(records))
     assert {tuple(r["shape"]) for r in records} >= {(512, 512), (512, 1376), (2048, 2048), (2048, 5461)}
+
+
+def test_the_losses_on_the_page_are_means_over_three_seeds():
+    records = json.loads((RESULTS.parent / "quality-cpu.json").read_text())["records"]
+    lines = section("hf_stateless/norms/README.md", "Whitenings").splitlines()
+    rows = {"`polar_express`": "swan", "`polar_express`, `ns_dtype=bfloat16`": "swan, bfloat16"}
+    means = []
+    for name, row in {**rows, "`newton_schulz`": "swan, newton_schulz"}.items():
+        cells = []
+        for study in ("small", "long"):
+            runs = [r for r in of_study(records, study) if r["row"] == f"{row}, rest 32/4/16x"]
+            losses = {r["seed"]: r["eval_loss"] for r in runs if r["learning_rate"] == 4e-3}
+            assert set(losses) == {0, 1, 2}
+            cells.append(statistics.mean(losses.values()))
+        assert f"| {name} | {cells[0]:.3f} | {cells[1]:.3f} |" in lines
+        means.append(cells)
+    for losses in zip(*means, strict=True):
+        assert max(losses) - min(losses) <= 0.0055, "the page says: within 0.005"
 
 
 def test_the_table_of_counted_costs_on_the_page_is_what_is_counted():

@@ -27,6 +27,7 @@ FAMILIES = {
 TITLES = {
     "small": "200 steps",
     "long": "600 steps",
+    "longest": "2,400 steps",
     "small, english": "200 steps, English",
 }
 """The studies of the short table, and what they are called in it."""
