@@ -258,6 +258,8 @@ _TABLES = {
 }
 VARIANTS = {
     "sinkgd, operator": ("sinkgd:scale=operator", 2e-3),
+    "sinkgd, L=1": ("sinkgd:num_iterations=1", 2e-3),
+    "sinkgd, L=2": ("sinkgd:num_iterations=2", 2e-3),
     "swan, operator": ("swan:scale=operator", 4e-3),
     **{
         f"swan, newton_schulz{name}": (f"swan:whitening=newton_schulz{tables}", 4e-3)
