@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, tiny_inputs
 from distributed_worker import train
+from int8_folders import load_int8_folder
 from test_distributed import launch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -61,7 +62,7 @@ def test_loading_quantises_the_linear_layers_of_the_backbone_alone(saved):
 def test_a_saved_8_bit_model_loads_to_the_same_bytes(saved, tmp_path):
     model = load_int8(saved, modules_to_not_convert=["down_proj"])
     model.save_pretrained(tmp_path / "int8")
-    again = load(tmp_path / "int8")
+    again = load_int8_folder(tmp_path / "int8")
     assert_equal(state_of(model), state_of(again))
     assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert not isinstance(again.model.layers[0].mlp.down_proj, Int8Linear)
@@ -170,7 +171,7 @@ def test_a_resumed_run_is_equal_to_the_bit(name, saved, tmp_path):
     straight = fit(load_int8(saved), tmp_path / "run", **options).model
     resumed = fit(load_int8(saved), tmp_path / "again", str(tmp_path / "run" / "checkpoint-2"), **options).model
     assert_equal(state_of(straight), state_of(resumed))
-    assert_equal(state_of(straight), state_of(load(tmp_path / "run" / "checkpoint-5")))
+    assert_equal(state_of(straight), state_of(load_int8_folder(tmp_path / "run" / "checkpoint-5")))
 
 
 def test_rounding_depends_on_the_seed_and_may_be_to_nearest(saved, tmp_path):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .linear import Int8Linear
+from .packed import pack
 
 
 def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list[str]:
@@ -74,3 +75,22 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a model as `compressed-tensors` stores it.
+
+    For each 8-bit layer it holds `weight_packed` (rows, ceil(columns / 4)) int32, `weight_scale` (rows, groups) and
+    `weight_shape` (2,) int64, and no `weight`. What is packed is on the host: a device that is full of weights has no
+    room for them twice.
+    """
+    layers = dict(int8_layers(model))
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if layer is None:
+            state[name] = tensor
+        else:
+            state[f"{name}_packed"] = pack(layer.weight.codes).cpu()
+            state[f"{name}_shape"] = torch.tensor(layer.weight.shape, device="cpu")
+    return state
