@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard
 
 from ...optimizer.rules import COMMON, told_options
+from ...weights.int8.compressed import has_kernels
 from ...weights.int8.convert import int8_layers
 from ..measured.footprint import count_parameters
 from ..provenance import published_options, published_values, versions, without_folders
@@ -67,7 +68,8 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
         repository=trainer.hub_model_id,
         chat=bool(getattr(trainer.processing_class, "chat_template", None)),
         tokenizer=trainer.processing_class is not None,
-        needs_import=any(True for _ in int8_layers(inner)),
+        in_8_bits=any(True for _ in int8_layers(inner)) and not adapter,
+        served=has_kernels(layer for _, layer in int8_layers(inner)) and not adapter,
         data=_data(given),
         remarks=[without_folders(remark) for remark in given.get("remarks") or ()],
         hyperparameters=_hyperparameters(trainer, adapter and adapter[1]),
