@@ -1,6 +1,7 @@
 """Folders in the layout of `compressed-tensors`: read by others to the same logits, and by us to the same bytes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY_MODELS, tiny_inputs
 from int8_folders import load_int8_folder, save_as_0_1
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -257,3 +258,71 @@ def test_vllm_reads_the_folder_as_it_is(folders, tmp_path, capsys):
     assert main(["export", str(old), str(tmp_path / "out"), "--format", "vllm"]) == 0
     assert f"vllm serve {tmp_path / 'out'}" in capsys.readouterr().out
     assert_equal(state_of(load_int8_folder(tmp_path / "out")), state_of(model))
+
+
+LAYER = "model.layers.0.self_attn.q_proj.weight"
+
+
+def codes(change):
+    return lambda weights: weights.update({f"{LAYER}_packed": pack(change(unpack(weights[f"{LAYER}_packed"], 32)))})
+
+
+def scales(change):
+    return lambda weights: weights.update({f"{LAYER}_scale": change(weights[f"{LAYER}_scale"])})
+
+
+def without(*kinds):
+    return lambda weights: [weights.pop(LAYER + kind) for kind in kinds]
+
+
+def in_float(weights):
+    without("_packed", "_scale", "_shape")(weights)
+    weights[LAYER] = torch.randn(32, 32).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    {
+        "zero codes": (codes(torch.zeros_like), "do not fit their scales"),
+        "transposed codes": (codes(lambda t: t.T.contiguous()), "do not fit their scales"),
+        "a code that is never written": (codes(lambda t: t.masked_fill(t == -127, -128)), "do not fit their scales"),
+        "nan": (scales(lambda t: t * float("nan")), "a scale is NaN"),
+        "zero scales": (scales(torch.zeros_like), "zero or negative"),
+        "float32 scales": (scales(torch.Tensor.float), "scales of F32"),
+        "fewer scales": (scales(lambda t: t[:, :1].clone()), "do not fit group_size=16"),
+        "no scales": (without("_scale"), "without their scales"),
+        "no shape": (without("_shape"), "weight_shape is missing"),
+        "no layer": (without("_packed", "_scale", "_shape"), "13 layers are stored in 8 bits, and config.json"),
+        "a float layer": (in_float, "13 layers are stored in 8 bits"),
+    }.values(),
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_damaged_folder_is_neither_loaded_nor_exported(change, message, folders, tmp_path, capfd):
+    shutil.copytree(folders["llama"], tmp_path / "int8")
+    file = tmp_path / "int8" / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        load_int8_folder(tmp_path / "int8")
+    assert message in str(error.value)
+    capfd.readouterr()
+    assert main(["export", str(tmp_path / "int8"), str(tmp_path / "out")]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_dict_as_it_is_saved_is_loaded_into_a_model_in_memory(folders):
+    """As a Trainer resumes."""
+    model = quantize(TINY_MODELS["llama"]().to(torch.bfloat16), Int8TrainingConfig(16))
+    weights = load_file(folders["llama"] / "model.safetensors")
+    model.load_state_dict(weights)
+    assert f"{LAYER}_packed" in weights  # what was passed is left as it was
+    assert_equal(state_of(model), torch.load(folders["llama"] / "state.pt"))
+    for change in (codes(torch.zeros_like), scales(torch.Tensor.float), without("_scale"), without("_packed")):
+        damaged = dict(weights)
+        change(damaged)
+        with pytest.raises(RuntimeError, match=LAYER):
+            model.load_state_dict(damaged)
