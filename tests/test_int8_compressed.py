@@ -41,8 +41,8 @@ KINDS = {
     "vit": (lambda: TINY_MODELS["vit"](), {"group_size": 16}),
     "qwen3_moe": (lambda: TINY_MODELS["qwen3_moe"](), {"group_size": 16}),
 }
-# What transformers cannot read in this layout, whoever wrote it, and what it raises: packed layers that its
-# `_init_weights` wants a `weight` of, and stacks of experts that are not packed.
+# What transformers cannot read alone, and what it raises: packed layers that its `_init_weights` wants a `weight` of,
+# and models with stacks of experts in float, which are not packed and have the layout of 0.1.
 REFUSED = {"t5": "AttributeError", "qwen3_moe": "RuntimeError"}
 FOREIGN = """
 import sys, torch, transformers
@@ -326,3 +326,19 @@ def test_a_state_dict_as_it_is_saved_is_loaded_into_a_model_in_memory(folders):
         change(damaged)
         with pytest.raises(RuntimeError, match=LAYER):
             model.load_state_dict(damaged)
+
+
+def test_a_model_whose_weights_transformers_converts_is_not_packed(folders, tmp_path, capsys, recwarn, monkeypatch):
+    """Stacks of experts would be left out without an error by transformers 5.17, and random."""
+    folder = folders["qwen3_moe"]
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (stored["quant_method"], stored["layout"]["format"]) == ("hf_stateless_int8", "int-quantized")
+    assert not any("packed" in name for name in load_file(folder / "model.safetensors"))
+    for model in (load_int8_folder(folder), AutoModelForCausalLM.from_pretrained(folder)):
+        assert_equal(state_of(model), torch.load(folder / "state.pt"))
+    assert not [w for w in recwarn if "quantization_config" in str(w.message)]
+    assert main(["export", str(folder), str(tmp_path / "out"), "--format", "vllm"]) == 2
+    assert "Qwen3MoeForCausalLM cannot be written for vLLM in 8 bits" in capsys.readouterr().err
+    monkeypatch.setattr("hf_stateless.weights.int8.config.can_be_packed", lambda model: False)
+    load_int8_folder(folders["several groups"]).save_pretrained(tmp_path / "wide")
+    assert {layer.length for _, layer in int8_layers(load_int8_folder(tmp_path / "wide"))} == {96, 64}

@@ -59,6 +59,7 @@ def read_layout(config: Mapping[str, Any]) -> Layout:
         ...              "ignore": ["lm_head"]}).groups[0].group_size
         64
     """
+    _expect(isinstance(config, Mapping), "the layout", config)
     for name in ("kv_cache_scheme", "transform_config", "sparsity_config"):
         _expect(not config.get(name), f"{name}", config.get(name))
     _expect(
@@ -159,7 +160,7 @@ def _fits(name: str, classes: Iterable[str], target: str) -> bool:
     return target == name or target in classes
 
 
-def describe(model: PreTrainedModel) -> dict[str, Any]:
+def describe(model: PreTrainedModel, *, packed: bool = True) -> dict[str, Any]:
     """Return the `quantization_config` of a model with 8-bit layers, as `compressed-tensors` and vLLM read it.
 
     Layers are named by regular expressions that fit with and without a head or a tower around the backbone, and that
@@ -186,7 +187,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         }
     return {
         "quant_method": METHOD,
-        "format": _PACKED[0],
+        "format": (_PACKED if packed else _PLAIN)[0],
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import compressed
+from .convert import can_be_packed
 
 
 METHOD = "hf_stateless_int8"
@@ -55,6 +57,7 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
+        layout = kwargs.pop("layout", None)  # of a folder that is not packed
         if kwargs:
             raise ValueError(
                 f"Int8TrainingConfig has no option {min(kwargs)!r}. Valid: group_size, modules_to_not_convert."
@@ -72,21 +75,32 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.quant_method, self.group_size = METHOD, group_size
         self.modules_to_not_convert = None if names is None else list(names)
+        if layout is not None:
+            self.layout = compressed.read_layout(layout)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` says: the layout of `compressed-tensors`, or the arguments of a new config."""
-        if self._described is not None:
-            return copy.deepcopy(self._described)
+        return self._arguments() if self._described is None else copy.deepcopy(self._described)
+
+    def _arguments(self) -> dict[str, Any]:
         names = ("quant_method", "group_size", "modules_to_not_convert")
         return {name: copy.deepcopy(getattr(self, name)) for name in names}
 
-    def describe(self, model: Any) -> None:
+    def describe(self, model: PreTrainedModel) -> None:
         """Note how the layers of a model are stored."""
-        self._described = compressed.describe(model)
+        packed = can_be_packed(model)
+        described = compressed.describe(model, packed=packed)
+        self._described = described if packed else {**self._arguments(), "layout": described}
 
     def layout_of_folder(self) -> compressed.Layout | None:
         """Return the layout of what is loaded; None for folders of 0.1, and for float weights."""
-        return self.layout or (None if self._described is None else compressed.read_layout(self._described))
+        described = self._described and self._described.get("layout", self._described)
+        return self.layout or (compressed.read_layout(described) if described else None)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether what was described is written as `compressed-tensors` reads it."""
+        return self._described is not None and "layout" not in self._described
 
     def for_folder(self, stored: Mapping[str, Any]) -> Int8TrainingConfig:
         """Return this config for a folder that has a layout of its own.
@@ -115,6 +129,8 @@ def _merge(original: Any) -> Any:
             stored = stored if isinstance(stored, Mapping) else stored.to_dict()
             if stored.get("quant_method") == compressed.METHOD:
                 return given.for_folder(stored)
+            if stored.get("quant_method") == METHOD and given.to_dict() == Int8TrainingConfig().to_dict():
+                return Int8TrainingConfig(**stored)  # as without an argument; transformers would warn of it
         return original(quantization_config, given, *args, **kwargs)
 
     return merge_quantization_configs

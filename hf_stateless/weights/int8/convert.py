@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -75,6 +77,25 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+def can_be_packed(model: PreTrainedModel) -> bool:
+    """Tell whether transformers reads a model with packed layers as it was saved.
+
+    It does not where it converts weights between their names in a file and in the model: parts of what is packed would
+    be put together, and stacks of experts that are not packed are left out without an error (5.17).
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    layers = dict(int8_layers(model))
+    names = [f"{n}_packed" if n.removesuffix(".weight") in layers else n for n in model.state_dict()]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    try:
+        back = [converter.reverse_transform() for converter in converters]
+    except (NotImplementedError, ValueError):  # there is no way back
+        return False
+    return not any(converter.rename_source_key(name)[1] for converter in back for name in names)
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from .convert import int8_layers
+from .convert import can_be_packed, int8_layers
 from .hf_quantizer import dequantize
 from .source import KEPT, files_of, load_whole, refuse_served, refuse_without_kernels
 
@@ -73,6 +73,8 @@ def export_model(
             refuse_served(files, os.fspath(source))
         model = load_whole(files, os.fspath(source))
     if format == "vllm":
+        if not can_be_packed(model):
+            raise ValueError(f"{type(model).__name__} cannot be written for vLLM in 8 bits: type --format bf16.")
         refuse_without_kernels(layer.length for _, layer in int8_layers(model) if layer.length < layer.in_features)
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Written to a temporary folder beside it, which is then renamed: the folder appears whole or not at all.

@@ -66,7 +66,8 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization_config.describe(model)
         model.config.quantization_config = self.quantization_config
         of_adapters = getattr(model, "_hf_peft_config_loaded", False)
-        return (None if of_adapters else packed_state(model)), {}
+        packed = self.quantization_config.is_packed and not of_adapters
+        return (packed_state(model) if packed else None), {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
