@@ -40,10 +40,11 @@ KINDS = {
     "bert": (lambda: TINY_MODELS["bert"](), {"group_size": 16}),
     "vit": (lambda: TINY_MODELS["vit"](), {"group_size": 16}),
     "qwen3_moe": (lambda: TINY_MODELS["qwen3_moe"](), {"group_size": 16}),
+    "gpt2": (lambda: TINY_MODELS["gpt2"](), {"group_size": 128}),
 }
 # What transformers cannot read alone, and what it raises: packed layers that its `_init_weights` wants a `weight` of,
-# and models with stacks of experts in float, which are not packed and have the layout of 0.1.
-REFUSED = {"t5": "AttributeError", "qwen3_moe": "RuntimeError"}
+# and models with stacks of experts in float or with `Conv1D`, which are not packed and have the layout of 0.1.
+REFUSED = {"t5": "AttributeError", "qwen3_moe": "RuntimeError", "gpt2": "RuntimeError"}
 FOREIGN = """
 import sys, torch, transformers
 for pair in filter(None, sys.argv[1].split("|")):

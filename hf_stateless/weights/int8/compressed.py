@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .codes import COMMON_LENGTHS
-from .linear import Int8Linear
+from .linear import Int8Linear, sizes_of
 
 
 METHOD = "compressed-tensors"
@@ -126,9 +127,9 @@ def stored_layers(model: PreTrainedModel, layout: Layout) -> dict[str, Group]:
             continue
         if isinstance(module, nn.Embedding):
             raise ValueError(f"quantization_config: {name} is an embedding in 8 bits. {_REFUSED}, in linear layers.")
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear | Conv1D):
             continue
-        if group.group_size and module.in_features % group.group_size:
+        if group.group_size and sizes_of(module)[0] % group.group_size:
             raise ValueError(
                 f"quantization_config: rows of {name} are no whole number of groups of {group.group_size}."
             )
@@ -171,7 +172,7 @@ def describe(model: PreTrainedModel, *, packed: bool = True) -> dict[str, Any]:
         if isinstance(module, Int8Linear):
             size = None if module.length == module.in_features else module.length
             kinds[name] = (size, module.ours)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | Conv1D):
             kinds[name] = "float"
     prefix = f"{model.base_model_prefix}."
     stored = Counter(kind for kind in kinds.values() if kind != "float").most_common()

@@ -26,7 +26,7 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     W[i, j] = code[i, j] scale[i, j // g] with int8 codes and bfloat16 scales: 1 + 2/g bytes per weight (counted).
     Loading quantises one layer at a time. Embeddings, the head, tied layers, norms and biases stay in float, and so do
-    GPT-2's `Conv1D` and stacks of experts. The optimizers of this package train such a model; others cannot.
+    stacks of experts. The optimizers of this package train such a model; others cannot.
 
     A folder that is in 8 bits already, as this package or another program wrote it in the layout of
     `compressed-tensors`, keeps its codes, scales and groups.

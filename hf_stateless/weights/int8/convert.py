@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .linear import Int8Linear
+from .linear import Int8Linear, sizes_of
 from .packed import pack
 
 
@@ -24,7 +25,7 @@ def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list
         left_out: names, prefixes, suffixes or regular expressions of modules that stay in float, as tied layers do.
 
     Raises:
-        ValueError: there is none. GPT-2's `Conv1D` is no linear layer.
+        ValueError: there is none.
     """
     stays, backbone = list(left_out or ()), model
     if isinstance(model, PreTrainedModel):
@@ -35,15 +36,15 @@ def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no linear layer that could be stored in 8 bits beside those of "
-            f"modules_to_not_convert={sorted(stays)}. GPT-2's Conv1D layers and stacks of experts are not supported: "
-            "load the model without quantization_config."
+            f"modules_to_not_convert={sorted(stays)}. Stacks of experts are not supported: load the model "
+            "without quantization_config."
         )
     return names
 
 
 def _is_matrix(module: nn.Module) -> bool:
     """Tell whether a layer is one to store in 8 bits: a gate of one output has nothing to save and trains in float."""
-    return type(module) is nn.Linear and module.out_features > 1
+    return type(module) in (nn.Linear, Conv1D) and sizes_of(module)[1] > 1
 
 
 def quantize_layer(model: nn.Module, name: str, group_size: int | None) -> Int8Linear:
@@ -73,6 +74,9 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Put plain linear layers in the place of 8-bit ones, and cast the rest to the same dtype."""
     for name, layer in list(int8_layers(model)):
         model.set_submodule(name, layer.to_float(dtype))
+        around = model.get_submodule(name.rpartition(".")[0])
+        if layer.from_conv1d and hasattr(around, "fan_in_fan_out"):
+            around.fan_in_fan_out = True  # type: ignore[assignment]  # what PEFT asks before it merges an adapter
     for tensor in model.parameters():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
@@ -82,13 +86,16 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def can_be_packed(model: PreTrainedModel) -> bool:
     """Tell whether transformers reads a model with packed layers as it was saved.
 
-    It does not where it converts weights between their names in a file and in the model: parts of what is packed would
-    be put together, and stacks of experts that are not packed are left out without an error (5.17).
+    It does not where there is no linear layer, as in GPT-2, and where it converts weights between their names in a
+    file and in the model: parts of what is packed would be put together, and stacks of experts that are not packed are
+    left out without an error (5.17).
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
     layers = dict(int8_layers(model))
+    if any(layer.from_conv1d for layer in layers.values()):
+        return False  # nothing reads packed layers in the place of a `Conv1D`
     names = [f"{n}_packed" if n.removesuffix(".weight") in layers else n for n in model.state_dict()]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     try:

@@ -11,8 +11,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .compressed import Group
+from .linear import sizes_of
 from .packed import PER_WORD, words
 
 
@@ -79,7 +81,7 @@ def _compare_layers(
                     "stacks of experts cannot be trained in 8 bits."
                 )
             continue
-        if name not in layers or not isinstance(linear, nn.Linear):
+        if name not in layers or not isinstance(linear, nn.Linear | Conv1D):
             raise ValueError(
                 f"{folder}: {layer} is stored in 8 bits, but config.json says it is not: its "
                 "modules_to_not_convert, targets or ignore are others than when the folder was saved."
@@ -87,9 +89,9 @@ def _compare_layers(
         _compare_shapes(layer, stored, linear, layers[name], folder)
 
 
-def _compare_shapes(layer: str, held: Held, linear: nn.Linear, group: Group, folder: str) -> None:
+def _compare_shapes(layer: str, held: Held, linear: nn.Linear | Conv1D, group: Group, folder: str) -> None:
     """Refuse dtypes and shapes that are not those of a layer."""
-    rows, columns = linear.out_features, linear.in_features
+    columns, rows = sizes_of(linear)
     length = group.group_size or columns
     codes = "I32" if group.packed else "I8"
     scales = ("BF16",) if group.ours else ("BF16", "F16", "F32")

@@ -17,7 +17,7 @@ from .compressed import Group, stored_layers
 from .config import DEFAULT_GROUP_SIZE, METHOD, Int8TrainingConfig
 from .convert import int8_layers, layers_to_quantize, packed_state, quantize_layer, to_float
 from .folder import check_folder, is_own_class
-from .linear import Int8Linear
+from .linear import Int8Linear, sizes_of
 from .weight import Int8Weight
 
 
@@ -80,9 +80,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         files = [file for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
         check_folder(files, model, layers)
         for name, group in layers.items():
-            linear = model.get_submodule(name)
-            sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-            empty = Int8Linear(*sizes, group.group_size, "meta", linear.weight.dtype)
+            empty = Int8Linear.like(model.get_submodule(name), group.group_size)
             # Without files it is a state dict that is read, in which codes are not packed.
             empty.expect(packed=group.packed and bool(files), ours=group.ours)
             model.set_submodule(name, empty)
@@ -92,7 +90,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return the layers of a folder that 0.1 wrote, in groups that divide their rows."""
         size, layers = self.quantization_config.group_size, {}
         for name in layers_to_quantize(model, self.quantization_config.modules_to_not_convert):
-            columns = model.get_submodule(name).in_features
+            columns = sizes_of(model.get_submodule(name))[0]
             length = group_length(columns, size)
             layers[name] = Group((), None if length == columns else length, packed=False, ours=True)
         return layers
@@ -121,7 +119,9 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         linear = nn.Linear(layer.in_features, layer.out_features, False, device=device, dtype=layer.float_dtype)
         linear.bias = layer.bias
         model._init_weights(linear)
-        model.set_submodule(name, Int8Linear.from_float(linear, layer.length))
+        renewed = Int8Linear.from_float(linear, layer.length)
+        renewed.from_conv1d = layer.from_conv1d
+        model.set_submodule(name, renewed)
 
     def _agree(self, model: PreTrainedModel) -> None:
         """Do what the user's config asks of layers that have a layout already: keep some in float, or refuse.

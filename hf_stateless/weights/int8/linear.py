@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from .codes import (
     LARGEST_SCALE,
@@ -57,6 +58,8 @@ class Int8Linear(nn.Linear):
     weight_scale: Scale
     ours: bool = True
     """Whether every group was written by `requantize_`; those of other programs need not have a code of 126 or 127."""
+    from_conv1d: bool = False
+    """Whether it stands for a `Conv1D` of GPT-2, whose float weight is (in, out); codes are (out, in) all the same."""
     _read_as: tuple[str, ...] = ()
 
     def __init__(
@@ -79,17 +82,27 @@ class Int8Linear(nn.Linear):
         self.store(codes, scale, dtype or torch.get_default_dtype())
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, group_size: int | None = 128) -> Int8Linear:
-        """Return the 8-bit layer nearest to a linear layer; the bias is shared with it.
+    def from_float(cls, linear: nn.Linear | Conv1D, group_size: int | None = 128) -> Int8Linear:
+        """Return the 8-bit layer nearest to a linear layer or a `Conv1D`; the bias is shared with it.
 
         Raises:
             ValueError: a weight is NaN or infinite.
         """
-        layer = cls(linear.in_features, linear.out_features, False, group_size, "meta", linear.weight.dtype)
+        layer = cls.like(linear, group_size)
         layer.bias = linear.bias
-        layer.store(*quantize_matrix(linear.weight, group_size), linear.weight.dtype)
+        weight = linear.weight.T if layer.from_conv1d else linear.weight
+        layer.store(*quantize_matrix(weight, group_size), linear.weight.dtype)
         layer.weight.requires_grad_(linear.weight.requires_grad)
         return layer.train(linear.training)
+
+    @classmethod
+    def like(cls, linear: nn.Module, group_size: int | None) -> Int8Linear:
+        """Return the layer that can hold a linear layer or a `Conv1D` of GPT-2, without memory."""
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        layer = cls(*sizes_of(linear), linear.bias is not None, group_size, "meta", weight.dtype)
+        layer.from_conv1d = isinstance(linear, Conv1D)
+        return layer
 
     def store(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         """Take over codes and scales as they are; the parameters are made anew."""
@@ -163,10 +176,14 @@ class Int8Linear(nn.Linear):
         self.ours = True
         return quantize_matrix(dequantize_matrix(codes, scale.float()), self._length)
 
-    def to_float(self, dtype: torch.dtype) -> nn.Linear:
-        """Return the plain layer with the dequantised weight."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.dequantize(dtype), requires_grad=self.weight.requires_grad)
+    def to_float(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
+        """Return the plain layer with the dequantised weight, of the kind that it was made from."""
+        weight, sizes = self.weight.dequantize(dtype), (self.in_features, self.out_features)
+        linear: nn.Linear | Conv1D
+        with torch.device("meta"):
+            linear = Conv1D(*sizes[::-1]) if self.from_conv1d else nn.Linear(*sizes, self.bias is not None)
+        weight = weight.T.contiguous() if self.from_conv1d else weight
+        linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
@@ -245,7 +262,7 @@ class Int8Linear(nn.Linear):
         if weight is None or (scale is None and not weight.is_floating_point()):
             return
         if weight.is_floating_point():
-            weight, scale = quantize_matrix(weight, self.length)
+            weight, scale = quantize_matrix(weight.T if self.from_conv1d else weight, self.length)
         assert scale is not None
         by_0_1 = group_length(self.in_features, self.group_size)
         as_in_0_1 = tuple(scale.shape) == (self.out_features, self.in_features // by_0_1)
@@ -258,6 +275,11 @@ class Int8Linear(nn.Linear):
             self.weight_scale.data.copy_(scale)
         else:  # 0.1 had other groups for rows that the group size does not divide
             self.weight_scale.data = scale.to(self.weight_scale.device, copy=True)
+
+
+def sizes_of(linear: nn.Module) -> tuple[int, int]:
+    """Return the lengths of inputs and outputs of a linear layer, or of a `Conv1D`."""
+    return linear.weight.shape if isinstance(linear, Conv1D) else linear.weight.shape[::-1]  # type: ignore
 
 
 def _room(shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
