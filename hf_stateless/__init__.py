@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .trainer.names import register as _register
-from .weights.int8.hf_quantizer import Int8TrainingConfig, dequantize, quantize
+from .weights.int8.config import Int8TrainingConfig
+from .weights.int8.hf_quantizer import dequantize, quantize
 
 
 if TYPE_CHECKING:

@@ -161,14 +161,17 @@ def push_base(folder, repository):
     HfApi().upload_folder(repo_id=repository, folder_path=folder)
 
 
-def equal_to_disk(repository, folder, adapter=False):
+def equal_to_disk(repository, folder, adapter=False, in_8_bits=False):
     """Load a model from the Hub and from disk, and tell whether all tensors are equal."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
+    from hf_stateless import Int8TrainingConfig
+
     loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    pushed, local = (loader.from_pretrained(place).state_dict() for place in (repository, folder))
+    options = {"quantization_config": Int8TrainingConfig()} if in_8_bits else {}
+    pushed, local = (loader.from_pretrained(place, **options).state_dict() for place in (repository, folder))
     return pushed.keys() == local.keys() and all(torch.equal(pushed[name], local[name]) for name in pushed)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from int8_folders import load_int8_folder
 from script_start import find_checkpoint
-from test_int8_training import assert_equal, fit, load, load_int8, state_of
+from test_int8_training import assert_equal, fit, load_int8, state_of
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
@@ -119,11 +120,11 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(k
     found = find_checkpoint(arguments)
     assert found == str(runs / kind / f"checkpoint-{LAST_STEP}")
     assert (f"{half_written} is left out" in capsys.readouterr().out) == half_written.is_dir()
-    assert_equal(state_of(load(found)), state_of(load(straight / f"checkpoint-{LAST_STEP}")))
+    assert_equal(state_of(load_int8_folder(found)), state_of(load_int8_folder(straight / f"checkpoint-{LAST_STEP}")))
     resumed = fit(load_int8(runs / "float"), runs / kind, found, **OPTIONS)
     for step in (LAST_STEP + 1, 5):
-        expected = load(straight / f"checkpoint-{step}")
-        assert_equal(state_of(load(runs / kind / f"checkpoint-{step}")), state_of(expected))
+        expected = load_int8_folder(straight / f"checkpoint-{step}")
+        assert_equal(state_of(load_int8_folder(runs / kind / f"checkpoint-{step}")), state_of(expected))
     assert_equal(state_of(resumed.model), state_of(expected))
 
 

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from conftest import tiny_inputs
+from int8_folders import load_int8_folder
 from push_worker import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -42,7 +43,7 @@ def config_of(folder):
 def test_a_bf16_export_is_the_dequantised_model(int8, tmp_path, capsys):
     assert main(["export", str(int8), str(tmp_path / "out" / "plain")]) == 0
     out = tmp_path / "out" / "plain"
-    expected, actual = dequantize(load(int8)).state_dict(), load(out).state_dict()
+    expected, actual = dequantize(load_int8_folder(int8)).state_dict(), load(out).state_dict()
     assert expected.keys() == actual.keys()
     assert all(torch.equal(actual[name], t) and actual[name].dtype == t.dtype for name, t in expected.items())
     assert "quantization_config" not in config_of(out)
@@ -67,7 +68,7 @@ def test_a_bitsandbytes_export_has_8_bit_layers_and_nearly_the_same_output(int8,
     bnb = pytest.importorskip("bitsandbytes")
     out = export_model(int8, tmp_path / "out", "bitsandbytes")
     assert config_of(out)["quantization_config"]["load_in_8bit"] is True
-    model, ours = load(out), load(int8)
+    model, ours = load(out), load_int8_folder(int8)
     assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear8bitLt)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
     expected = logits(ours)
@@ -110,7 +111,7 @@ def test_a_failed_export_leaves_nothing(int8, tmp_path, monkeypatch, capsys):
 
 
 def _plain(int8, tmp_path):
-    dequantize(load(int8)).save_pretrained(tmp_path / "plain")
+    dequantize(load_int8_folder(int8)).save_pretrained(tmp_path / "plain")
     return [tmp_path / "plain", tmp_path / "out"]
 
 

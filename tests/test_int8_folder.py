@@ -1,4 +1,4 @@
-"""Folders of 8-bit models: what is damaged is refused in one line, by from_pretrained and by an export."""
+"""Folders of 0.1: what is damaged is refused in one line, by from_pretrained and by an export."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import TINY_MODELS, tiny_inputs
+from int8_folders import save_as_0_1
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -22,8 +23,7 @@ CODES, SCALE = f"{LAYER}.weight", f"{LAYER}.weight_scale"
 def saved(tmp_path_factory):
     """The folder of a tiny 8-bit model."""
     folder = tmp_path_factory.mktemp("saved") / "int8"
-    quantize(TINY_MODELS["llama"]().to(torch.bfloat16), Int8TrainingConfig(16)).save_pretrained(folder)
-    return folder
+    return save_as_0_1(quantize(TINY_MODELS["llama"]().to(torch.bfloat16), Int8TrainingConfig(16)), folder)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def model_config(**changes):
 
 def sharded(change=lambda index, folder: None):
     def damage(folder):
-        load(folder).save_pretrained(folder.parent / "shards", max_shard_size="10KB")
+        save_as_0_1(load(folder), folder.parent / "shards", max_shard_size="10KB")
         shutil.rmtree(folder)
         (folder.parent / "shards").rename(folder)
         path = folder / "model.safetensors.index.json"
@@ -260,7 +260,7 @@ def test_another_class_takes_the_layers_it_has(kind, saved):
 
 
 def test_a_layer_that_another_class_has_and_the_folder_lacks_is_new(tmp_path):
-    quantize(TINY_MODELS["bert"](), Int8TrainingConfig(16)).save_pretrained(tmp_path / "int8")
+    save_as_0_1(quantize(TINY_MODELS["bert"](), Int8TrainingConfig(16)), tmp_path / "int8")
     model = load(tmp_path / "int8", AutoModel)
     assert model.pooler.dense.weight.dequantize().isfinite().all()
     assert model.pooler.dense.weight.codes.abs().max() == 127
@@ -283,7 +283,7 @@ def test_a_loaded_state_dict_is_looked_at_too(saved):
 @pytest.mark.parametrize("lost", ["layers.0.self_attn.q_proj", "layers.1.", "mlp."])
 def test_a_folder_that_lacks_layers_is_loaded_as_no_class(make_model, tmp_path, kind, lost):
     folder = tmp_path / "int8"
-    quantize(make_model("llama")).save_pretrained(folder)
+    save_as_0_1(quantize(make_model("llama")), folder)
     file = folder / "model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(file).items() if lost not in name}
     save_file(tensors, file, metadata={"format": "pt"})

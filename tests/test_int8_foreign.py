@@ -1,13 +1,22 @@
-"""Folders of 8-bit models in a process that does not know them: an error, and no random weights."""
+"""Folders of 8-bit models in a process that cannot read them: an error, and no random weights."""
 
 import subprocess
 import sys
 
 from conftest import TINY_MODELS
+from int8_folders import save_as_0_1
 
 from hf_stateless import Int8TrainingConfig, quantize
 
 
+# As if compressed-tensors was not installed.
+BLOCKED = """
+import sys
+from importlib import metadata, util
+find = util.find_spec
+util.find_spec = lambda name, *more: None if name.startswith("compressed_tensors") else find(name, *more)
+sys.modules["compressed_tensors"] = None
+"""
 FOREIGN = """
 import sys
 import torch
@@ -39,13 +48,26 @@ AutoModelForCausalLM.from_pretrained(folder)
 """
 
 
-def test_a_process_without_this_package_gets_an_error_and_its_name(tmp_path):
+def test_a_process_without_this_package_gets_an_error_and_its_name_from_folders_of_0_1(tmp_path):
     """Each way to read a folder; with one scale for a row too, where codes have as many entries in the same order."""
     folders = [str(tmp_path / str(size)) for size in (16, None)]
     for folder, size in zip(folders, (16, None), strict=True):
-        quantize(TINY_MODELS["llama"](), Int8TrainingConfig(size)).save_pretrained(folder)
+        save_as_0_1(quantize(TINY_MODELS["llama"](), Int8TrainingConfig(size)), folder)
     done = subprocess.run([sys.executable, "-c", FOREIGN, *folders], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("refused by") == 2 * 7, done.stdout + done.stderr
     assert "LOADED" not in done.stdout
     assert "hf_stateless_int8" in done.stderr
+
+
+def test_without_compressed_tensors_every_way_to_read_ends_in_the_error_of_transformers(tmp_path):
+    folders = [str(tmp_path / str(size)) for size in (16, None)]
+    for folder, size in zip(folders, (16, None), strict=True):
+        quantize(TINY_MODELS["llama"](), Int8TrainingConfig(size)).save_pretrained(folder)
+    code = BLOCKED + FOREIGN.replace(", strict=False", "")
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("refused by ImportError") == 2 * 6, done.stdout + done.stderr
+    assert done.stdout.count("by names refused by RuntimeError") == 2
+    assert "LOADED" not in done.stdout
+    assert "pip install compressed-tensors" in done.stderr

@@ -1,5 +1,6 @@
 """8-bit models in the stack: loading, saving, Trainer, TRL, resuming, several processes, and what is refused."""
 
+import copy
 import gc
 import json
 import subprocess
@@ -9,8 +10,10 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, tiny_inputs
 from distributed_worker import train
+from int8_folders import load_int8_folder
 from test_distributed import launch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import hf_stateless
 from hf_stateless import Int8TrainingConfig, create_optimizer, dequantize, quantize
@@ -61,7 +64,7 @@ def test_loading_quantises_the_linear_layers_of_the_backbone_alone(saved):
 def test_a_saved_8_bit_model_loads_to_the_same_bytes(saved, tmp_path):
     model = load_int8(saved, modules_to_not_convert=["down_proj"])
     model.save_pretrained(tmp_path / "int8")
-    again = load(tmp_path / "int8")
+    again = load_int8_folder(tmp_path / "int8")
     assert_equal(state_of(model), state_of(again))
     assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert not isinstance(again.model.layers[0].mlp.down_proj, Int8Linear)
@@ -170,7 +173,7 @@ def test_a_resumed_run_is_equal_to_the_bit(name, saved, tmp_path):
     straight = fit(load_int8(saved), tmp_path / "run", **options).model
     resumed = fit(load_int8(saved), tmp_path / "again", str(tmp_path / "run" / "checkpoint-2"), **options).model
     assert_equal(state_of(straight), state_of(resumed))
-    assert_equal(state_of(straight), state_of(load(tmp_path / "run" / "checkpoint-5")))
+    assert_equal(state_of(straight), state_of(load_int8_folder(tmp_path / "run" / "checkpoint-5")))
 
 
 def test_rounding_depends_on_the_seed_and_may_be_to_nearest(saved, tmp_path):
@@ -234,18 +237,43 @@ def test_replicas_have_the_same_bytes_although_they_started_apart(name, ddp, tmp
         assert (first[key].float() - alone[key].float()).abs().mean() < 0.1
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])
-def test_conv1d_and_experts_stay_in_float(name, make_model):
-    model = make_model(name)
-    if name == "gpt2":
-        with pytest.raises(ValueError, match="GPT-2's Conv1D"):
-            quantize(model)
-    else:
-        stored = {n.split(".")[-1] for n, _ in int8_layers(quantize(model))}
-        assert stored == {"q_proj", "k_proj", "v_proj", "o_proj"}
+def test_stacks_of_experts_stay_in_float(make_model):
+    stored = {n.split(".")[-1] for n, _ in int8_layers(quantize(make_model("qwen3_moe")))}
+    assert stored == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "t5", "bert", "vit"])
+@pytest.mark.parametrize("group_size", [16, 128, None])
+def test_conv1d_is_stored_in_groups_of_its_inputs_and_given_back(group_size, make_model, tmp_path):
+    plain = make_model("gpt2").to(torch.bfloat16).eval()
+    plain.save_pretrained(tmp_path / "float")
+    model = quantize(copy.deepcopy(plain), Int8TrainingConfig(group_size))
+    loaded = load(tmp_path / "float", quantization_config=Int8TrainingConfig(group_size))
+    assert_equal(state_of(model), state_of(loaded))
+    layer = model.transformer.h[1].mlp.c_fc
+    assert (layer.in_features, layer.out_features, tuple(layer.weight.shape)) == (32, 128, (128, 32))
+    off = layer.weight.dequantize().T - plain.transformer.h[1].mlp.c_fc.weight
+    assert off.abs().max() < plain.transformer.h[1].mlp.c_fc.weight.abs().max() / 100
+    layer.load_state_dict(plain.transformer.h[1].mlp.c_fc.state_dict())
+    assert_equal(state_of(model), state_of(loaded))
+    batch = tiny_inputs("gpt2")
+    logits = model(**batch).logits
+    dequantize(model).save_pretrained(tmp_path / "plain")
+    assert type(model.transformer.h[1].mlp.c_fc) is Conv1D
+    assert torch.equal(load(tmp_path / "plain")(**batch).logits, logits)
+
+
+def test_adapters_over_conv1d_in_8_bits_are_merged_the_right_way_round(make_model):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["c_attn", "c_proj", "c_fc"], init_lora_weights=False)
+    adapted = peft.get_peft_model(quantize(make_model("gpt2")), lora).eval()
+    batch = tiny_inputs("gpt2")
+    expected = adapted(**batch).logits
+    merged = dequantize(adapted, torch.float32).merge_and_unload()
+    assert type(merged.transformer.h[0].attn.c_proj) is Conv1D  # which is square
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "t5", "bert", "vit"])
 def test_other_architectures_train(name, make_model):
     model = quantize(make_model(name), Int8TrainingConfig(None))
     optimizer = create_optimizer(model, "sinkgd_layerwise", lr=1e-2)

@@ -64,7 +64,7 @@ def test_an_8_bit_model_is_pushed_as_it_is_stored_and_its_card_says_what_to_impo
     repository = hub.repository("tester/int8")
     assert set(repository.files) == PUSHED
     assert repository.files["model.safetensors"] == (folder / "runs/int8/model.safetensors").read_bytes()
-    assert worker.equal_to_disk("tester/int8", "runs/int8")
+    assert worker.equal_to_disk("tester/int8", "runs/int8", in_8_bits=True)
     quick_start = repository.files["README.md"].decode().split("```python\n")[1]
     assert quick_start.startswith("import hf_stateless")
 

@@ -40,6 +40,7 @@ def reader_objects(make_model, tmp_path, monkeypatch):
     rows = [{name: values[row] for name, values in batch.items()} for row in range(8)]
     model, tokenizer = make_model("llama"), tiny_tokenizer()
     model.save_pretrained("a-model")
+    hf_stateless.quantize(make_model("llama")).save_pretrained("runs/sft-8bit")
     chats = Dataset.from_list([{"prompt": f"w{row} w3", "completion": f" w{row + 1}"} for row in range(8)])
     names = {"name": "a-model", "tokenizer": tokenizer, "chats": chats}
     return {"__name__": "readme", "model": model, "dataset": rows, **names}
@@ -48,6 +49,8 @@ def reader_objects(make_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", EXECUTED, ids=str)
 def test_python_block_runs(block, reader_objects):
     before = {name: weight.clone() for name, weight in reader_objects["model"].state_dict().items()}
+    if "runs/sft-8bit" in block.code:
+        pytest.importorskip("compressed_tensors")
     exec(compile(block.code, str(block), "exec"), reader_objects)  # an exception is the failure
     weights = reader_objects["model"].state_dict()
     assert weights.keys() == before.keys()
@@ -165,7 +168,14 @@ def check_own_command(words):
     assert flags <= flags_of(sys.executable, "-m", "hf_stateless.run.command", words[1])
 
 
+def check_vllm(words):
+    """It is not installed for tests: a folder alone is what it needs."""
+    assert words[1] == "serve"
+    assert len(words) == 3
+
+
 CHECKS = {
+    "vllm": check_vllm,
     "pip": check_pip,
     "accelerate": check_launch,
     "python": check_launch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 from ..reports.command_line import Parser, first_line
@@ -21,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", metavar="MODEL", help="folder of a saved 8-bit model, or its id on the Hub")
     parser.add_argument("output", metavar="OUT", help="new folder")
     parser.add_argument(
-        "--format", choices=FORMATS, default="bf16", help="default bf16, from which GGUF files are made"
+        "--format",
+        choices=FORMATS,
+        default="bf16",
+        help="default bf16, also for GGUF; vllm is for folders of 0.1",
     )
     try:
         args = parser.parse_args(argv)
@@ -30,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hf-stateless export: {first_line(error)}", file=sys.stderr)
         return 2
     print(f'{folder}: {args.format}, for from_pretrained("{folder}")')
+    if args.format == "vllm":
+        print(f"vllm serve {shlex.quote(str(folder))}")
     if args.format == "bf16":
         print(f"A GGUF file of it, with llama.cpp: python convert_hf_to_gguf.py {folder} --outfile model.gguf")
     return 0

@@ -16,6 +16,7 @@ from ..optimizer.options import EVERY_RULE, group_values
 from ..optimizer.release import is_released
 from ..optimizer.rules import RULES
 from ..update.layout import listed_layouts
+from ..weights.int8.compressed import METHOD as COMPRESSED
 from ..weights.int8.convert import int8_layers
 from .adapters import has_lora
 from .assumed import assumptions
@@ -181,6 +182,7 @@ def optimizer_arguments(
     logs of level INFO are not seen.
     """
     options = parse_options(name, given)
+    _refuse_compressed(model)
     lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
     groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
     note = untrained_note(model, given)
@@ -200,6 +202,16 @@ def optimizer_arguments(
         return arguments
     _prepare_release(model, groups, options.release)
     return {**arguments, "release": options.release, "order": [name for name, _ in model.named_parameters()]}
+
+
+def _refuse_compressed(model: nn.Module) -> None:
+    """Refuse packed weights that transformers loaded to run: their float values would appear after this, untrained."""
+    packed = any(getattr(module, "quantization_method", None) == COMPRESSED for module in model.modules())
+    if packed and not has_lora(model):
+        raise ValueError(
+            "The model is loaded by compressed-tensors, which does not train it: load it with "
+            "quantization_config=hf_stateless.Int8TrainingConfig() to train int8 weights, or train LoRA adapters."
+        )
 
 
 def _finite(what: str, value: Any) -> float:

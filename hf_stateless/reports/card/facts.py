@@ -41,7 +41,11 @@ class CardFacts:
     tokenizer: bool = True
     """A tokenizer is saved with the model."""
     needs_import: bool = False
-    """Loading it needs `import hf_stateless`: its weights are stored in 8 bits."""
+    """Loading it needs `import hf_stateless`: weights in 8 bits that transformers cannot read alone."""
+    in_8_bits: bool = False
+    """Linear layers are stored in 8 bits, in the layout of `compressed-tensors`."""
+    served: bool = False
+    """vLLM has kernels for how they are stored."""
     data: str | None = None
     remarks: list[str] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -90,5 +91,8 @@ def _quick_start(facts: CardFacts) -> str | None:
     else:
         lines = ["from transformers import AutoModelForCausalLM", ""]
         lines += [f"model = AutoModelForCausalLM.from_pretrained({model})  # no tokenizer was saved with it"]
+    if facts.in_8_bits:
+        lines[0] += "  # reads the 8-bit weights with compressed-tensors: pip install compressed-tensors"
     where = "" if on_hub else "In the folder of this card:\n\n"
-    return "\n".join([f"{where}```python", *first, *lines, "```"])
+    served = ["", "```bash", f"vllm serve {shlex.quote(json.loads(model))}", "```"] if facts.served else []
+    return "\n".join([f"{where}```python", *first, *lines, "```", *served])

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard
 
 from ...optimizer.rules import COMMON, told_options
-from ...weights.int8.convert import int8_layers
+from ...weights.int8.compressed import has_kernels
+from ...weights.int8.convert import can_be_packed, int8_layers
 from ..measured.footprint import count_parameters
 from ..provenance import published_options, published_values, versions, without_folders
 from ..run_facts import adapter_of, base_of, hub_id
@@ -55,6 +56,8 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
     base, is_local = _base_model(name)
     tag, words = _task(trainer, base)
     own_name = (trainer.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
+    in_8_bits = any(True for _ in int8_layers(inner)) and not adapter
+    packed = in_8_bits and can_be_packed(inner)
     facts = CardFacts(
         name=one_line(given.get("model_name") or own_name),
         model=type(inner).__name__,
@@ -67,7 +70,9 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
         repository=trainer.hub_model_id,
         chat=bool(getattr(trainer.processing_class, "chat_template", None)),
         tokenizer=trainer.processing_class is not None,
-        needs_import=any(True for _ in int8_layers(inner)),
+        needs_import=in_8_bits and not packed,
+        in_8_bits=in_8_bits and packed,
+        served=in_8_bits and packed and has_kernels(layer for _, layer in int8_layers(inner)),
         data=_data(given),
         remarks=[without_folders(remark) for remark in given.get("remarks") or ()],
         hyperparameters=_hyperparameters(trainer, adapter and adapter[1]),

@@ -15,6 +15,8 @@ from ..rounding import stochastic_round_integers_
 
 
 LARGEST_CODE = 127
+COMMON_LENGTHS = (128, 64, 32)
+"""How many weights share a scale where vLLM has kernels for it; so it has where all of a row do."""
 # Bounds of the scales. The smallest bfloat16 that is no subnormal serves groups of zeros too: no division by zero.
 # The largest keeps 127 times itself within bfloat16.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**121
@@ -42,12 +44,33 @@ def group_length(in_features: int, group_size: int | None) -> int:
     return next(length for length in range(group_size + 1, in_features + 1) if in_features % length == 0)
 
 
+def stored_length(in_features: int, group_size: int | None) -> int:
+    """Return how many weights of a row share a scale where a weight is stored: a number that others have kernels for.
+
+    It is `group_size` where that divides a row, else the next of 128, 64 and 32 that does, else `group_length`.
+
+    Args:
+        in_features: length of a row.
+        group_size: as many as wanted; None for one scale per row.
+
+    Example:
+        >>> from hf_stateless.weights.int8.codes import stored_length
+        >>> stored_length(4096, 128), stored_length(576, 128), stored_length(1376, 128), stored_length(5461, 128)
+        (128, 64, 32, 127)
+    """
+    if group_size is not None and group_size < in_features:
+        for length in (group_size, *(size for size in COMMON_LENGTHS if size < group_size)):
+            if in_features % length == 0:
+                return length
+    return group_length(in_features, group_size)
+
+
 def quantize_matrix(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     """Return int8 codes in the shape of a matrix and bfloat16 scales of (rows, groups), rounded to nearest.
 
     Args:
         weight: (out_features, in_features), any float dtype.
-        group_size: see `group_length`.
+        group_size: see `stored_length`.
 
     Raises:
         ValueError: a weight is NaN or infinite.
@@ -60,7 +83,7 @@ def quantize_matrix(weight: Tensor, group_size: int | None) -> tuple[Tensor, Ten
     """
     rows, columns = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    groups = columns // group_length(columns, group_size)
+    groups = columns // stored_length(columns, group_size)
     scale = torch.full((rows, groups), SMALLEST_SCALE, dtype=torch.bfloat16, device=weight.device)
     exact = weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if not bool(torch.isfinite(exact).all()):
@@ -87,14 +110,15 @@ def dequantize_matrix(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     return grouped.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)
 
 
-def checked_codes(codes: Tensor, scale: Tensor, shape: tuple[int, int], group_size: int | None) -> Tensor:
-    """Return codes that somebody else stored, as a matrix, after a look at whether they can be ours.
+def checked_codes(codes: Tensor, scale: Tensor, shape: tuple[int, int], length: int, *, ours: bool = True) -> Tensor:
+    """Return codes that were stored, as a matrix, after a look at whether they can be what was written.
 
     Args:
-        codes: int8 of shape (rows, groups, length), or (rows, columns) as 0.1 saved them.
+        codes: int8 of shape (rows, groups, length), or (rows, columns).
         scale: (rows, groups) bfloat16.
         shape: (rows, columns) of the weight.
-        group_size: see `group_length`.
+        length: how many weights share a scale.
+        ours: this package wrote them, so that the largest code of a group is 126 or 127; others are free in that.
 
     Raises:
         ValueError: another dtype or shape; a scale or code that is never written; codes that do not fit their scales.
@@ -103,11 +127,10 @@ def checked_codes(codes: Tensor, scale: Tensor, shape: tuple[int, int], group_si
         >>> import torch
         >>> from hf_stateless.weights.int8.codes import checked_codes
         >>> codes, scale = torch.tensor([[[3, -127]]], dtype=torch.int8), torch.tensor([[0.5]], dtype=torch.bfloat16)
-        >>> checked_codes(codes, scale, (1, 2), None)
+        >>> checked_codes(codes, scale, (1, 2), 2)
         tensor([[   3, -127]], dtype=torch.int8)
     """
     rows, columns = shape
-    length = group_length(columns, group_size)
     grouped = (rows, columns // length, length)
     if codes.dtype != torch.int8 or scale.dtype != torch.bfloat16:
         raise ValueError(f"got codes of {codes.dtype} and scales of {scale.dtype}, expected int8 and bfloat16.")
@@ -121,11 +144,12 @@ def checked_codes(codes: Tensor, scale: Tensor, shape: tuple[int, int], group_si
         return codes
     if not bool(((scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)).all()):
         raise ValueError("a scale is NaN, infinite, zero or negative, so the file is damaged: copy the folder again.")
-    smallest, largest = torch.aminmax(codes.view(grouped), dim=-1)
-    # What requantize_ writes fits in every group; a rare exception is left to the arithmetic of other devices.
-    fits = (torch.maximum(largest, -smallest) >= LARGEST_CODE - 1) | (scale <= SMALLEST_SCALE)
-    if int(smallest.min()) < -LARGEST_CODE or float(fits.float().mean()) < 0.95:
-        raise ValueError("the codes do not fit their scales, so the file is damaged: copy the folder again.")
+    if ours:
+        smallest, largest = torch.aminmax(codes.view(grouped), dim=-1)
+        # What requantize_ writes fits in every group; a rare exception is left to the arithmetic of other devices.
+        fits = (torch.maximum(largest, -smallest) >= LARGEST_CODE - 1) | (scale <= SMALLEST_SCALE)
+        if int(smallest.min()) < -LARGEST_CODE or float(fits.float().mean()) < 0.95:
+            raise ValueError("the codes do not fit their scales, so the file is damaged: copy the folder again.")
     return codes
 
 

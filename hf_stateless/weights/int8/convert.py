@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .linear import Int8Linear
+from .linear import Int8Linear, sizes_of
+from .packed import pack
 
 
 def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list[str]:
@@ -21,7 +25,7 @@ def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list
         left_out: names, prefixes, suffixes or regular expressions of modules that stay in float, as tied layers do.
 
     Raises:
-        ValueError: there is none. GPT-2's `Conv1D` is no linear layer.
+        ValueError: there is none.
     """
     stays, backbone = list(left_out or ()), model
     if isinstance(model, PreTrainedModel):
@@ -32,15 +36,15 @@ def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no linear layer that could be stored in 8 bits beside those of "
-            f"modules_to_not_convert={sorted(stays)}. GPT-2's Conv1D layers and stacks of experts are not supported: "
-            "load the model without quantization_config."
+            f"modules_to_not_convert={sorted(stays)}. Stacks of experts are not supported: load the model "
+            "without quantization_config."
         )
     return names
 
 
 def _is_matrix(module: nn.Module) -> bool:
     """Tell whether a layer is one to store in 8 bits: a gate of one output has nothing to save and trains in float."""
-    return type(module) is nn.Linear and module.out_features > 1
+    return type(module) in (nn.Linear, Conv1D) and sizes_of(module)[1] > 1
 
 
 def quantize_layer(model: nn.Module, name: str, group_size: int | None) -> Int8Linear:
@@ -70,7 +74,51 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Put plain linear layers in the place of 8-bit ones, and cast the rest to the same dtype."""
     for name, layer in list(int8_layers(model)):
         model.set_submodule(name, layer.to_float(dtype))
+        around = model.get_submodule(name.rpartition(".")[0])
+        if layer.from_conv1d and hasattr(around, "fan_in_fan_out"):
+            around.fan_in_fan_out = True  # type: ignore[assignment]  # what PEFT asks before it merges an adapter
     for tensor in model.parameters():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+def can_be_packed(model: PreTrainedModel) -> bool:
+    """Tell whether transformers reads a model with packed layers as it was saved.
+
+    It does not where there is no linear layer, as in GPT-2, and where it converts weights between their names in a
+    file and in the model: parts of what is packed would be put together, and stacks of experts that are not packed are
+    left out without an error (5.17).
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    layers = dict(int8_layers(model))
+    if any(layer.from_conv1d for layer in layers.values()):
+        return False  # nothing reads packed layers in the place of a `Conv1D`
+    names = [f"{n}_packed" if n.removesuffix(".weight") in layers else n for n in model.state_dict()]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    try:
+        back = [converter.reverse_transform() for converter in converters]
+    except (NotImplementedError, ValueError):  # there is no way back
+        return False
+    return not any(converter.rename_source_key(name)[1] for converter in back for name in names)
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a model as `compressed-tensors` stores it.
+
+    For each 8-bit layer it holds `weight_packed` (rows, ceil(columns / 4)) int32, `weight_scale` (rows, groups) and
+    `weight_shape` (2,) int64, and no `weight`. What is packed is on the host: a device that is full of weights has no
+    room for them twice.
+    """
+    layers = dict(int8_layers(model))
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if layer is None:
+            state[name] = tensor
+        else:
+            state[f"{name}_packed"] = pack(layer.weight.codes).cpu()
+            state[f"{name}_shape"] = torch.tensor(layer.weight.shape, device="cpu")
+    return state

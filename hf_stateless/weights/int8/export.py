@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from .convert import can_be_packed, int8_layers
 from .hf_quantizer import dequantize
-from .source import KEPT, files_of, load_whole
+from .source import KEPT, files_of, load_whole, refuse_served, refuse_without_kernels
 
 
-FORMATS = ("bf16", "bitsandbytes")
+FORMATS = ("bf16", "bitsandbytes", "vllm")
 
 
 def export_model(
@@ -27,20 +28,22 @@ def export_model(
 
     `bf16`: W = codes scale, rounded to bf16 once, without a `quantization_config`. It loads anywhere, and it is what
     llama.cpp's `convert_hf_to_gguf.py` makes a GGUF file of. `bitsandbytes`: 8-bit linear layers for inference, one
-    scale per row, quantised anew from the bf16 weights. The folder appears whole or not at all.
+    scale per row, quantised anew from the bf16 weights. `vllm`: codes and scales as they are, which `save_pretrained`
+    writes too; for folders of 0.1 and for models in memory. The folder appears whole or not at all.
 
     Args:
         source: a saved folder, an id on the Hub, or a model in memory. From the former two the tokenizer, the chat
             template and the generation config are taken over; a model in memory has no tokenizer.
         output: the new folder; it may exist if it is empty.
-        format: `bf16` or `bitsandbytes`.
+        format: `bf16`, `bitsandbytes` or `vllm`.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: an unknown format, a folder that is not empty, no such source, or one without 8-bit layers; a
-            source that is damaged, or of which a file is a link to somewhere else.
+            source that is damaged, or of which a file is a link to somewhere else; for `vllm`, a folder that vLLM
+            reads as it is, or groups that it has no kernels for.
         ImportError: `bitsandbytes` is not installed.
 
     Example:
@@ -66,12 +69,18 @@ def export_model(
         model = copy.deepcopy(source)
     else:
         files = files_of(os.fspath(source))
+        if format == "vllm":
+            refuse_served(files, os.fspath(source))
         model = load_whole(files, os.fspath(source))
+    if format == "vllm":
+        if not can_be_packed(model):
+            raise ValueError(f"{type(model).__name__} cannot be written for vLLM in 8 bits: type --format bf16.")
+        refuse_without_kernels(layer.length for _, layer in int8_layers(model) if layer.length < layer.in_features)
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Written to a temporary folder beside it, which is then renamed: the folder appears whole or not at all.
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as beside:
         written = Path(beside, "bf16")
-        dequantize(model).save_pretrained(written)
+        (model if format == "vllm" else dequantize(model)).save_pretrained(written)
         if format == "bitsandbytes":
             bits = BitsAndBytesConfig(load_in_8bit=True)
             where = {"": "cuda" if torch.cuda.is_available() else "cpu"}

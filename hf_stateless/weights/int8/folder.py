@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from .codes import group_length
+from .compressed import Group
+from .linear import sizes_of
+from .packed import PER_WORD, words
 
 
 # A tensor's dtype, as safetensors writes it, and its shape.
@@ -20,16 +24,25 @@ _SCALE = ".weight_scale"
 _AGAIN = "copy the whole folder again."
 
 
-def check_folder(
-    files: Sequence[str | os.PathLike[str]], model: PreTrainedModel, group_size: int | None, names: Collection[str]
-) -> None:
+@dataclass(frozen=True)
+class Held:
+    """What the headers of files say of one 8-bit layer."""
+
+    shape: tuple[int, ...]
+    """Of its codes, or of the int32 that hold four of them."""
+    scales: tuple[int, ...]
+    packed: bool
+    dtypes: tuple[str, str]
+    """Of codes and scales."""
+
+
+def check_folder(files: Sequence[str | os.PathLike[str]], model: PreTrainedModel, layers: Mapping[str, Group]) -> None:
     """Refuse files that cannot be the 8-bit weights of a model, after a look at names, dtypes and shapes alone.
 
     Args:
         files: safetensors files, as an index names them; with none nothing is done.
         model: without weights yet.
-        group_size: of the config.
-        names: of its layers that are stored in 8 bits.
+        layers: those that are stored in 8 bits by the config, and how.
 
     Raises:
         ValueError: a file is missing, cut off, or not in the folder; codes and scales do not belong together; the
@@ -42,34 +55,62 @@ def check_folder(
                 raise ValueError(f"{folder}: its index names {file}, which is not in the folder.")
     if files:
         tensors = read_headers(files)
-        stored = layers_of(tensors, group_size, folder)
-        _compare_layers(stored, model, names, folder)
+        held = layers_of(tensors, folder)
+        _compare_layers(held, model, layers, folder)
         if is_own_class(model):
-            _compare_sizes(stored, tensors, model, names, folder)
+            _compare_sizes(held, tensors, model, layers, folder)
         else:
-            _expect_layers(stored, model, names, folder)
+            _expect_layers(held, model, layers, folder)
 
 
 def _compare_layers(
-    stored: Mapping[str, tuple[int, int]], model: PreTrainedModel, names: Collection[str], folder: str
+    held: Mapping[str, Held], model: PreTrainedModel, layers: Mapping[str, Group], folder: str
 ) -> None:
     """Refuse layers that the model has in float, where codes would be wrong weights, or in another size."""
     prefix = f"{model.base_model_prefix}."  # which names of the backbone have or lack, as the class has a head or not
-    linears = {name.removeprefix(prefix): (name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for layer, sizes in stored.items():
-        name, linear = linears.get(layer.removeprefix(prefix), ("", None))
+    modules = {name.removeprefix(prefix): (name, module) for name, module in model.named_modules()}
+    for layer, stored in held.items():
+        name, linear = modules.get(layer.removeprefix(prefix), ("", None))
         if linear is None:
+            parent = layer.removeprefix(prefix)
+            while parent and parent not in modules:
+                parent = parent.rpartition(".")[0]
+            if parent:  # a part of this model, and not of a head that it does not have
+                raise ValueError(
+                    f"{folder}: {layer} is stored in 8 bits, and {type(model).__name__} has no such linear layer; "
+                    "stacks of experts cannot be trained in 8 bits."
+                )
             continue
-        if name not in names:
+        if name not in layers or not isinstance(linear, nn.Linear | Conv1D):
             raise ValueError(
                 f"{folder}: {layer} is stored in 8 bits, but config.json says it is not: its "
-                "modules_to_not_convert is another than when the folder was saved."
+                "modules_to_not_convert, targets or ignore are others than when the folder was saved."
             )
-        if sizes != (linear.out_features, linear.in_features):
-            raise ValueError(
-                f"{folder}: {layer} is stored with {sizes} weights, and config.json speaks of "
-                f"{(linear.out_features, linear.in_features)}: {_AGAIN}"
-            )
+        _compare_shapes(layer, stored, linear, layers[name], folder)
+
+
+def _compare_shapes(layer: str, held: Held, linear: nn.Linear | Conv1D, group: Group, folder: str) -> None:
+    """Refuse dtypes and shapes that are not those of a layer."""
+    columns, rows = sizes_of(linear)
+    length = group.group_size or columns
+    codes = "I32" if group.packed else "I8"
+    scales = ("BF16",) if group.ours else ("BF16", "F16", "F32")
+    if held.packed != group.packed or held.dtypes[0] != codes or held.dtypes[1] not in scales:
+        raise ValueError(
+            f"{folder}: {layer} has codes of {held.dtypes[0]} and scales of {held.dtypes[1]}, expected {codes} and "
+            f"{' or '.join(scales)}."
+        )
+    flat = (rows, words(columns) if group.packed else columns)
+    grouped = () if group.packed else (rows, columns // length, length)
+    if math.prod(held.shape) != math.prod(flat):
+        raise ValueError(
+            f"{folder}: {layer} is stored as {held.shape} weights, and config.json speaks of {flat}: {_AGAIN}"
+        )
+    if held.shape not in (flat, grouped) or held.scales != (rows, columns // length):
+        raise ValueError(
+            f"{folder}: {layer} has codes {held.shape} and scales {held.scales}, which do not fit "
+            f"group_size={group.group_size} of config.json: load with the group_size it was saved with, or {_AGAIN}"
+        )
 
 
 def _expect_layers(stored: Collection[str], model: PreTrainedModel, names: Collection[str], folder: str) -> None:
@@ -93,7 +134,9 @@ def _compare_sizes(
             f"{folder}: {len(stored)} layers are stored in 8 bits, and config.json speaks of {len(names)}: {_AGAIN}"
         )
     expected = sum(p.nelement() for p in model.parameters())
-    held = sum(math.prod(shape) for _, shape in tensors.values())
+    held = sum(
+        math.prod(shape) * (PER_WORD if name.endswith(".weight_packed") else 1) for name, (_, shape) in tensors.items()
+    )
     if expected > 2 * held:  # tied weights are saved once
         raise ValueError(f"{folder} holds {held:,} weights, and config.json speaks of {expected:,}: {_AGAIN}")
 
@@ -123,32 +166,27 @@ def read_headers(files: Sequence[str | os.PathLike[str]]) -> Header:
     return found
 
 
-def layers_of(tensors: Header, group_size: int | None, folder: str) -> dict[str, tuple[int, int]]:
-    """Return the layers that are stored in 8 bits, with rows and columns of their weights.
+def layers_of(tensors: Header, folder: str) -> dict[str, Held]:
+    """Return the layers that are stored in 8 bits.
 
     Raises:
-        ValueError: codes and scales do not belong together, or another group size is meant.
+        ValueError: codes and scales do not belong together, or there is more to them.
     """
-    for name, (dtype, _) in tensors.items():
-        if name.endswith(".weight") and dtype in ("I8", "U8") and f"{name}_scale" not in tensors:
-            raise ValueError(f"{folder}: {name} holds codes without their scales {name}_scale: {_AGAIN}")
     layers = {}
-    for layer in [name.removesuffix(_SCALE) for name in tensors if name.endswith(_SCALE)]:
-        if f"{layer}.weight" not in tensors:
+    for name, (dtype, shape) in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if kind in ("weight_zero_point", "weight_g_idx"):
+            raise ValueError(f"{folder}: {name} is there, and weights that can be trained in 8 bits have none.")
+        if kind == "weight_packed" or (kind == "weight" and dtype in ("I8", "U8")):
+            if f"{layer}{_SCALE}" not in tensors:
+                raise ValueError(f"{folder}: {name} holds codes without their scales {layer}{_SCALE}: {_AGAIN}")
+            if kind == "weight_packed" and f"{layer}.weight_shape" not in tensors:
+                raise ValueError(f"{folder}: {layer}.weight_shape is missing beside {name}: {_AGAIN}")
+        if kind != "weight_scale":
+            continue
+        packed = f"{layer}.weight_packed" in tensors
+        codes = tensors.get(f"{layer}.weight_packed" if packed else f"{layer}.weight")
+        if codes is None:
             raise ValueError(f"{folder}: {layer}.weight is missing beside its scales: {_AGAIN}")
-        (codes, shape), (scales, of_scales) = tensors[f"{layer}.weight"], tensors[layer + _SCALE]
-        if (codes, scales) != ("I8", "BF16"):
-            raise ValueError(f"{folder}: {layer} has codes of {codes} and scales of {scales}, expected I8 and BF16.")
-        columns = shape[-1] * (shape[1] if len(shape) == 3 else 1) if len(shape) in (2, 3) else 0
-        length = group_length(columns, group_size) if columns else 0
-        if (
-            not length
-            or of_scales != (shape[0], columns // length)
-            or shape[1:] not in ((columns,), (columns // length, length))
-        ):
-            raise ValueError(
-                f"{folder}: {layer} has codes {shape} and scales {of_scales}, which do not fit "
-                f"group_size={group_size} of config.json: load with the group_size it was saved with, or {_AGAIN}"
-            )
-        layers[layer] = shape[0], columns
+        layers[layer] = Held(codes[1], shape, packed, (codes[0], dtype))
     return layers

@@ -1,70 +1,24 @@
-"""8-bit training through transformers' own extension point: a quantization config and its `HfQuantizer`."""
+"""8-bit training through transformers' own extension point: the `HfQuantizer` of `Int8TrainingConfig`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .convert import int8_layers, layers_to_quantize, quantize_layer, to_float
+from .codes import group_length, stored_length
+from .compressed import Group, stored_layers
+from .config import DEFAULT_GROUP_SIZE, METHOD, Int8TrainingConfig
+from .convert import int8_layers, layers_to_quantize, packed_state, quantize_layer, to_float
 from .folder import check_folder, is_own_class
-from .linear import Int8Linear
+from .linear import Int8Linear, sizes_of
 from .weight import Int8Weight
-
-
-METHOD = "hf_stateless_int8"
-"""What `quant_method` in the `config.json` of a saved model says."""
-
-
-@register_quantization_config(METHOD)
-class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    r"""Linear layers stored in 8 bits and trained as such: `from_pretrained(..., quantization_config=...)`.
-
-    W[i, j] = code[i, j] scale[i, j // g] with int8 codes and bfloat16 scales: 1 + 2/g bytes per weight (counted).
-    Loading quantises one layer at a time. Embeddings, the head, tied layers, norms and biases stay in float, and so do
-    GPT-2's `Conv1D` and stacks of experts. The optimizers of this package train such a model; others cannot.
-
-    Args:
-        group_size: g, how many weights of a row share a scale (128: 1.016 bytes per weight, 64: 1.031); None for one
-            scale per row. Where it does not divide the row, the nearest divisor is taken.
-        modules_to_not_convert: names of further modules that stay in float, as for transformers' other quantizers.
-
-    Raises:
-        ValueError: a group size that is no positive integer, or modules that are no list of names.
-
-    Example:
-        >>> from hf_stateless import Int8TrainingConfig
-        >>> Int8TrainingConfig(group_size=64).to_dict()
-        {'quant_method': 'hf_stateless_int8', 'group_size': 64, 'modules_to_not_convert': None}
-    """
-
-    def __init__(
-        self, group_size: int | None = 128, modules_to_not_convert: Sequence[str] | None = None, **kwargs: Any
-    ) -> None:
-        kwargs.pop("quant_method", None)
-        if kwargs:
-            raise ValueError(
-                f"Int8TrainingConfig has no option {min(kwargs)!r}. Valid: group_size, modules_to_not_convert."
-            )
-        if group_size is not None and (type(group_size) is not int or group_size < 1):
-            raise ValueError(
-                f"group_size={group_size!r}: type a positive integer such as 64 or 128, or None for one scale per row."
-            )
-        names = modules_to_not_convert
-        if names is not None and not (
-            isinstance(names, list | tuple | set) and all(isinstance(n, str) for n in names)
-        ):
-            raise ValueError(
-                f"modules_to_not_convert={names!r}: type a list of names of modules, such as ['lm_head']."
-            )
-        self.quant_method, self.group_size = METHOD, group_size
-        self.modules_to_not_convert = None if names is None else list(names)
 
 
 @register_quantizer(METHOD)
@@ -73,6 +27,10 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     _names: frozenset[str] = frozenset()
+
+    def __init__(self, quantization_config: Int8TrainingConfig, **kwargs: Any) -> None:
+        # A copy: it will describe this model, and the user's object may be passed for another one.
+        super().__init__(copy.copy(quantization_config), **kwargs)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Tell whether a weight that is read in float becomes 8-bit."""
@@ -101,31 +59,90 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         """They are trained without adapters: what the Trainer asks for before it trains quantised weights."""
         return True
 
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Return what `save_pretrained` writes: codes are packed one layer at a time, into memory of the host."""
+        self.quantization_config.describe(model)
+        model.config.quantization_config = self.quantization_config
+        of_adapters = getattr(model, "_hf_peft_config_loaded", False)
+        packed = self.quantization_config.is_packed and not of_adapters
+        return (packed_state(model) if packed else None), {}
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        names = layers_to_quantize(model, self.quantization_config.modules_to_not_convert)
-        self._names = frozenset(names)
-        if self.pre_quantized:
-            files = [file for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
-            check_folder(files, model, self.quantization_config.group_size, self._names)
-            for name in names:
-                linear = model.get_submodule(name)
-                sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-                empty = Int8Linear(*sizes, self.quantization_config.group_size, "meta", linear.weight.dtype)
-                model.set_submodule(name, empty)
+        config = self.quantization_config
+        if not self.pre_quantized:
+            self._names = frozenset(layers_to_quantize(model, config.modules_to_not_convert))
+            return model
+        layout = config.layout_of_folder()
+        layers = stored_layers(model, layout) if layout else self._layers_of_0_1(model)
+        self._names = frozenset(layers)
+        files = [file for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
+        check_folder(files, model, layers)
+        for name, group in layers.items():
+            empty = Int8Linear.like(model.get_submodule(name), group.group_size)
+            # Without files it is a state dict that is read, in which codes are not packed.
+            empty.expect(packed=group.packed and bool(files), ours=group.ours)
+            model.set_submodule(name, empty)
         return model
+
+    def _layers_of_0_1(self, model: PreTrainedModel) -> dict[str, Group]:
+        """Return the layers of a folder that 0.1 wrote, in groups that divide their rows."""
+        size, layers = self.quantization_config.group_size, {}
+        for name in layers_to_quantize(model, self.quantization_config.modules_to_not_convert):
+            columns = sizes_of(model.get_submodule(name))[0]
+            length = group_length(columns, size)
+            layers[name] = Group((), None if length == columns else length, packed=False, ours=True)
+        return layers
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in self._names:
             layer = model.get_submodule(name)
-            if isinstance(layer, Int8Linear):
-                try:
-                    if not layer.adopt() and is_own_class(model):
-                        raise ValueError("its codes and scales are missing.")
-                except ValueError as error:
-                    raise ValueError(f"{model.name_or_path}: {name}: {error}") from None
-            else:  # the checkpoint does not hold it, so that it was initialised in float
+            if not isinstance(layer, Int8Linear):  # the checkpoint does not hold it: it was initialised in float
                 quantize_layer(model, name, self.quantization_config.group_size)
+                continue
+            try:
+                if self.pre_quantized and not layer.adopt():
+                    if is_own_class(model):
+                        raise ValueError("its codes and scales are missing.")
+                    self._renew(model, name, layer)
+            except ValueError as error:
+                raise ValueError(f"{model.name_or_path}: {name}: {error}") from None
+        if self.quantization_config.layout_of_folder():
+            self._agree(model)
+        self.quantization_config.describe(model)
         return model
+
+    def _renew(self, model: PreTrainedModel, name: str, layer: Int8Linear) -> None:
+        """Initialise a layer that this class of model has and the folder lacks."""
+        device = next(model.parameters()).device if layer.bias is None else layer.bias.device
+        linear = nn.Linear(layer.in_features, layer.out_features, False, device=device, dtype=layer.float_dtype)
+        linear.bias = layer.bias
+        model._init_weights(linear)
+        renewed = Int8Linear.from_float(linear, layer.length)
+        renewed.from_conv1d = layer.from_conv1d
+        model.set_submodule(name, renewed)
+
+    def _agree(self, model: PreTrainedModel) -> None:
+        """Do what the user's config asks of layers that have a layout already: keep some in float, or refuse.
+
+        Raises:
+            ValueError: another group size is asked for than the folder has.
+        """
+        config = self.quantization_config
+        asked, left_out = config.group_size, config.modules_to_not_convert or []
+        head = model.get_output_embeddings()
+        for name, layer in list(int8_layers(model)):
+            if layer is head or not should_convert_module(name, left_out):
+                model.set_submodule(name, layer.to_float(layer.weight.dtype))
+            elif asked != DEFAULT_GROUP_SIZE and layer.length not in (
+                stored_length(layer.in_features, asked),
+                group_length(layer.in_features, asked),
+            ):
+                raise ValueError(
+                    f"{model.name_or_path}: got group_size={asked}, and {name} is stored with a scale for "
+                    f"{layer.length} weights: leave group_size out."
+                )
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return to_float(model, dtype or torch.bfloat16)

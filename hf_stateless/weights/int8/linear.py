@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
-from .codes import SMALLEST_SCALE, checked_codes, dequantize_matrix, group_length, quantize_matrix
+from .codes import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    checked_codes,
+    dequantize_matrix,
+    group_length,
+    quantize_matrix,
+    stored_length,
+)
+from .packed import unpack, words
 from .weight import Int8Weight, Scale
+
+
+_STORED = ("weight", "weight_scale", "weight_packed", "weight_shape")
 
 
 class Int8Linear(nn.Linear):
@@ -19,14 +32,14 @@ class Int8Linear(nn.Linear):
     Forward and backward each make the float weight for the moment of their product. The gradient of the weight goes to
     the parameter as for any layer: layer-wise updates take it at once, otherwise it accumulates. A state dict holds
     `weight` (int8, one group of codes beside the other) and `weight_scale`. No plain layer takes a `weight` of that
-    shape, so that who does not know the format gets an error and no wrong weights. A float `weight` is quantised when
-    it is loaded.
+    shape, so that who does not know the format gets an error and no wrong weights. `weight_packed`, which
+    `save_pretrained` writes in its place, is loaded too, and a float `weight` is quantised when it is loaded.
 
     Args:
         in_features: columns of W.
         out_features: rows of W.
         bias: whether there is one, in float.
-        group_size: weights of a row that share a scale, see `group_length`; None for one scale per row.
+        group_size: weights of a row that share a scale, see `stored_length`; None for one scale per row.
         device: where the codes are.
         dtype: of the gradient, of the bias, and of the layer where no input says otherwise.
 
@@ -43,6 +56,11 @@ class Int8Linear(nn.Linear):
 
     weight: Int8Weight
     weight_scale: Scale
+    ours: bool = True
+    """Whether every group was written by `requantize_`; those of other programs need not have a code of 126 or 127."""
+    from_conv1d: bool = False
+    """Whether it stands for a `Conv1D` of GPT-2, whose float weight is (in, out); codes are (out, in) all the same."""
+    _read_as: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -57,53 +75,115 @@ class Int8Linear(nn.Linear):
         if self.bias is not None:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         self.group_size = group_size
-        groups = in_features // group_length(in_features, group_size)
+        groups = in_features // stored_length(in_features, group_size)
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         # The smallest scale that requantize_ writes: what a group of zeros has.
         scale = torch.full((out_features, groups), SMALLEST_SCALE, dtype=torch.bfloat16, device=device)
         self.store(codes, scale, dtype or torch.get_default_dtype())
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, group_size: int | None = 128) -> Int8Linear:
-        """Return the 8-bit layer nearest to a linear layer; the bias is shared with it.
+    def from_float(cls, linear: nn.Linear | Conv1D, group_size: int | None = 128) -> Int8Linear:
+        """Return the 8-bit layer nearest to a linear layer or a `Conv1D`; the bias is shared with it.
 
         Raises:
             ValueError: a weight is NaN or infinite.
         """
-        layer = cls(linear.in_features, linear.out_features, False, group_size, "meta", linear.weight.dtype)
+        layer = cls.like(linear, group_size)
         layer.bias = linear.bias
-        layer.store(*quantize_matrix(linear.weight, group_size), linear.weight.dtype)
+        weight = linear.weight.T if layer.from_conv1d else linear.weight
+        layer.store(*quantize_matrix(weight, group_size), linear.weight.dtype)
         layer.weight.requires_grad_(linear.weight.requires_grad)
         return layer.train(linear.training)
 
+    @classmethod
+    def like(cls, linear: nn.Module, group_size: int | None) -> Int8Linear:
+        """Return the layer that can hold a linear layer or a `Conv1D` of GPT-2, without memory."""
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        layer = cls(*sizes_of(linear), linear.bias is not None, group_size, "meta", weight.dtype)
+        layer.from_conv1d = isinstance(linear, Conv1D)
+        return layer
+
     def store(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         """Take over codes and scales as they are; the parameters are made anew."""
-        self._dtype = dtype
+        self.float_dtype = dtype
         self.weight_scale = Scale(scale.detach())
         self.weight = Int8Weight(codes.detach(), self.weight_scale, dtype)
 
+    @property
+    def length(self) -> int:
+        """How many weights share a scale."""
+        return self.in_features // max(1, self.weight_scale.shape[1])
+
+    def expect(self, *, packed: bool, ours: bool) -> None:
+        """Make room, without memory, for what a file names, until `adopt`.
+
+        Args:
+            packed: it has `weight_packed` and `weight_shape` in place of `weight`.
+            ours: this package wrote it.
+        """
+        self.ours, self._length = ours, self.length
+        self._read_as = ("weight_packed", "weight_scale", "weight_shape") if packed else ("weight", "weight_scale")
+        # Scales of any float dtype are whole in float32.
+        self._parameters["weight_scale"] = _room(self.weight_scale.shape, torch.float32)
+        if packed:
+            self._parameters["weight"] = None
+            # What a model initialises in every layer, before it is known that a file held it: already done, no memory.
+            self.__dict__["weight"] = stand_in = torch.empty(self.out_features, self.in_features, device="meta")
+            stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+            self.weight_packed = _room((self.out_features, words(self.in_features)), torch.int32)
+            self.weight_shape = _room((2,), torch.int64)
+
     def adopt(self) -> bool:
-        """Take over the codes and scales that `from_pretrained` has read; False if it found none and made new weights.
+        """Take over what `from_pretrained` has read; False if it found nothing, and the weight is still to be made.
 
         Raises:
             ValueError: codes or scales are missing or damaged.
         """
-        weight, scale = self._parameters["weight"], self._parameters["weight_scale"]
-        if weight is None or scale is None or isinstance(weight, Int8Weight):
-            return True
-        read = [getattr(tensor, "_is_hf_initialized", False) for tensor in (weight, scale)]
-        if all(read):
-            self.store(self._checked(weight.detach(), scale.detach()), scale.detach(), self._dtype)
-        elif any(read):
+        tensors = {name: self._parameters[name] for name in self._read_as}
+        read = [getattr(tensor, "_is_hf_initialized", False) for tensor in tensors.values()]
+        if any(read) and not all(read):
             raise ValueError(f"only its {'codes' if read[0] else 'scales'} are there.")
-        else:
-            self.store(*quantize_matrix(weight, self.group_size), self._dtype)
-        return any(read)
+        for name in {"weight_packed", "weight_shape"} & tensors.keys():
+            del self._parameters[name]
+        self.__dict__.pop("weight", None)
+        self._read_as = ()
+        if all(read):
+            codes, scale, *shape = (tensor.detach() for tensor in tensors.values() if tensor is not None)
+            if shape:
+                codes = self._unpacked(codes, shape[0])
+            self.store(*self._as_ours(codes, scale), self.float_dtype)
+        return all(read)
 
-    def to_float(self, dtype: torch.dtype) -> nn.Linear:
-        """Return the plain layer with the dequantised weight."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.dequantize(dtype), requires_grad=self.weight.requires_grad)
+    def _unpacked(self, packed: Tensor, shape: Tensor) -> Tensor:
+        expected = [self.out_features, self.in_features]
+        if not shape.is_meta and shape.tolist() != expected:
+            raise ValueError(f"its weight_shape is {shape.tolist()}, expected {expected}.")
+        return unpack(packed, self.in_features)
+
+    def _as_ours(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what was read in our dtypes; codes of another program are made anew if a scale is no bfloat16."""
+        short = scale.bfloat16()
+        if not self.ours:
+            if not bool(((scale >= 0) & (scale <= LARGEST_SCALE)).all()):
+                raise ValueError(
+                    "a scale is NaN, infinite or negative, so the file is damaged: copy the folder again."
+                )
+            short.clamp_(min=SMALLEST_SCALE)
+        codes = self._checked(codes, short, self._length)
+        if self.ours or torch.equal(short.float(), scale.float().clamp(min=SMALLEST_SCALE)):
+            return codes, short
+        self.ours = True
+        return quantize_matrix(dequantize_matrix(codes, scale.float()), self._length)
+
+    def to_float(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
+        """Return the plain layer with the dequantised weight, of the kind that it was made from."""
+        weight, sizes = self.weight.dequantize(dtype), (self.in_features, self.out_features)
+        linear: nn.Linear | Conv1D
+        with torch.device("meta"):
+            linear = Conv1D(*sizes[::-1]) if self.from_conv1d else nn.Linear(*sizes, self.bias is not None)
+        weight = weight.T.contiguous() if self.from_conv1d else weight
+        linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
@@ -127,6 +207,9 @@ class Int8Linear(nn.Linear):
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        if self._read_as:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
         weight, scale = self.weight, self.weight_scale
         self._parameters["weight"] = self._parameters["weight_scale"] = None
         try:
@@ -145,15 +228,18 @@ class Int8Linear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         codes = destination.get(f"{prefix}weight")
-        if codes is not None and codes.dtype == torch.int8 and not keep_vars:
+        if codes is not None and codes.dtype == torch.int8 and not keep_vars and not self._read_as:
             destination[f"{prefix}weight"] = codes.view(*self.weight_scale.shape, -1)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
     ) -> None:
-        stored = {name: state_dict.pop(prefix + name, None) for name in ("weight", "weight_scale")}
+        taken = {n: state_dict.pop(prefix + n) for n in _STORED if prefix + n in state_dict}
         missing, unexpected, errors = lists
+        stored = {name: taken.get(name) for name in ("weight", "weight_scale")}
         try:
+            if "weight_packed" in taken:
+                stored["weight"] = unpack(taken["weight_packed"], self.in_features)
             self._load_stored(stored["weight"], stored["weight_scale"])
         except ValueError as error:
             errors.append(f"{prefix}weight: {error}")
@@ -162,28 +248,42 @@ class Int8Linear(nn.Linear):
         self._parameters.update(dict.fromkeys(stored))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)  # type: ignore[no-untyped-call]
         self._parameters.update(expected)
-        for name, tensor in stored.items():
-            if tensor is not None:
-                state_dict[prefix + name] = tensor
-            elif name == "weight" or stored["weight"] is None or not stored["weight"].is_floating_point():
-                missing.append(prefix + name)
+        state_dict.update({prefix + name: tensor for name, tensor in taken.items()})
+        if not taken.keys() & {"weight", "weight_packed"}:
+            missing.append(f"{prefix}weight")
+        if "weight_scale" not in taken and not ("weight" in taken and taken["weight"].is_floating_point()):
+            missing.append(f"{prefix}weight_scale")
 
-    def _checked(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return checked_codes(codes, scale, (self.out_features, self.in_features), self.group_size)
+    def _checked(self, codes: Tensor, scale: Tensor, length: int) -> Tensor:
+        return checked_codes(codes, scale, (self.out_features, self.in_features), length, ours=self.ours)
 
     def _load_stored(self, weight: Tensor | None, scale: Tensor | None) -> None:
         """Copy codes and scales, or the codes and scales of a float weight."""
         if weight is None or (scale is None and not weight.is_floating_point()):
             return
         if weight.is_floating_point():
-            weight, scale = quantize_matrix(weight, self.group_size)
+            weight, scale = quantize_matrix(weight.T if self.from_conv1d else weight, self.length)
         assert scale is not None
-        weight = self._checked(weight, scale)
+        by_0_1 = group_length(self.in_features, self.group_size)
+        as_in_0_1 = tuple(scale.shape) == (self.out_features, self.in_features // by_0_1)
+        weight = self._checked(weight, scale, by_0_1 if as_in_0_1 else self.length)
         if self.weight.is_meta:
             self.store(weight, scale, self.weight.dtype)
-        else:
-            self.weight.codes.copy_(weight)
+            return
+        self.weight.codes.copy_(weight)
+        if scale.shape == self.weight_scale.shape:
             self.weight_scale.data.copy_(scale)
+        else:  # 0.1 had other groups for rows that the group size does not divide
+            self.weight_scale.data = scale.to(self.weight_scale.device, copy=True)
+
+
+def sizes_of(linear: nn.Module) -> tuple[int, int]:
+    """Return the lengths of inputs and outputs of a linear layer, or of a `Conv1D`."""
+    return linear.weight.shape if isinstance(linear, Conv1D) else linear.weight.shape[::-1]  # type: ignore
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"), requires_grad=False)
 
 
 class _Int8Product(torch.autograd.Function):

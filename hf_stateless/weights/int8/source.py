@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from . import compressed
+from .codes import COMMON_LENGTHS
+from .config import METHOD, Int8TrainingConfig
 from .folder import layers_of, read_headers
-from .hf_quantizer import METHOD, Int8TrainingConfig
 
 
 # Beside weights and config, which are written anew: tokenizers, chat templates, processors.
@@ -63,11 +65,14 @@ def load_whole(folder: Path, source: str) -> PreTrainedModel:
     stored = config.get("quantization_config")
     stored = stored if isinstance(stored, dict) else {}
     method = stored.get("quant_method")
-    if method != METHOD:
+    if method not in (METHOD, compressed.METHOD):
         raise ValueError(f"{source}: not stored by Int8TrainingConfig (quant_method: {method}); it needs no export.")
     try:
+        options: dict[str, Any] = {}
+        if method == compressed.METHOD:
+            options["quantization_config"] = Int8TrainingConfig()
         tensors = read_headers(_weight_files(folder))
-        layers_of(tensors, Int8TrainingConfig(**stored).group_size, source)
+        layers_of(tensors, source)
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             for name in _LAYERS:
                 if isinstance(part.get(name), int) and part[name] > len(tensors):
@@ -76,7 +81,7 @@ def load_whole(folder: Path, source: str) -> PreTrainedModel:
                     )
         with _quiet():
             model, found = _class_of(config).from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except Exception as error:  # what a damaged file leads to may be raised anywhere in transformers
         message = " ".join(str(error).split()) or type(error).__name__
@@ -88,6 +93,34 @@ def load_whole(folder: Path, source: str) -> PreTrainedModel:
             raise ValueError(f"{source} is damaged: {len(names)} {fault} tensors, such as {names[0]}.")
     loaded: PreTrainedModel = model
     return loaded
+
+
+def refuse_served(folder: Path, source: str) -> None:
+    """Refuse to copy what vLLM reads as it is.
+
+    Args:
+        folder: from `files_of`.
+        source: what messages call it.
+
+    Raises:
+        ValueError: its config says so, or says that the groups of its weights have no kernels.
+    """
+    stored = _read_object(folder / "config.json").get("quantization_config")
+    if isinstance(stored, dict) and stored.get("quant_method") == compressed.METHOD:
+        layout = compressed.read_layout(stored)
+        refuse_without_kernels(group.group_size for group in layout.groups if group.group_size)
+        if all(group.packed for group in layout.groups):
+            raise ValueError(f"{source} already loads as it is, nothing was written: vllm serve {source}")
+
+
+def refuse_without_kernels(lengths: Iterable[int]) -> None:
+    """Refuse groups of so many weights that vLLM has no kernels for them."""
+    others = sorted(set(lengths) - set(COMMON_LENGTHS))
+    if others:
+        raise ValueError(
+            f"vLLM has kernels for groups of {', '.join(map(str, COMMON_LENGTHS))} weights or whole rows, got groups "
+            f"of {others[0]}: type --format bf16."
+        )
 
 
 def _of_another_size(model: PreTrainedModel) -> Iterator[str]:
