@@ -169,14 +169,14 @@ def test_the_column_of_adamw_is_the_optimizer_that_the_page_names():
     assert "--optim swan_layerwise,adamw_torch_fused " in told
 
 
-def test_whitening_a_vocabulary_takes_more_memory_than_the_state_it_saves_as_the_page_says():
+def test_whitening_a_vocabulary_takes_about_the_memory_that_it_saves_as_the_page_says():
     settings = Settings(seq=gpu_table.SEQUENCE, checkpointing=True)
     model = build_model(gpu_table.config_of("Llama-3.1-8B"), settings)
     stateless, adamw = (
         estimate(model, ["swan_layerwise"], settings, {"release": "all", "embeddings": kind})[0].peak / GIB
         for kind in ("stateless", "adamw")
     )
-    assert stateless > adamw
+    assert stateless == pytest.approx(adamw, rel=0.02)
     told = re.search(r"predicted at ([\d.]+) GiB with it and at ([\d.]+) GiB without", "".join(map(read, guides())))
     assert [float(told[1]), float(told[2])] == pytest.approx([stateless, adamw], rel=0.03)
 

@@ -8,7 +8,7 @@ predicted, as `hf-stateless memory` does it, from the shapes below; nothing is d
 where its peak and 1 GiB for the CUDA context stay below 90 % of the card's memory. Two tables are printed: that of
 `swan_layerwise` stands in README.md, that of `sinkgd_layerwise` in hf_stateless/weights/README.md.
 
-SWAN leaves embeddings and heads to AdamW: whitening matrices as large as these takes more memory than AdamW's moments.
+SWAN leaves embeddings and heads to AdamW: whitening matrices as large as these takes about the memory of its moments.
 """
 
 from __future__ import annotations
