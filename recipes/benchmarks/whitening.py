@@ -82,7 +82,7 @@ class Method:
     run: Callable[..., Tensor]
     options: tuple[tuple[str, Any], ...] = ()
     has_float64: bool = True
-    """Whether it computes gradients in float64 in float64, where no dtype of its products is asked for."""
+    """Whether it is the same map in float64: not where rounding decides which singular values count as zero."""
 
     def __call__(self, grad: Tensor) -> Tensor:
         return self.run(grad, **dict(self.options))
@@ -100,7 +100,7 @@ METHODS = {
     "`polar_express`, `ns_dtype=bfloat16`": Method(polar_express, (("ns_dtype", "bfloat16"),)),
     ONE_STEP: Method(polar_express, (("ns_steps", 1), ("ns_dtype", "bfloat16"))),
     "`torch.optim.Muon`, bf16": Method(muon, has_float64=False),
-    "`eigh`": Method(eigh),
+    "`eigh`": Method(eigh, has_float64=False),
 }
 
 
