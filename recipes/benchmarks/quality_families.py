@@ -17,11 +17,11 @@ FAMILIES = {
     "AdamW": "adamw, rates apart",
     "Muon": "muon",
     "`swan`": "swan",
-    "`swan`, `whitening=newton_schulz`": "swan, newton_schulz",
+    "`swan`, `newton_schulz`": "swan, newton_schulz",
     "`sinkgd_polar`": "sinkgd 1, polar 1",
     "`sinkgd`": "sinkgd",
-    "`swan`, `embeddings=factored`": "swan, factored tables",
-    "`swan`, `embeddings=row_moment`": "swan, row_moment tables",
+    "`swan`, `newton_schulz`, `embeddings=factored`": "swan, newton_schulz, factored tables",
+    "`swan`, `newton_schulz`, `embeddings=row_moment`": "swan, newton_schulz, row_moment tables",
 }
 """What an optimizer is called, and how the rows of the plan begin that may stand for it."""
 TITLES = {
