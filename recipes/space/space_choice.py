@@ -146,7 +146,7 @@ class Choice:
             raise ValueError(
                 f"{METHODS[self.method]} cannot train 8-bit weights: pick bf16, or one of {', '.join(OURS)}."
             )
-        flags = ["--optim", ",".join(optimizers or self.optimizers()), "--gpus", f"{self.gpu:g}"]
+        flags = ["--optim", ",".join(optimizers or self.optimizers())]
         flags += ["--dtype", self.dtype, "--batch", str(self.batch), "--seq", str(self.seq)]
         flags += ["--layerwise"] if self.layerwise else []
         flags += ["--checkpointing"] if self.checkpointing else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from space_choice import UPLOADED, Choice
 
-from hf_stateless.reports.command_line import first_line
+from hf_stateless.reports.command_line import first_line, one_line
 from hf_stateless.reports.predicted import report
 from hf_stateless.reports.predicted.table import fits
 
@@ -48,7 +49,7 @@ def predict(choice: Choice, uploaded: str | None = None, optimizers: tuple[str, 
     try:
         found = _report(source, *arguments)
     except (ImportError, OSError, ValueError) as error:
-        raise ValueError(str(error).replace(source, name)) from None
+        raise ValueError(one_line(str(error).replace(source, name), most=1500)) from None
     return {**found, "model": name}
 
 
@@ -66,6 +67,13 @@ def _listed_folder() -> Path:
     return folder
 
 
+def _kept(content: bytes) -> str:
+    """Keep a config under a short name of its own: names that visitors give are as long as they like."""
+    path = _listed_folder() / f"{hashlib.sha256(content).hexdigest()[:20]}.json"
+    path.write_bytes(content)
+    return str(path)
+
+
 def config_file(model: str, uploaded: str | None = None) -> str:
     """Return the path of the config of a model: an uploaded one, one of the list, or one of the Hub.
 
@@ -77,7 +85,7 @@ def config_file(model: str, uploaded: str | None = None) -> str:
     if uploaded:
         if os.path.getsize(uploaded) > MOST_UPLOADED:
             raise ValueError(f"The uploaded file is larger than {MOST_UPLOADED >> 20} MiB: expected a config.json.")
-        return uploaded
+        return _kept(Path(uploaded).read_bytes())
     if model in LISTED:
         return str(_listed_folder() / f"{list(LISTED).index(model)}.json")
     if not _ID.fullmatch(model) or ".." in model or "--" in model:
