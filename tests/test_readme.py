@@ -165,12 +165,20 @@ def check_own_command(words):
     assert flags <= flags_of(sys.executable, "-m", "hf_stateless.run.command", words[1])
 
 
+def check_hf(words):
+    if words[1] == "stateless":
+        check_own_command(words[1:])
+    else:
+        assert words[1] in ("extensions", "upload")
+
+
 CHECKS = {
     "pip": check_pip,
     "accelerate": check_launch,
     "python": check_launch,
     "pytest": check_pytest,
     "hf-stateless": check_own_command,
+    "hf": check_hf,
 }
 
 

@@ -14,7 +14,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"), pytest.mark.slow]
 
-PATIENCE = 60_000
+PATIENCE = 120_000
 """Milliseconds that a shared machine may take."""
 
 

@@ -102,8 +102,9 @@ def build() -> gr.Blocks:
         event = {"fn": respond, "inputs": [upload, *inputs], "outputs": outputs, "show_progress": "minimal"}
         changes = [part.change for part in (upload, *inputs)]
         changed = gr.on(changes, **event, trigger_mode="always_last")
-        changed.then(None, link, link, js=_ADDRESS).then(lambda: "", None, problem)
-        page.load(restore, None, [problem, *inputs]).then(**event).then(None, link, link, js=_ADDRESS)
+        changed.then(lambda: "", None, problem)
+        page.load(restore, None, [problem, *inputs]).then(**event)
+        link.change(None, link, link, js=_ADDRESS)
     return page
 
 

@@ -19,6 +19,7 @@ STYLE = """
 .fit { font-size: 15px; line-height: 1.4; color: var(--body-text-color, inherit); }
 .fit .bar { margin: 0 0 12px; }
 .fit .head { display: flex; justify-content: space-between; gap: 8px; flex-wrap: wrap; }
+.fit .head > span:last-child { margin-left: auto; }
 .fit .chosen .name { font-weight: 700; }
 .fit .track { position: relative; display: flex; height: 22px; margin-top: 3px; border-radius: 3px;
   background: color-mix(in srgb, currentColor 9%, transparent); }
