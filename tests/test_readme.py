@@ -174,6 +174,13 @@ def check_vllm(words):
     assert len(words) == 3
 
 
+def check_hf(words):
+    if words[1] == "stateless":
+        check_own_command(words[1:])
+    else:
+        assert words[1] in ("extensions", "upload")
+
+
 CHECKS = {
     "vllm": check_vllm,
     "pip": check_pip,
@@ -181,6 +188,7 @@ CHECKS = {
     "python": check_launch,
     "pytest": check_pytest,
     "hf-stateless": check_own_command,
+    "hf": check_hf,
 }
 
 

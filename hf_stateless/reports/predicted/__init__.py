@@ -1,6 +1,6 @@
 """Memory of a training run: predicted before anything is downloaded, allocated or rented."""
 
-from .command import main
+from .command import main, report
 from .estimate import estimate
 from .model import build_model, load_config
 from .state import known_optimizers, optimizer_state_bytes
@@ -16,4 +16,5 @@ __all__ = [
     "load_config",
     "main",
     "optimizer_state_bytes",
+    "report",
 ]

@@ -58,7 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     """Print what training a model takes; return 0, or 2 after one line on stderr that says what was wrong."""
     try:
         with bounded():
-            answer = _answer(_parser().parse_args(argv))
+            args = _parser().parse_args(argv)
+            found = _report(args)
+            if args.plot:
+                plot(found, args.plot)
+            answer = json.dumps(found, indent=2) if args.json else as_table(found)
     except (ImportError, OSError, ValueError) as error:
         print(f"hf-stateless memory: {one_line(error, most=1500)}", file=sys.stderr)
         return 2
@@ -66,7 +70,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _answer(args: argparse.Namespace) -> str:
+def report(argv: Sequence[str]) -> dict[str, Any]:
+    """Return what `hf-stateless memory` prints with `--json`, for programs that show it in another way.
+
+    Args:
+        argv: the arguments of `hf-stateless memory`; those that change the output do nothing here.
+
+    Raises:
+        ValueError: what the command would say in one line.
+        ImportError: the same, where a package is missing.
+    """
+    with bounded():
+        return _report(_parser().parse_args(argv))
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
     names = list(dict.fromkeys(_name(name.strip(), args.layerwise) for name in args.optim.split(",")))
     optim_args = _options(args.optim_args)
     gpus = _gpus(args.gpus)
@@ -81,10 +99,7 @@ def _answer(args: argparse.Namespace) -> str:
     if args.seq is None:
         settings = replace(settings, seq=min(settings.seq, max_positions(model) or settings.seq))
     estimates = estimate(model, names, settings, optim_args)
-    report = as_json(_facts(args.model, model, optim_args, settings, config), settings, estimates, gpus)
-    if args.plot:
-        plot(report, args.plot)
-    return json.dumps(report, indent=2) if args.json else as_table(report)
+    return as_json(_facts(args.model, model, optim_args, settings, config), settings, estimates, gpus)
 
 
 def _name(name: str, layerwise: bool) -> str:

@@ -20,11 +20,14 @@ from .batch import Batch, example_batch
 from .model import tensor_bytes, weight_bytes_of_rank
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .table import Estimate, Settings
-from .trace import LiveBytes, Peak, trace_training
+from .trace import LiveBytes, Peak, Timeline, trace_training
 
 
 # Forward and backward where gradients are released: by the identities of their parameters, the bytes of each update.
-_Trace = Callable[[frozenset[tuple[int, int]]], Peak]
+# Under FSDP2 a part of the other gradients is kept.
+_Trace = Callable[[Mapping[int, int]], Peak]
+# Temporaries of steps that were predicted before, by what they depend on: models repeat shapes, and pages questions.
+_KNOWN_STEPS: dict[Hashable, int] = {}
 
 
 def estimate(
@@ -54,9 +57,14 @@ def estimate(
     per_name = _share_out(optimizers, optim_args or {})
     batch = example_batch(model, settings)
 
-    @cache
-    def trace(released: frozenset[tuple[int, int]]) -> Peak:
-        return _trace(model, batch, settings, dict(released))
+    @cache  # one run of the model for all optimizers
+    def timeline() -> Timeline:
+        return _timeline(model, batch, settings)
+
+    def trace(released: Mapping[int, int]) -> Peak:
+        sharded = settings.fsdp > 1
+        kept = {id(p): (tensor_bytes([p], settings.fsdp), 0) for p in model.parameters()} if sharded else {}
+        return timeline().peak({**kept, **{key: (0, size) for key, size in released.items()}})
 
     try:
         return [_estimate(model, name, settings, per_name[name], trace) for name in optimizers]
@@ -73,12 +81,9 @@ def _share_out(optimizers: Sequence[str], optim_args: Mapping[str, Any]) -> dict
     return {name: {**shared.get(name, {}), **(rank if name == "galore_adamw" else {})} for name in optimizers}
 
 
-def _trace(model: nn.Module, batch: Batch, settings: Settings, released: Mapping[int, int]) -> Peak:
-    """Return what forward and backward hold where some gradients are released and FSDP2 keeps a part of the others."""
-    outcomes = {id(p): (tensor_bytes([p], settings.fsdp), 0) for p in model.parameters()} if settings.fsdp > 1 else {}
-    outcomes.update((key, (0, size)) for key, size in released.items())
+def _timeline(model: nn.Module, batch: Batch, settings: Settings) -> Timeline:
     try:
-        return trace_training(model, batch.loss, outcomes, settings.device)
+        return trace_training(model, batch.loss, settings.device)
     except Exception as error:  # of a model's own code, on tensors that it was not written for
         raise ValueError(f"{type(model).__name__} cannot be traced: {one_line(error, 300)}") from error
 
@@ -96,7 +101,7 @@ def _estimate(
         temporary = _step_temporary(kept, device)
     else:
         temporary = RULES[name].temporary(trained_parameters(model, ranks), device)
-    backward = trace(frozenset(released.items()))
+    backward = trace(released)
     gradients = tensor_bytes([p for p in model.parameters() if p.requires_grad and id(p) not in released], ranks)
     weights, state = weight_bytes_of_rank(model, ranks), optimizer_state_bytes(model, name, optim_args, ranks)
     gathered = _gathered(model) if ranks > 1 else 0
@@ -113,7 +118,7 @@ def _estimate(
         weights=weights,
         optimizer_state=state,
         gradients=max(gradients, backward.gradients) if released else gradients,
-        activations=trace(frozenset()).activations,
+        activations=trace({}).activations,
         temporary=max(temporary, *released.values(), 0),
         gathered=gathered,
         peak=sum(at_peak.values()),
@@ -138,6 +143,19 @@ def _step_temporary(groups: Sequence[Mapping[str, Any]], device: str) -> int:
     """Predict the bytes that a step of `StatelessOptimizer` needs on top, by running it on tensors without memory."""
     if not groups:
         return 0
+    needed = [{**g, "params": _at_once(g["params"], _place(g, device))} for g in groups]
+    key = (device, *(_key_of(group) for group in needed))
+    if key not in _KNOWN_STEPS:
+        _KNOWN_STEPS[key] = _step_of(needed, device)
+    return _KNOWN_STEPS[key]
+
+
+def _key_of(group: Mapping[str, Any]) -> Hashable:
+    options = sorted((name, repr(value)) for name, value in group.items() if name != "params")
+    return (*options, *((type(p), p.shape, p.dtype) for p in group["params"]))
+
+
+def _step_of(groups: Sequence[Mapping[str, Any]], device: str) -> int:
     with FakeTensorMode(), LiveBytes() as live:
         optimizer = StatelessOptimizer([{**g, "params": _fakes(g["params"], _place(g, device))} for g in groups])
         optimizer.step()  # makes the state
@@ -152,16 +170,23 @@ def _place(group: Mapping[str, Any], device: str) -> str:
     return "cpu" if device == "cpu" or group["algorithm"].startswith("adamw") else "meta"
 
 
-def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
-    """Return stand-ins with gradients for parameters: of each shape no more than are updated at once."""
+def _at_once(params: Sequence[Tensor], device: str) -> list[Tensor]:
+    """Return of each shape no more parameters than are updated at once."""
     counts: dict[Hashable, int] = {}
-    fakes = []
+    needed = []
     for p in params:
         key = (p.shape, p.dtype)
         counts[key] = counts.get(key, 0) + 1
         if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * p.numel() * p.dtype.itemsize < BATCH_BYTES):
-            fakes.append(stand_in(p, device))
-            fakes[-1].grad = torch.empty_like(fakes[-1])
+            needed.append(p)
+    return needed
+
+
+def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
+    """Return stand-ins with gradients for parameters."""
+    fakes = [stand_in(p, device) for p in params]
+    for fake in fakes:
+        fake.grad = torch.empty_like(fake)
     return fakes
 
 

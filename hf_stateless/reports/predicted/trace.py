@@ -54,13 +54,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = Peak()
         self._record()
 
-    def finish_gradient(self, grad: Tensor) -> None:
-        """Count a tensor as a finished gradient from now on."""
+    def finish_gradient(self, grad: Tensor) -> int:
+        """Count a tensor as a finished gradient from now on; return the bytes that this adds to the finished ones."""
         key = grad.untyped_storage()._cdata
-        if key in self._alive and key not in self._finished:
-            self._finished.add(key)
-            self._gradients += self._alive[key]
-            self._record()
+        if key not in self._alive or key in self._finished:
+            return 0
+        self._finished.add(key)
+        self._gradients += self._alive[key]
+        self._record()
+        return self._alive[key]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count the storages of its results."""
@@ -127,27 +129,86 @@ def _positions(index: Tensor | None) -> Sequence[Tensor | None]:
     return index.nonzero(as_tuple=True)
 
 
-def trace_training(
-    model: nn.Module,
-    loss: Callable[[nn.Module], Tensor],
-    outcomes: Mapping[int, tuple[int, int]],
-    device: str,
-) -> Peak:
-    """Predict what forward and backward of a model on the meta device hold on top of weights and inputs.
+@dataclass(frozen=True)
+class _Finished:
+    """What was held until a gradient was complete, where no gradient is ever freed."""
 
-    `outcomes` tells what becomes of the gradient of a parameter, by its identity, once it is complete: the bytes that
-    are kept in its place, and the bytes that are needed for a moment. A gradient without an outcome stays.
-    """
-    live, kept = LiveBytes(), []
+    parameter: int
+    """Identity of its parameter."""
+    storage: int
+    """Identity of the storage; gradients that are views of one share it."""
+    size: int
+    """Bytes of the storage, 0 where a gradient that shares it was complete before."""
+    most: int
+    """The most bytes that were alive since the gradient before."""
+    now: int
+    """Bytes that are alive with it."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Forward and backward of a model: from one run of it follows what any release of gradients holds."""
+
+    gradients: Sequence[_Finished]
+    afterwards: int
+    """The most bytes that were alive after the last gradient."""
+
+    def peak(self, outcomes: Mapping[int, tuple[int, int]]) -> Peak:
+        """Return what forward and backward hold on top of weights and inputs.
+
+        Args:
+            outcomes: what becomes of the gradient of a parameter, by its identity, once it is complete: the bytes that
+                are kept in its place, and the bytes that are needed for a moment. A gradient without an outcome stays.
+        """
+        sizes: dict[int, int] = {}
+        holders: dict[int, int] = {}
+        for entry in self.gradients:
+            sizes[entry.storage] = sizes.get(entry.storage, 0) + entry.size
+            holders[entry.storage] = holders.get(entry.storage, 0) + 1
+        fullest, shift, finished = _Fullest(), 0, 0
+        for entry in self.gradients:
+            fullest.see(entry.most + shift, finished)
+            finished += entry.size
+            fullest.see(entry.now + shift, finished)
+            if entry.parameter not in outcomes:
+                continue
+            stays, moment = outcomes[entry.parameter]
+            fullest.see(entry.now + shift + stays + moment, finished)
+            finished += stays
+            fullest.see(entry.now + shift + stays + moment, finished)
+            holders[entry.storage] -= 1
+            freed = 0 if holders[entry.storage] else sizes[entry.storage]
+            shift += stays - freed
+            finished -= freed
+        fullest.see(self.afterwards + shift, finished)
+        return fullest.peak()
+
+
+class _Fullest:
+    """Finds the fullest of moments, seen in their order."""
+
+    def __init__(self) -> None:
+        self._total = self._then = self._activations = self._gradients = 0
+
+    def see(self, total: int, gradients: int) -> None:
+        if total > self._total:
+            self._total, self._then = total, gradients
+        self._activations = max(self._activations, total - gradients)
+        self._gradients = max(self._gradients, gradients)
+
+    def peak(self) -> Peak:
+        return Peak(self._total, self._then, self._activations, self._gradients)
+
+
+def trace_training(model: nn.Module, loss: Callable[[nn.Module], Tensor], device: str) -> Timeline:
+    """Run forward and backward of a model on the meta device, and return what they hold until which gradient."""
+    live = LiveBytes()
+    found: list[_Finished] = []
 
     def finish(p: Tensor) -> None:
-        live.finish_gradient(p.grad)  # type: ignore[arg-type]
-        if (outcome := outcomes.get(id(p))) is not None:
-            stays, moment = (torch.empty(size, dtype=torch.uint8, device="meta") for size in outcome)
-            live.finish_gradient(stays)
-            kept.append(stays)
-            p.grad = None
-            del moment
+        storage, most = p.grad.untyped_storage()._cdata, live.peak.total  # type: ignore[union-attr]
+        found.append(_Finished(id(p), storage, live.finish_gradient(p.grad), most, live.now))  # type: ignore[arg-type]
+        live.restart()
 
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(model.zero_grad)
@@ -157,4 +218,4 @@ def trace_training(
                 cleanup.callback(handle.remove)
         with torch.device("meta"), fused_kernels(device), live:
             loss(model).backward()  # type: ignore[no-untyped-call]
-    return live.peak
+    return Timeline(found, live.peak.total)
