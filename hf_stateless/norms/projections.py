@@ -2,8 +2,9 @@ r"""Norm projections: P_g(G) = argmax <G, Z> over g(Z) = 1, scaled so that the e
 
 Each maps (..., m, n) to the same shape and dtype, keeps no state, leaves its input alone, is invariant to positive
 scaling and maps 0 to 0. Rows are output features (m = out_features), columns input features. Half inputs are computed
-in float32. Every projection first divides by a power of two taken from the largest entry, which is exact, so that
-squares neither underflow at |G| = 1e-30 nor overflow at 1e30. A non-finite input gives a non-finite output.
+in float32. Every projection but `spectral`, which sums in float64, first divides by a power of two taken from the
+largest entry, which is exact, so that squares neither underflow at |G| = 1e-30 nor overflow at 1e30. A non-finite input
+gives a non-finite output.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROWS, COLUMNS = frozenset({"rows"}), frozenset({"columns"})
 
 
 def _unit_range(grad: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return a copy, scaled by powers of two so that the largest entry over `dim` lies in [0.5, 1), in float32."""
+    """Return a copy, scaled by powers of two so that the largest entry over `dim` lies in [0.5, 1)."""
     x = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
     largest = torch.maximum(x.amax(dim, keepdim=True), x.amin(dim, keepdim=True).neg_())
     return x * power_of_two_inverse(largest)
