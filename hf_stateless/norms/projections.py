@@ -3,8 +3,8 @@ r"""Norm projections: P_g(G) = argmax <G, Z> over g(Z) = 1, scaled so that the e
 Each maps (..., m, n) to the same shape and dtype, keeps no state, leaves its input alone, is invariant to positive
 scaling and maps 0 to 0. Rows are output features (m = out_features), columns input features. Half inputs are computed
 in float32. Every projection but `spectral`, which sums in float64, first divides by a power of two taken from the
-largest entry, which is exact, so that squares neither underflow at |G| = 1e-30 nor overflow at 1e30. A non-finite input
-gives a non-finite output.
+largest entry, which is exact, so that squares neither underflow at |G| = 1e-30 nor overflow at 1e30. A non-finite
+input gives a non-finite output.
 """
 
 from __future__ import annotations
