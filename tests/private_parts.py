@@ -34,6 +34,13 @@ _HUB_ERRORS = "huggingface_hub raises errors of its own for failures of the netw
 
 PRIVATE_PARTS = (
     PrivatePart(
+        part="transformers.core_model_loading#_weight_conversions",
+        used_by=("weights/int8/convert.py",),
+        why="a loaded model tells how its weights were converted from those of its file, and packed codes cannot be",
+        upstream="transformers/core_model_loading.py; get_model_conversion_mapping tells it of a model that was made",
+        until="conversions of transformers take packed weights, or a model tells them by a method",
+    ),
+    PrivatePart(
         part="huggingface_hub.utils._http:_GLOBAL_CLIENT_FACTORY",
         used_by=("reports/card/hub_client.py",),
         why="a client that somebody has set keeps what it has, and gets bounds for what it waits",

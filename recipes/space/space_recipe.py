@@ -17,7 +17,8 @@ def train_command(choice: Choice) -> str:
     """Return the command that trains with the YAML of the page, saved as `mine.yaml`."""
     several = "--config_file recipes/accelerate_configs/fsdp2.yaml "
     ranks = f"{several}--num_processes {choice.gpus} " if choice.gpus > 1 else ""
-    return f'accelerate launch {ranks}recipes/sft.py --config mine.yaml --train_files "data/*.jsonl"'
+    training = 'recipes/sft.py --config mine.yaml --train_files "data/*.jsonl"'
+    return f"accelerate launch {ranks}{training}"
 
 
 def recipe(choice: Choice) -> str:
