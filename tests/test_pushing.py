@@ -58,7 +58,7 @@ def test_a_pushed_model_equals_the_one_on_disk(hub, worker):
     assert {"hf_stateless", "sinkgd"} <= set(metadata["tags"])
 
 
-def test_an_8_bit_model_is_pushed_as_it_is_stored_and_its_card_says_what_to_import(hub, worker, folder):
+def test_an_8_bit_model_is_pushed_as_it_is_stored_and_its_card_says_what_to_install(hub, worker, folder):
     options = {"optim": "sinkgd_layerwise", "bf16": True, "optim_args": "embeddings=stateless"}
     assert worker.train_and_push("runs/int8", kind="int8", push_to_hub=True, **options) is None
     repository = hub.repository("tester/int8")
@@ -66,7 +66,8 @@ def test_an_8_bit_model_is_pushed_as_it_is_stored_and_its_card_says_what_to_impo
     assert repository.files["model.safetensors"] == (folder / "runs/int8/model.safetensors").read_bytes()
     assert worker.equal_to_disk("tester/int8", "runs/int8", in_8_bits=True)
     quick_start = repository.files["README.md"].decode().split("```python\n")[1]
-    assert quick_start.startswith("import hf_stateless")
+    assert "pip install compressed-tensors" in quick_start.splitlines()[0]
+    assert "import hf_stateless" not in quick_start
 
 
 def test_pushing_again_makes_no_new_commit(hub, worker):

@@ -201,7 +201,7 @@ def test_training_arguments_reach_the_groups(options, role, expected, make_model
     [
         ("swan", None, {"norms": ("row_standardize", "spectral"), "num_iterations": 1, "whitening": "polar_express"}),
         ("swan", "center=false,whitening=eigh", {"norms": ("row_l2", "spectral"), "whitening": "eigh"}),
-        ("swan", "ns_steps=7,ns_beta=0.5", {"ns_steps": 7, "ns_beta": 0.5}),
+        ("swan", "whitening=newton_schulz,ns_steps=7,ns_beta=0.5", {"ns_steps": 7, "ns_beta": 0.5}),
         ("sinkgd", None, {"norms": ("row_l2", "col_l2"), "num_iterations": 5}),
         ("multinorm", "norms=sign", {"norms": ("sign",)}),
         (

@@ -222,7 +222,7 @@ def table(records: list[dict[str, Any]]) -> str:
 def rounding_table(records: list[dict[str, Any]]) -> str:
     """Render how close each method comes to itself in float64, and to the paper's polynomial, as a Markdown table."""
     shapes = list(dict.fromkeys(tuple(r["shape"]) for r in records))
-    lines = ["| Whitening | " + " | ".join(f"{m} x {n}" for m, n in shapes) + " | To the paper's |"]
+    lines = ["| Form | " + " | ".join(f"{m} x {n}" for m, n in shapes) + " | To the paper's |"]
     lines.append("|---|" + "---:|" * (len(shapes) + 1))
     for name in dict.fromkeys(r["method"] for r in records if "cosine_to_float64" in r):
         cells = {tuple(r["shape"]): r for r in records if r["method"] == name}
