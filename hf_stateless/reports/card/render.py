@@ -82,7 +82,8 @@ def _quick_start(facts: CardFacts) -> str | None:
     if facts.adapter and facts.base_is_local:
         return f"The adapter works on its base model {code(facts.base_model)}, which is in no known repository."
     on_hub = facts.repository is not None and is_hub_id(facts.repository)
-    model = json.dumps(facts.repository if on_hub else ".")
+    name = facts.repository if on_hub and facts.repository else "."
+    model = json.dumps(name)
     first = ["import hf_stateless  # which knows how its weights are stored"] if facts.needs_import else []
     if facts.tokenizer:
         prompt = '[{"role": "user", "content": "What is memory?"}]' if facts.chat else '"The "'
@@ -94,5 +95,5 @@ def _quick_start(facts: CardFacts) -> str | None:
     if facts.in_8_bits:
         lines[0] += "  # reads the 8-bit weights with compressed-tensors: pip install compressed-tensors"
     where = "" if on_hub else "In the folder of this card:\n\n"
-    served = ["", "```bash", f"vllm serve {shlex.quote(json.loads(model))}", "```"] if facts.served else []
+    served = ["", "```bash", f"vllm serve {shlex.quote(name)}", "```"] if facts.served else []
     return "\n".join([f"{where}```python", *first, *lines, "```", *served])

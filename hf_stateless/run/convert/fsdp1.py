@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -50,10 +51,11 @@ def convert_fsdp1(values: dict[str, Any], config: dict[str, Any]) -> Conversion:
     return result
 
 
-def _read_by_launch() -> set[str]:
+@cache
+def _read_by_launch() -> frozenset[str]:
     """Return what FSDP2 reads that FSDP1 did not have, and so is not in accelerate's table."""
     flags = {key for key in vars(launch_command_parser().parse_args(["script"])) if key.startswith("fsdp_")}
-    return (flags | {"fsdp_ignored_modules"}) - set(ARGUMENT_KEY_MAPPING)
+    return frozenset(flags | {"fsdp_ignored_modules"}) - set(ARGUMENT_KEY_MAPPING)
 
 
 def _refuse_fsdp2(settings: Settings) -> None:
