@@ -68,11 +68,18 @@ def paper_polynomial(grad: Tensor) -> Tensor:
 
 def muon(grad: Tensor) -> Tensor:
     """Return the update of `torch.optim.Muon` without momentum: five quintic steps in bf16, one matrix at a time."""
-    params = [torch.nn.Parameter(torch.zeros_like(matrix)) for matrix in grad.reshape(-1, *grad.shape[-2:])]
-    for param, matrix in zip(params, grad.reshape(-1, *grad.shape[-2:]), strict=True):
-        param.grad = matrix
+    matrices = list(grad.reshape(-1, *grad.shape[-2:]))
+    weights = [torch.zeros_like(matrix) for matrix in matrices]
+    muon_step_(weights, matrices)
+    return -torch.stack(weights).view(grad.shape)
+
+
+def muon_step_(weights: list[Tensor], grads: list[Tensor]) -> None:
+    """Step weights by `torch.optim.Muon` without momentum."""
+    params = [torch.nn.Parameter(weight) for weight in weights]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
     torch.optim.Muon(params, lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
-    return -torch.stack([param.detach() for param in params]).view(grad.shape)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from whitening import muon_step_
 
 import hf_stateless
 from hf_stateless import PRESETS
@@ -69,19 +70,8 @@ def chain(name: str, **options: Any) -> Callable[[Tensor], object]:
     return Chain.of({**PRESETS[name].group(), **options}).normalize
 
 
-def muon() -> Callable[[Tensor], object]:
-    """Return a step of torch's Muon without its momentum."""
-
-    def step(grad: Tensor) -> None:
-        param = torch.nn.Parameter(torch.empty_like(grad))
-        param.grad = grad
-        torch.optim.Muon([param], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
-
-    return step
-
-
 ROWS: dict[str, Callable[[Tensor], object]] = {
-    MUON: muon(),
+    MUON: lambda grad: muon_step_([torch.empty_like(grad)], [grad]),
     "`swan`": chain("swan"),
     "`swan`, `ns_dtype=float32`": chain("swan", ns_dtype="float32"),
     "`swan`, `whitening=newton_schulz`": chain("swan", whitening="newton_schulz"),

@@ -9,7 +9,7 @@ from typing import Any
 from space_choice import METHODS, Choice
 
 from hf_stateless.reports.files import GIB
-from hf_stateless.reports.predicted.table import fits
+from hf_stateless.reports.predicted.table import fits, usable
 
 
 PARTS = ("weights", "optimizer_state", "gradients", "activations", "gathered", "temporary")
@@ -46,8 +46,7 @@ def error_line(error: BaseException) -> str:
 
 def answer(report: Mapping[str, Any], choice: Choice) -> str:
     """Render a report of `hf-stateless memory` as bars in the order of its rows."""
-    margin = report["margin"]
-    full = margin["usable_share"] * choice.gpu * GIB - margin["context_bytes"]
+    full = usable(choice.gpu)
     most = max([full, *(row["peak"] for row in report["estimates"])]) * 1.03
     bars = "".join(_bar(row, choice, full, most) for row in report["estimates"])
     used = [part for part in PARTS if any(row["at_peak"].get(part) for row in report["estimates"])]

@@ -80,9 +80,14 @@ class Estimate:
     """What is held at that moment; adds up to the peak."""
 
 
+def usable(gib: float) -> float:
+    """Return the bytes of a card that a peak may fill: without 10 % of its memory and 1 GiB for the CUDA context."""
+    return USABLE_SHARE * gib * GIB - CONTEXT_BYTES
+
+
 def fits(peak: int, gib: float) -> bool:
-    """Tell whether a peak in bytes fits a card, with 10 % of its memory and 1 GiB for the CUDA context kept free."""
-    return peak + CONTEXT_BYTES <= USABLE_SHARE * gib * GIB
+    """Tell whether a peak in bytes fits a card."""
+    return peak <= usable(gib)
 
 
 def as_json(
