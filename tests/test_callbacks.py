@@ -38,6 +38,17 @@ def test_counted_bytes_are_those_of_the_tensors(optim, model, tmp_path):
         assert report.counted.gradients == all_gradients
 
 
+def test_a_gradient_that_backward_has_freed_is_counted(tmp_path):
+    trainer = new_trainer(tmp_path, optim="sinkgd_layerwise")
+    for p in trainer.model.parameters():
+        p.requires_grad = p.ndim == 2 and p.shape[0] != trainer.model.vocab_size
+    hf_stateless.attach_memory_report(trainer)
+    trainer.train()
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    largest = max(bytes_of([p]) for p in trained)
+    assert largest <= MemoryReport.load(tmp_path).counted.gradients < 0.5 * bytes_of(trained)
+
+
 @pytest.mark.parametrize("optim", ["sinkgd", "adamw_torch"])
 def test_the_parts_add_up_to_the_peak(optim, tmp_path):
     _, report = run(tmp_path, optim)

@@ -20,6 +20,7 @@ AUTOLOAD = Path(__file__).resolve().parent / "autoload"
 SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "memory": lambda argv: import_module("hf_stateless.reports.predicted.command").main(argv),
     "compare": lambda argv: import_module("hf_stateless.reports.compare").main(argv),
+    "card": lambda argv: import_module("hf_stateless.reports.card.command").main(argv),
     "explain": lambda argv: import_module("hf_stateless.run.explain").main(argv),
     "convert-config": lambda argv: import_module("hf_stateless.run.convert.command").main(argv),
     "export": lambda argv: import_module("hf_stateless.run.export").main(argv),

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
-from ..files import write_text
 from ..patches import CardWriter
+from .beside import read_beside
 from .facts import CARD_FILE
+from .folder import write_card
 from .hub_client import limit_waits
 from .pushing import Token
-from .render import render_folder
 from .sources import collect
 
 
@@ -29,6 +29,8 @@ def attach_model_card(
     datasets: Sequence[str] | None = None,
     data: str | None = None,
     remarks: Sequence[str] | None = None,
+    limits: Sequence[str] | None = None,
+    beside: Sequence[str | Path] | None = None,
 ) -> None:
     """Let the trainer write our model card wherever it writes its own, and push that one.
 
@@ -44,8 +46,14 @@ def attach_model_card(
         license: default: that of the base model's card.
         datasets: ids on the Hub of the data sets.
         data: a sentence about the data.
-        remarks: more sentences, like what was not compared.
+        remarks: more sentences, like where the weights come from.
+        limits: sentences about what the run does not show.
+        beside: output folders of finished runs with other optimizers, which the card compares with.
+
+    Raises:
+        ValueError: a folder in `beside` has no card and memory report.
     """
+    others = None if beside is None else [read_beside(folder) for folder in beside]
     if trainer.args.hub_token:  # the Trainer pickles its arguments into `training_args.bin` and pushes that
         trainer.args.hub_token = Token(trainer.args.hub_token)
     if trainer.args.push_to_hub:  # before it trains, so that the Trainer's own pushes do not hang either
@@ -53,7 +61,8 @@ def attach_model_card(
     writer = trainer.create_model_card
     if not isinstance(writer, CardWriter):
         writer = trainer.create_model_card = CardWriter(trainer, _write_over_own_card)
-    given = {"base_model": base_model, "license": license, "datasets": datasets, "data": data, "remarks": remarks}
+    given: dict[str, Any] = {"base_model": base_model, "license": license, "datasets": datasets, "data": data}
+    given.update(remarks=remarks, limits=limits, beside=others)
     writer.given.update({name: value for name, value in given.items() if value is not None})
 
 
@@ -71,8 +80,7 @@ def _write_over_own_card(trainer: Trainer, given: dict[str, Any], said: Mapping[
     known.update({"dataset_names": names} if names else {})
     file = folder / CARD_FILE
     own_card = ModelCard.load(file, ignore_metadata_errors=True) if file.is_file() else ModelCard("")
-    collect(trainer, own_card, known).save(folder)
-    write_text(folder / CARD_FILE, render_folder(folder))
+    write_card(collect(trainer, own_card, known), folder)
 
 
 def save(trainer: Trainer) -> None:

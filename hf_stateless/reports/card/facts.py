@@ -48,10 +48,14 @@ class CardFacts:
     """vLLM has kernels for how they are stored."""
     data: str | None = None
     remarks: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
+    """Sentences about what the run does not show."""
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     """Rows of the log, thinned out."""
+    beside: list[dict[str, Any]] = field(default_factory=list)
+    """Runs of other optimizers, see `beside.py`."""
     versions: dict[str, str] = field(default_factory=dict)
     notes: str = ""
     """What the trainer's own card says about the procedure: method, paper, links to trackers."""

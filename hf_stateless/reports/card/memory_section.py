@@ -34,6 +34,21 @@ def memory_section(report: MemoryReport, picture: str | None) -> dict[str, Any]:
     }
 
 
+def training_memory(report: MemoryReport) -> dict[str, Any]:
+    """Return the block of a card's metadata that programs read: the main numbers of a whole run, in bytes."""
+    if not report.complete:
+        return {}
+    counted = report.counted
+    numbers = {
+        "peak_bytes": report.measured.peak.max,
+        "weights_bytes": counted.weights,
+        "gradients_bytes": counted.gradients,
+        "optimizer_state_bytes": counted.optimizer_state,
+    }
+    setup = {"optimizer": report.setup.optimizer, "device": report.setup.device}
+    return {"training_memory": {**numbers, "peak_is": report.measured.kind, **setup}}
+
+
 def _headline(report: MemoryReport) -> str:
     state, peak, own = report.counted.optimizer_state, report.measured.peak.max, report.setup.optimizer
     text = f"The state of {code(own)} took {size_text(state)} (counted), "
@@ -84,7 +99,9 @@ def _setup(report: MemoryReport) -> str:
     cost = report.cost
     tokens = f"{cost.tokens_per_second:,.0f} tokens a second, " if cost.tokens_per_second else ""
     seconds = number(cost.seconds_per_step, digits=3)
-    time = f"Measured: {tokens}{seconds} s a step, {cost.optimizer_share:.1%} of it in the optimizer."
+    share = cost.optimizer_share
+    where = "the updates in its backward" if share is None else f"{share:.1%} of it in the optimizer"
+    time = f"Measured: {tokens}{seconds} s a step, {where}."
     return f"Setup: {'; '.join(parts)}. {time}"
 
 

@@ -18,9 +18,11 @@ from ..command_line import first_line
 from ..files import size_text
 from ..measured.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
 from ..run_facts import is_hub_id
+from .beside import beside_section, differences
+from .curves import CURVES_FILE, alternative_text
 from .facts import CardFacts
 from .markdown import code, link, metadata_values, one_line, plain, section, sentences
-from .memory_section import memory_section, number
+from .memory_section import memory_section, number, training_memory
 
 
 logger = logging.getLogger(__name__)
@@ -32,25 +34,32 @@ def render_folder(folder: str | Path) -> str:
     A memory report that cannot be read is left out, with one warning.
     """
     facts, file = CardFacts.load(folder), Path(folder) / REPORT_FILE
-    picture = PICTURE_FILE if (Path(folder) / PICTURE_FILE).is_file() else None
+    picture, drawn = ((Path(folder) / name).is_file() for name in (PICTURE_FILE, CURVES_FILE))
     if file.is_file():
         try:
-            return render(facts, MemoryReport.load(folder), picture)
+            return render(facts, MemoryReport.load(folder), PICTURE_FILE if picture else None, drawn=drawn)
         except Exception as error:  # whatever stands in that file, the card is about the model
             logger.warning("The model card gets no memory report: %s", one_line(first_line(error))[:300])
-    return render(facts)
+    return render(facts, drawn=drawn)
 
 
-def render(facts: CardFacts, report: MemoryReport | None = None, picture: str | None = None) -> str:
-    """Return a model card: YAML block and Markdown."""
+def render(
+    facts: CardFacts, report: MemoryReport | None = None, picture: str | None = None, *, drawn: bool = False
+) -> str:
+    """Return a model card: YAML block and Markdown; `picture` and `drawn` tell of `memory.png` and `loss.png`."""
+    section = memory_section(report, picture) if report else None
+    found = {**facts.metadata, **training_memory(report)} if report and facts.metadata else facts.metadata
     page = _template().render(
         facts=facts,
-        metadata=yaml_dump(metadata_values(facts.metadata)).strip() if facts.metadata else "",
+        metadata=yaml_dump(metadata_values(found)).strip() if found else "",
         base=link(facts.base_model) if facts.base_model and not facts.base_is_local else code(facts.base_model or ""),
         quick_start=_quick_start(facts),
         citation=facts.preset.citation if facts.preset else None,
         columns=list(dict.fromkeys(name for row in reversed(facts.results) for name in row)),
-        section=memory_section(report, picture) if report else None,
+        section=section,
+        beside=beside_section(facts, report) if facts.beside else [],
+        differences=[differences(facts, report, other) for other in facts.beside],
+        curves={"file": CURVES_FILE, "text": alternative_text(facts)} if drawn else None,
     )
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 

@@ -75,6 +75,8 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
         served=in_8_bits and packed and has_kernels(layer for _, layer in int8_layers(inner)),
         data=_data(given),
         remarks=[without_folders(remark) for remark in given.get("remarks") or ()],
+        limits=[without_folders(limit) for limit in given.get("limits") or ()],
+        beside=list(given.get("beside") or ()),
         hyperparameters=_hyperparameters(trainer, adapter and adapter[1]),
         versions=_versions(type(trainer), adapter),
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...optimizer.release import Release
 from .footprint import LiveGradients, Storages, count_groups, stored_weight_bytes
 from .probes import CudaAllocator, ResidentSet, Stopwatch
 from .schema import Group
@@ -74,8 +75,11 @@ class RunMeter:
         self._has_state = reading.optimizer_state > 0
         reading.before_training = max(0, reading.start - reading.weights - reading.optimizer_state)
         self._faults = self.probe.faults()
-        if getattr(getattr(optimizer, "optimizer", optimizer), "layerwise", None):
+        release = getattr(getattr(optimizer, "optimizer", optimizer), "release", None)
+        if isinstance(release, Release):
+            release.remove()
             self._live = LiveGradients(self.trained)  # before the optimizer's own hooks, which free gradients
+            release.install()
 
     def close(self) -> None:
         """Remove the hooks from the model."""
@@ -146,8 +150,8 @@ class RunMeter:
         reading.tokens = int(self._tokens)
         return Reading(**asdict(reading))
 
-    def rates(self, tokens: int) -> tuple[float, float, float | None]:
-        """Return seconds of a step, the part of it that the optimizer takes, and tokens of all ranks per second.
+    def rates(self, tokens: int) -> tuple[float, float | None, float | None]:
+        """Return seconds of a step, the part of it that `step()` takes, and tokens of all ranks per second.
 
         The first step is left out where there are others.
         """
@@ -156,7 +160,8 @@ class RunMeter:
         share = (self._updates.seconds(wait=True) - updating) / seconds if seconds else 0.0
         own = int(self._tokens)
         per_second = tokens * (1 - first_tokens / own) / seconds if own and seconds else None
-        return seconds / max(1, self.steps - 1), min(1.0, share), per_second
+        updates_in_backward = self._live is not None
+        return seconds / max(1, self.steps - 1), None if updates_in_backward else min(1.0, share), per_second
 
     def _count_state(self) -> None:
         self.groups = count_groups(self.optimizer, self.name)

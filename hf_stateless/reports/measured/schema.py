@@ -147,8 +147,8 @@ class Cost:
     """Tokens of the training batches on all ranks, without padding; None for a model that reads something else."""
     tokens_per_second: float | None
     seconds_per_step: float
-    optimizer_share: float
-    """Part of the time of a step that the optimizer's `step()` takes, between 0 and 1."""
+    optimizer_share: float | None
+    """Part of the time of a step that the optimizer's `step()` takes, 0 to 1; None where updates run in backward."""
     seconds: float
     """Training without evaluation and saving."""
 
