@@ -144,6 +144,32 @@ def test_an_update_in_backward_has_no_share_of_a_step(runs):
     assert "of it in the optimizer." in card(runs / "sinkgd")
 
 
+def test_a_table_of_cards_has_each_run_with_the_first_beside_it(runs, capsys):
+    assert main(["card", str(runs / "sinkgd"), "--beside", str(runs / "adamw_torch")]) == 0
+    capsys.readouterr()
+    assert main(["card", "--table", str(runs / "sinkgd"), str(runs / "swan_layerwise")]) == 0
+    head, _, first, second = capsys.readouterr().out.splitlines()
+    assert head.startswith("| Card | Optimizer |")
+    cells, alone = ([cell.strip() for cell in line.strip("|").split("|")] for line in (first, second))
+    assert cells[:3] == ["[sinkgd](sinkgd/README.md)", "`sinkgd` / `adamw_torch`", "Loss"]
+    peaks = [MemoryReport.load(runs / name).measured.peak.max for name in ("sinkgd", "adamw_torch")]
+    assert cells[5] == " / ".join(map(size_text, peaks))
+    assert alone[1] == "`swan_layerwise`"
+    assert float(alone[4]) == pytest.approx(CardFacts.load(runs / "swan_layerwise").evaluation[0]["value"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [(["a", "b"], "got 2 runs"), ([], "the following arguments are required"), (["--table", "none"], "no card_data")],
+)
+def test_a_wrong_command_gets_one_line(said, message, runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    for name, run in zip("ab", RUNS, strict=False):
+        (runs / run).rename(runs / name)
+    assert main(["card", *said]) == 2
+    assert message in capsys.readouterr().err
+
+
 def damage(folder, case):
     """Make a folder that cannot stand beside another."""
     if case == "no card":
