@@ -6,7 +6,10 @@ import communication
 import pytest
 import scale
 import torch
+from conftest import TINY_MODELS
 from documents import ROOT, read
+
+from hf_stateless.reports.predicted import Settings, build_model, estimate
 
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results" / "scale.json"
@@ -21,6 +24,25 @@ def test_the_bytes_are_those_of_the_real_step(row, rule, ranks):
     counted = rule(STACKS, ranks)
     assert counted["collectives"] == max(traffic.collectives for traffic in real)
     assert counted["bytes"] == pytest.approx(max(traffic.bytes for traffic in real), rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "step"), [("swan", "swan"), ("sinkgd", "sinkgd"), ("swan_layerwise", "swan")])
+def test_a_prediction_tells_what_the_step_of_that_model_sends(name, step):
+    model = build_model(TINY_MODELS["llama"]().config, Settings())
+    shapes = [tuple(p.shape) for n, p in model.named_parameters() if n.endswith("proj.weight")]
+    real = max(communication.count(step, shapes, 2, rank, torch.bfloat16).bytes for rank in range(2))
+    (row,) = estimate(model, [name], Settings(seq=16, fsdp=2))
+    assert row.sent == pytest.approx(real, rel=0.02)
+    weights = sum(p.numel() * 2 for p in model.parameters())
+    assert row.sent_by_fsdp == pytest.approx(3 * weights / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "sent"), [("adamw_torch", 0), ("adafactor", None), ("multinorm", None)])
+def test_what_is_in_no_formula_is_not_told(name, sent):
+    model = build_model(TINY_MODELS["gpt2"]().config, Settings())
+    (row,) = estimate(model, [name], Settings(seq=16, fsdp=4))
+    assert row.sent == sent
+    assert row.sent_by_fsdp > 0
 
 
 def test_the_models_have_the_parameters_that_their_names_say():

@@ -27,8 +27,8 @@ from .placement import Split, whole_matrix
 from .sinkhorn import ShardedMatrices, iterate, keep_squares
 
 
-# Bytes of whole gradients that an owner takes at once.
-_EXCHANGE_BYTES = 1 << 30
+EXCHANGE_BYTES = 1 << 30
+"""Bytes of whole gradients that an owner takes at once."""
 
 
 class Way(Protocol):
@@ -132,7 +132,7 @@ class Owned:
         load: dict[str, list[int]] = {}
         for of_class in alike(updates, lambda update: update.shape_class):
             split = _split(of_class[0])
-            for some in bounded(of_class, _whole_bytes, _EXCHANGE_BYTES * split.ranks):
+            for some in bounded(of_class, _whole_bytes, EXCHANGE_BYTES * split.ranks):
                 if len(some) > 1:
                     self._exchange(some, load.setdefault(split.group.group_name, [0] * split.ranks))
                 else:  # an owner would send it to the others while they wait: they may as well compute it

@@ -24,11 +24,9 @@ from result_files import write_results
 from whitening_cost import ROWS, count
 
 import hf_stateless
-from hf_stateless.ranks.owners import assign_owners, whitening_cost
-from hf_stateless.ranks.ways import _EXCHANGE_BYTES
+from hf_stateless.reports.predicted.wire import Shape, exchanged_bytes, exchanges, fsdp_bytes, sinkhorn_bytes
 
 
-Shape = tuple[int, int]
 TRAINING, TOKENS = 400e12, 8192
 IN_A_MACHINE, BETWEEN_MACHINES, MACHINE = 360e9, 45e9, 8
 COLLECTIVE, MESSAGE = 30e-6, 1e-6
@@ -105,39 +103,24 @@ def bandwidth(cards: int) -> float:
 
 
 def exchanged(stacks: Sequence[Stack], cards: int) -> dict[str, float]:
-    """Return what `swan` sends and whitens: bf16 gradients to the owners, float32 updates with a norm each back."""
-    load = [0] * cards
-    sent, seconds = [0.0] * cards, [0.0] * cards
-    collectives = 0
-    for stack in (stack for stack in stacks if stack.experts == 1):
-        rows, columns = stack.shape
-        together = max(1, _EXCHANGE_BYTES * cards // (2 * rows * columns))
-        for first in range(0, stack.count, together):
-            some = min(together, stack.count - first)
-            part = -(-rows // cards) * columns
-            if some == 1:  # all gather and whiten it
-                collectives += 1
-                sent = [amount + 2 * (cards - 1) * part for amount in sent]
-                seconds = [amount + whitening_seconds(stack.shape) for amount in seconds]
-                continue
-            owners = assign_owners([whitening_cost(stack.shape)] * some, load)
-            collectives += 2
-            for card in set(owners):
-                own = owners.count(card)
-                sent[card] += own * (4 * (rows * columns - part) + 4 * (cards - 1)) - 2 * own * part
-                seconds[card] += own * whitening_seconds(stack.shape)
-            sent = [amount + 2 * some * part for amount in sent]
-    for stack in (stack for stack in stacks if stack.experts > 1):  # a stack's matrices lie whole on their cards
-        each = -(-stack.experts // min(cards, stack.experts))
-        seconds = [amount + each * stack.count * whitening_seconds(stack.shape) for amount in seconds]
-    return {"bytes": max(sent), "collectives": collectives, "whitening": max(seconds)}
+    """Return what `swan` sends and whitens; the matrices of a stack of experts lie whole on their cards."""
+    shapes = {stack.shape: stack.count for stack in stacks if stack.experts == 1}
+    seconds, collectives = [0.0] * cards, 0
+    for shape, owners in exchanges(shapes, cards):
+        collectives += 1 if owners is None else 2
+        for card, own in Counter(range(cards) if owners is None else owners).items():
+            seconds[card] += own * whitening_seconds(shape)
+    local = [stack for stack in stacks if stack.experts > 1]
+    held = {stack: -(-stack.experts // min(cards, stack.experts)) * stack.count for stack in local}
+    together = sum(count * whitening_seconds(stack.shape) for stack, count in held.items())
+    most = max(exchanged_bytes(shapes, cards))
+    return {"bytes": most, "collectives": collectives, "whitening": max(seconds) + together}
 
 
 def summed(stacks: Sequence[Stack], cards: int) -> dict[str, float]:
-    """Return what `sinkgd` sends: float32 sums of columns and a flag for each matrix, in one ring each iteration."""
-    whole = [stack for stack in stacks if stack.experts == 1]
-    numbers = sum(stack.count * (stack.shape[1] + 1) for stack in whole)
-    return {"bytes": ITERATIONS * 2 * (cards - 1) / cards * 4 * numbers, "collectives": ITERATIONS}
+    """Return what `sinkgd` sends: one ring each iteration."""
+    shapes = {stack.shape: stack.count for stack in stacks if stack.experts == 1}
+    return {"bytes": sinkhorn_bytes(shapes, cards, ITERATIONS), "collectives": ITERATIONS}
 
 
 @cache
@@ -151,7 +134,7 @@ def record(name: str, cards: int) -> dict[str, Any]:
     model = MODELS[name]
     swan, sinkgd, rate = exchanged(model.stacks, cards), summed(model.stacks, cards), bandwidth(cards)
     weights = sum(s.count * s.shape[0] * s.shape[1] for s in model.stacks if s.experts == 1)
-    fsdp = 3 * 2 * weights * (cards - 1) / cards
+    fsdp = fsdp_bytes(2 * weights, 2 * weights, cards)
     training = 6 * model.active * TOKENS / TRAINING
     messages = swan["collectives"] * (cards - 1) * MESSAGE
     exchange = swan["bytes"] / rate + swan["collectives"] * COLLECTIVE + messages

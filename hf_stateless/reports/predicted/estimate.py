@@ -21,6 +21,7 @@ from .model import tensor_bytes, weight_bytes_of_rank
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .table import Estimate, Settings
 from .trace import LiveBytes, Peak, Timeline, trace_training
+from .wire import fsdp_bytes, optimizer_bytes
 
 
 # Forward and backward where gradients are released: by the identities of their parameters, the bytes of each update.
@@ -105,6 +106,7 @@ def _estimate(
     gradients = tensor_bytes([p for p in model.parameters() if p.requires_grad and id(p) not in released], ranks)
     weights, state = weight_bytes_of_rank(model, ranks), optimizer_state_bytes(model, name, optim_args, ranks)
     gathered = _gathered(model) if ranks > 1 else 0
+    trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
     always = {"weights": weights, "optimizer_state": state}
     finished = backward.gradients_then
     in_backward = {"gradients": finished, "activations": backward.total - finished, "gathered": gathered}
@@ -120,11 +122,22 @@ def _estimate(
         gradients=max(gradients, backward.gradients) if released else gradients,
         activations=trace({}).activations,
         temporary=max(temporary, *released.values(), 0),
+        sent=_sent(model, name, optim_args, ranks),
+        sent_by_fsdp=fsdp_bytes(tensor_bytes(model.parameters()), trained, ranks),
         gathered=gathered,
         peak=sum(at_peak.values()),
         moment=moment,
         at_peak=at_peak,
     )
+
+
+def _sent(model: nn.Module, name: str, optim_args: Mapping[str, Any], ranks: int) -> int | None:
+    """Return what an optimizer sends: those of transformers that update each entry by itself send nothing."""
+    if ranks == 1:
+        return None
+    if is_ours(name):
+        return optimizer_bytes(model, name, optim_args, ranks)
+    return None if name in ("galore_adamw", "adafactor") else 0
 
 
 def _gathered(model: nn.Module) -> int:

@@ -78,6 +78,10 @@ class Estimate:
     """When the peak is reached: in `backward` or in the optimizer's `step`."""
     at_peak: Mapping[str, int] = field(default_factory=dict)
     """What is held at that moment; adds up to the peak."""
+    sent: int | None = None
+    """What a GPU sends in a step of the optimizer; None on one GPU, and where it is not known."""
+    sent_by_fsdp: int = 0
+    """What FSDP2 itself sends in a step without accumulation; 0 on one GPU."""
 
 
 def usable(gib: float) -> float:
@@ -154,10 +158,20 @@ def _legend(report: Mapping[str, Any]) -> list[str]:
     return [
         "counted: from the model's own tensors. predicted: nothing was run on a device.",
         "Each column is the most that is held at any time; peak is what is held together at the fullest moment.",
+        *(_wire(report["estimates"]) if report["settings"]["fsdp"] > 1 else []),
         *(["Gradients of layer-wise optimizers: predicted, the most that is alive at once."] if layerwise else []),
         f"A GPU fits if the peak takes at most {USABLE_SHARE:.0%} of its memory less {CONTEXT_BYTES // GIB} GiB for "
         "the CUDA context.",
         *report["notes"],
+    ]
+
+
+def _wire(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line about what a GPU sends in one step."""
+    own = [f"{row['optimizer']} {'unknown' if row['sent'] is None else size_text(row['sent'])}" for row in rows]
+    return [
+        f"Sent by one GPU in a step without accumulation, counted: {size_text(rows[0]['sent_by_fsdp'])} by FSDP2 "
+        f"itself; by the optimizers: {', '.join(own)}."
     ]
 
 

@@ -1,0 +1,95 @@
+"""What a GPU sends in one step under FSDP2: counted from shapes, by the rules of `hf_stateless.ranks`.
+
+Bytes are what a ring sends: 2 (N-1)/N of an all-reduce, (N-1)/N of the result of an all-gather; of an all-to-all what
+is for others. Flags and norms of a few bytes are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ...norms.chain import Chain
+from ...ranks.owners import assign_owners, whitening_cost
+from ...ranks.ways import EXCHANGE_BYTES
+from ...update.layout import layout_at
+from .state import optimizer_groups
+
+
+Shape = tuple[int, int]
+
+
+def fsdp_bytes(weights: int, trained: int, ranks: int) -> int:
+    """Return what FSDP2 itself sends: weights are gathered in forward and in backward, gradients scattered.
+
+    Args:
+        weights: bytes of all parameters.
+        trained: bytes of those that get a gradient.
+        ranks: the number N of GPUs that share them.
+    """
+    return (2 * weights + trained) * (ranks - 1) // ranks
+
+
+def optimizer_bytes(model: nn.Module, name: str, optim_args: Mapping[str, Any], ranks: int) -> int | None:
+    """Return what one of our optimizers sends, the GPU that sends most; None where it is in no formula here."""
+    sent = 0.0
+    for group in optimizer_groups(model, name, optim_args):
+        if group["algorithm"] != "multinorm":
+            continue
+        # A stack of matrices is cut between them, so that nothing is sent.
+        cut = [(p, layout_at(group, i)) for i, p in enumerate(group["params"]) if p.ndim == 2]
+        chain = Chain.of(group)
+        known = (chain.is_sinkhorn or chain.whitens) and chain.scale == "rms"
+        if cut and not (known and all(layout.name == "out_in" for _, layout in cut)):
+            return None
+        shapes = Counter((int(p.shape[0]), int(p.shape[1])) for p, _ in cut)
+        if chain.is_sinkhorn:
+            sent += sinkhorn_bytes(shapes, ranks, int(chain.num_iterations))
+        else:
+            sent += max(exchanged_bytes(shapes, ranks, group["params"][0].dtype.itemsize))
+    return int(sent)
+
+
+def sinkhorn_bytes(shapes: Mapping[Shape, int], ranks: int, iterations: int) -> float:
+    """Return the bytes of SR-Sinkhorn: sums of columns and a flag of each matrix, in float32, once an iteration.
+
+    Args:
+        shapes: of the matrices that are cut between rows, with how many there are of each.
+        ranks: the number of GPUs that share them.
+        iterations: L.
+    """
+    numbers = sum(count * (columns + 1) for (_, columns), count in shapes.items())
+    return iterations * 2 * (ranks - 1) / ranks * 4 * numbers
+
+
+def exchanges(shapes: Mapping[Shape, int], ranks: int, itemsize: int = 2) -> Iterator[tuple[Shape, list[int] | None]]:
+    """Yield the matrices that are whitened together: their shape, and the owner of each; None for one that all gather.
+
+    Args:
+        shapes: of the matrices that are cut between rows, with how many there are of each.
+        ranks: the number of GPUs that share them.
+        itemsize: bytes of an entry of a gradient.
+    """
+    load = [0] * ranks
+    for shape, count in shapes.items():
+        together = max(1, EXCHANGE_BYTES * ranks // (itemsize * shape[0] * shape[1]))
+        for first in range(0, count, together):
+            some = min(together, count - first)
+            yield shape, assign_owners([whitening_cost(shape)] * some, load) if some > 1 else None
+
+
+def exchanged_bytes(shapes: Mapping[Shape, int], ranks: int, itemsize: int = 2) -> list[float]:
+    """Return what each GPU sends where matrices go to owners, and updates in float32 come back."""
+    sent, by_all = [0.0] * ranks, 0.0
+    for (rows, columns), owners in exchanges(shapes, ranks, itemsize):
+        part = -(-rows // ranks) * columns
+        if owners is None:
+            by_all += itemsize * (ranks - 1) * part
+            continue
+        by_all += itemsize * len(owners) * part
+        for rank, own in Counter(owners).items():
+            sent[rank] += own * 4 * (rows * columns - part) - itemsize * own * part
+    return [amount + by_all for amount in sent]
