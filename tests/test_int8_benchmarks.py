@@ -215,4 +215,5 @@ def test_the_recipe_for_12_gb_builds_its_optimizer_over_8_bit_layers():
     )
     options = dict(pair.split("=") for pair in recipe["optim_args"].split(","))
     optimizer = create_optimizer(quantize(LlamaForCausalLM(config)), recipe["optim"], lr=1e-4, **options)
-    assert not [group for group in optimizer.param_groups if group["algorithm"] != "multinorm"]
+    of_roles = {group["role"]: group["algorithm"] for group in optimizer.param_groups}
+    assert of_roles == {"matrix": "multinorm", "embedding": "row_moment", "head": "row_moment", "rest": "adamw"}

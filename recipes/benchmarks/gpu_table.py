@@ -57,7 +57,7 @@ WAYS: dict[str, tuple[str, str]] = {
 OPTIM_ARGS = {
     "adamw_torch_fused": {},
     "swan_layerwise": {"release": "all"},
-    "sinkgd_layerwise": {"embeddings": "stateless", "release": "all"},
+    "sinkgd_layerwise": {"embeddings": "row_moment", "release": "all"},
 }
 
 
