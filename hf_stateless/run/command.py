@@ -22,6 +22,7 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": lambda argv: import_module("hf_stateless.reports.compare").main(argv),
     "explain": lambda argv: import_module("hf_stateless.run.explain").main(argv),
     "convert-config": lambda argv: import_module("hf_stateless.run.convert.command").main(argv),
+    "push": lambda argv: import_module("hf_stateless.reports.card.push_command").main(argv),
     "export": lambda argv: import_module("hf_stateless.run.export").main(argv),
 }
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from ..files import write_text
 from ..patches import CardWriter
+from .during_training import attach_push
 from .facts import CARD_FILE
 from .hub_client import limit_waits
 from .pushing import Token
@@ -50,6 +51,7 @@ def attach_model_card(
         trainer.args.hub_token = Token(trainer.args.hub_token)
     if trainer.args.push_to_hub:  # before it trains, so that the Trainer's own pushes do not hang either
         limit_waits()
+        attach_push(trainer)
     writer = trainer.create_model_card
     if not isinstance(writer, CardWriter):
         writer = trainer.create_model_card = CardWriter(trainer, _write_over_own_card)
