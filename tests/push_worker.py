@@ -171,11 +171,11 @@ def plant(files, links=()):
 
 
 def train_and_push(
-    output_dir, kind="trainer", base=None, way="ours", times=1, waits=(0.1,), later=False, without=(), **options
+    output_dir, kind="trainer", base=None, way="ours", times=1, waits=(0.1,), later=False, asked=(), **options
 ):
     """Train two steps and push; return the message of a `PushError`, or None.
 
-    `later` makes the repository as the recipes do.
+    `later` makes the repository as the recipes do; `asked` is for `attach_push`.
     """
     from hf_stateless import attach_memory_report
     from hf_stateless.reports.card.attach import attach_model_card, save
@@ -186,8 +186,8 @@ def train_and_push(
         trainer = _trainer(output_dir, kind, base, later, options)
         attach_memory_report(trainer)
         attach_model_card(trainer, datasets=["someone/counting"])
-        if without:
-            attach_push(trainer, without=without)
+        if asked:
+            attach_push(trainer, **asked)
         create_repository(trainer, waits=waits)
         trainer.train()
         for _ in range(times):

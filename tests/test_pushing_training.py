@@ -95,10 +95,14 @@ def test_a_checkpoint_from_the_hub_goes_on_and_its_state_can_stay_here(hub, work
         (folder / "fetched" / path).write_bytes(data)
     resumed = worker.resume("runs/resumed", "fetched/last-checkpoint", max_steps=3)
     assert resumed == 3
-    message, heard = worker.train_and_hear("runs/light", without=["optimizer.pt", "*.pth"], **options)
+    asked = {"without": ["optimizer.pt", "*.pth"], "dashboard": True}
+    message, heard = worker.train_and_hear("runs/light", asked=asked, **options)
     assert message is None
     inside = {path for path in hub.repository("tester/light").files if path.startswith("last-checkpoint/")}
     assert {Path(path).name for path in inside} == {*MODEL, "scheduler.pt", "memory_report.json"}
+    light = hub.repository("tester/light").files
+    assert b"[`dashboard.html`](dashboard.html)" in light["README.md"]
+    assert b"memory/optimizer_state_gib" in light["dashboard.html"]
     assert any("last-checkpoint/optimizer.pt" in text and "left out as asked" in text for text in heard)
 
 

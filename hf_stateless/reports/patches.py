@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi
 
 from .card.markdown import one_line
+from .card.pushing import begin_push
 
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class OwnPush:
         """
         trainer = self.trainer
         args = trainer.args
-        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+        begin_push(trainer)
         asked, args.push_to_hub = args.push_to_hub, False
         try:
             trainer.save_model()

@@ -13,7 +13,7 @@ from ..patches import CardWriter
 from .during_training import attach_push
 from .facts import CARD_FILE
 from .hub_client import limit_waits
-from .pushing import Token
+from .pushing import Token, begin_push
 from .render import render_folder
 from .sources import collect
 
@@ -88,6 +88,6 @@ def save(trainer: Trainer) -> None:
     finally:
         args.push_to_hub = asked
     if asked:
-        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+        begin_push(trainer)
     # After the weights, because saving an adapter writes a card of PEFT's.
     trainer.create_model_card(tags=list(getattr(trainer.model, "model_tags", None) or []))

@@ -18,9 +18,11 @@ from ...trainer.table import announce, trainer_prints
 from ..command_line import first_line
 from ..patches import OwnPush
 from .contents import Contents, collect, listing
+from .dashboard import write_dashboard
 from .hub_client import limit_waits
 from .private import Machine
-from .pushing import WAITS, PushError, command_for_later, repeated, upload
+from .pushing import WAITS, PushError, begin_push, command_for_later, repeated, upload
+from .trackers import clean_tracker
 
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ STAGE = ".hf_stateless_push"
 """Folder in the output folder where large files of a push are kept as links, until it is done."""
 
 
-def attach_push(trainer: Trainer, *, without: Sequence[str] = ()) -> PushCallback:
+def attach_push(trainer: Trainer, *, without: Sequence[str] = (), dashboard: bool = False) -> PushCallback:
     """Let all pushes of a trainer go through one door: nothing private, a list of what goes, repeated where they fail.
 
     `hub_strategy` says what is pushed at saves, as the Trainer means it: `end` nothing, `every_save` the model,
@@ -46,6 +48,7 @@ def attach_push(trainer: Trainer, *, without: Sequence[str] = ()) -> PushCallbac
         trainer: before `trainer.train()`.
         without: patterns of names or paths in the repository that stay here, such as `optimizer.pt`; added to those
             of earlier calls.
+        dashboard: push the curves of the log too, as `dashboard.html`, to which the card leads.
 
     Example:
         >>> from hf_stateless.reports.card.during_training import attach_push
@@ -60,6 +63,7 @@ def attach_push(trainer: Trainer, *, without: Sequence[str] = ()) -> PushCallbac
         else:
             logger.warning("%s pushes by itself: nobody looks at what it sends.", type(trainer).__name__)
     callback.without += tuple(pattern for pattern in without if pattern not in callback.without)
+    callback.dashboard |= dashboard
     return callback
 
 
@@ -69,6 +73,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self.without: tuple[str, ...] = ()
+        self.dashboard = False
         self._strategy = HubStrategy.END
         self._api = HfApi()  # one for all: its jobs wait for each other
         self._jobs: list[Future[Any]] = []
@@ -80,7 +85,17 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         if args.hub_strategy != HubStrategy.END:
             self._strategy, args.hub_strategy = HubStrategy(args.hub_strategy), HubStrategy.END
         if state.is_world_process_zero:
+            clean_tracker(Machine([args.hub_token], [args.output_dir]))
             shutil.rmtree(Path(args.output_dir) / STAGE, ignore_errors=True)  # of a run that was killed
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the curves in the folder that is pushed, if they are asked for."""
+        if not self.dashboard or not state.is_world_process_zero:
+            return
+        try:
+            write_dashboard(args.output_dir, self._repository().rsplit("/", 1)[-1], state.log_history)
+        except OSError as error:
+            logger.warning("The dashboard cannot be written: %s", first_line(error))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Push what was saved in the background, unless the last push is still on its way."""
@@ -91,7 +106,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
             return
         steps = args.save_strategy == "steps"
         message = f"Training in progress, {f'step {state.global_step}' if steps else f'epoch {int(state.epoch)}'}"
-        self._trainer.callback_handler.on_push_begin(args, state, control)
+        begin_push(self._trainer)
         stage = Path(args.output_dir) / STAGE / str(state.global_step)
         try:
             contents = self._collect(checkpoint)

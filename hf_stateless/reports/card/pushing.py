@@ -139,6 +139,14 @@ def create_repository(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> No
         logger.warning("The repository cannot be made now: the model is pushed when it is trained.")
 
 
+def begin_push(trainer: Trainer) -> None:
+    """Tell the callbacks of a trainer that it pushes; trackers go to the Hub then, and may fail as a push may."""
+    try:
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    except Exception as error:
+        logger.warning("A callback failed before the push: %s", first_line(error))
+
+
 def upload(
     contents: Contents, repository: str, message: str, *, token: str | None, revision: str | None
 ) -> CommitInfo:

@@ -18,6 +18,7 @@ from ..command_line import first_line
 from ..files import size_text
 from ..measured.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
 from ..run_facts import is_hub_id
+from .dashboard import DASHBOARD_FILE
 from .facts import CardFacts
 from .markdown import code, link, metadata_values, one_line, plain, section, sentences
 from .memory_section import memory_section, number
@@ -33,15 +34,18 @@ def render_folder(folder: str | Path) -> str:
     """
     facts, file = CardFacts.load(folder), Path(folder) / REPORT_FILE
     picture = PICTURE_FILE if (Path(folder) / PICTURE_FILE).is_file() else None
+    dashboard = (Path(folder) / DASHBOARD_FILE).is_file()
     if file.is_file():
         try:
-            return render(facts, MemoryReport.load(folder), picture)
+            return render(facts, MemoryReport.load(folder), picture, dashboard=dashboard)
         except Exception as error:  # whatever stands in that file, the card is about the model
             logger.warning("The model card gets no memory report: %s", one_line(first_line(error))[:300])
-    return render(facts)
+    return render(facts, dashboard=dashboard)
 
 
-def render(facts: CardFacts, report: MemoryReport | None = None, picture: str | None = None) -> str:
+def render(
+    facts: CardFacts, report: MemoryReport | None = None, picture: str | None = None, *, dashboard: bool = False
+) -> str:
     """Return a model card: YAML block and Markdown."""
     page = _template().render(
         facts=facts,
@@ -49,6 +53,7 @@ def render(facts: CardFacts, report: MemoryReport | None = None, picture: str | 
         base=link(facts.base_model) if facts.base_model and not facts.base_is_local else code(facts.base_model or ""),
         quick_start=_quick_start(facts),
         citation=facts.preset.citation if facts.preset else None,
+        dashboard=DASHBOARD_FILE if dashboard else None,
         columns=list(dict.fromkeys(name for row in reversed(facts.results) for name in row)),
         section=memory_section(report, picture) if report else None,
     )
