@@ -22,6 +22,7 @@ from finetuning_model import (
     find_model,
     loading_line,
     parse_arguments,
+    prepare_push,
     prepare_trainer,
     run_script,
     train_and_save,
@@ -31,7 +32,7 @@ from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, get_peft_config
 
 import hf_stateless
 from hf_stateless.reports.card.attach import attach_model_card
-from hf_stateless.reports.card.pushing import create_repository, push
+from hf_stateless.reports.card.pushing import push
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
     prepare_trainer(trainer)
     hf_stateless.attach_memory_report(trainer)
     attach_model_card(trainer, **describe_model(model_args, model), **describe_rows(data_args, mixture))
-    create_repository(trainer)
+    prepare_push(trainer, model_args)
     train_and_save(trainer, checkpoint)
     if trainer.is_world_process_zero():
         print(f"\nHeld-out loss: {before_and_after(trainer, 'eval_loss')}")

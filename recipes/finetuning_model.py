@@ -20,7 +20,14 @@ from finished_run import train
 from huggingface_hub import hf_hub_download
 from offline_model import DEFAULT_MODEL, OFFLINE_INSTALL, OFFLINE_LICENSE, convert_offline_model, hub_is_reachable
 from pretraining_text import InputError, as_sentence
-from script_start import find_checkpoint, read_recipe, refuse_other_optimizers, use_all_cores
+from script_start import (
+    PushArguments,
+    find_checkpoint,
+    prepare_push,
+    read_recipe,
+    refuse_other_optimizers,
+    use_all_cores,
+)
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import strtobool
 
@@ -46,6 +53,7 @@ __all__ = [
     "find_model",
     "loading_line",
     "parse_arguments",
+    "prepare_push",
     "prepare_trainer",
     "run_script",
     "train_and_save",
@@ -57,7 +65,7 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # the ol
 
 
 @dataclass
-class ModelArguments(ModelConfig):
+class ModelArguments(PushArguments, ModelConfig):
     """The model, its adapter and its quantisation, as in every script of TRL."""
 
     _argument_group_name = "model"

@@ -22,6 +22,7 @@ from finetuning_model import (
     find_model,
     loading_line,
     parse_arguments,
+    prepare_push,
     prepare_trainer,
     run_script,
     use_all_cores,
@@ -33,7 +34,7 @@ from trl import GRPOConfig, GRPOTrainer, get_peft_config
 
 import hf_stateless
 from hf_stateless.reports.card.attach import attach_model_card, save
-from hf_stateless.reports.card.pushing import create_repository, push
+from hf_stateless.reports.card.pushing import push
 
 
 CAN_USE_VLLM = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
@@ -64,7 +65,7 @@ def make_trainer(args: GRPOConfig, model_args: ModelArguments, tasks: ReasoningT
     prepare_trainer(trainer)
     hf_stateless.attach_memory_report(trainer)
     attach_model_card(trainer, **describe_model(model_args, model), data=describe_questions(tasks))
-    create_repository(trainer)
+    prepare_push(trainer, model_args)
     return trainer
 
 

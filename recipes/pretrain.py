@@ -24,7 +24,14 @@ from adamw_by_kind import adamw_by_kind
 from finished_run import train
 from pretraining_data import load_blocks
 from pretraining_text import DataArguments, InputError
-from script_start import find_checkpoint, read_recipe, refuse_other_optimizers, use_all_cores
+from script_start import (
+    PushArguments,
+    find_checkpoint,
+    prepare_push,
+    read_recipe,
+    refuse_other_optimizers,
+    use_all_cores,
+)
 from torch.optim import AdamW
 from transformers import (
     AutoConfig,
@@ -41,7 +48,7 @@ from transformers import (
 
 import hf_stateless  # makes swan, sinkgd and the others valid in --optim: before the parser is built
 from hf_stateless.reports.card.attach import attach_model_card, save
-from hf_stateless.reports.card.pushing import PushError, create_repository, push, repository_later
+from hf_stateless.reports.card.pushing import PushError, push, repository_later
 
 
 RECIPES = Path(__file__).parent
@@ -49,7 +56,7 @@ DEFAULT_RECIPE = RECIPES / "llama-tiny" / "pretrain" / "sinkgd_polar.yaml"
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(PushArguments):
     """Which model is trained, from random weights."""
 
     _argument_group_name = "model"
@@ -190,7 +197,7 @@ def main() -> None:
         )
     hf_stateless.attach_memory_report(trainer)
     attach_model_card(trainer, base_model="", **describe_text(data_args))
-    create_repository(trainer)
+    prepare_push(trainer, model_args)
     if trainer.is_world_process_zero():
         held_out_tokens = len(held_out_blocks) * data_args.block_size
         print(f"{trainer.model.num_parameters():,} parameters, vocabulary of {len(tokenizer):,}")

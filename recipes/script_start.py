@@ -4,17 +4,40 @@ import difflib
 import json
 import os
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 import yaml
 from pretraining_text import InputError
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_stateless.reports.card.during_training import attach_push
+from hf_stateless.reports.card.pushing import create_repository
 from hf_stateless.trainer.optim_args import optimizer_names
+
+
+@dataclass
+class PushArguments:
+    """What `--push_to_hub` sends beside the model, or keeps here."""
+
+    push_without: str | None = field(
+        default=None, metadata={"help": "Names that stay here, such as optimizer.pt,*.pth, whatever --hub_strategy."}
+    )
+    push_dashboard: bool = field(
+        default=False, metadata={"help": "Push the curves of the run too: dashboard.html, linked from the card."}
+    )
+
+
+def prepare_push(trainer: Trainer, wishes: PushArguments) -> None:
+    """Make the repository and say what goes to it, if the run is to be pushed."""
+    if trainer.args.push_to_hub:
+        names = [name.strip() for name in (wishes.push_without or "").split(",")]
+        attach_push(trainer, without=[name for name in names if name], dashboard=wishes.push_dashboard)
+    create_repository(trainer)
 
 
 def read_recipe(file: str, known: list[str]) -> dict[str, object]:

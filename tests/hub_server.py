@@ -5,7 +5,7 @@
         run(script, env=hub.environment())            # set before huggingface_hub is imported
         hub.repository("tester/model").files          # path -> bytes, of the latest commit
 
-It keeps everything in memory but large files, and speaks what `huggingface_hub` uses for models without Xet:
+It keeps everything in memory but large files, and speaks what `huggingface_hub` uses for models, Xet included:
 https://huggingface.co/docs/hub/api and https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md.
 """
 
@@ -73,7 +73,7 @@ class HubServer:
 
     def __init__(self, folder):
         self.folder, self.lock = Path(folder), threading.RLock()
-        self.repositories, self.faults, self.log = {}, [], []
+        self.repositories, self.faults, self.log, self.bodies = {}, [], [], []
         self.closing = threading.Event()
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -88,11 +88,17 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def environment(self):
-        """The variables of a process for which this is the Hub: no Xet, no cache of another Hub, not offline."""
+    def environment(self, xet=False):
+        """The variables of a process for which this is the Hub: no cache of another Hub, not offline; Xet if asked."""
         hub = {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HOME": str(self.folder / "home")}
         kept = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-        return {**kept, **hub, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        return {
+            **kept,
+            **hub,
+            "HF_HUB_DISABLE_XET": str(int(not xet)),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
 
     def fail(self, method, path, **what):
         """Let the next requests whose path contains the pattern fail; see `Fault`."""
@@ -100,6 +106,13 @@ class HubServer:
 
     def repository(self, name):
         return self.repositories[name]
+
+    def received(self, since=0):
+        """All bytes that were sent since a number of requests, those of files inside JSON decoded."""
+        for body in self.bodies[since:]:
+            yield body
+            for inner in re.findall(rb'"(?:content|sample)": ?"([A-Za-z0-9+/=]+)"', body):
+                yield base64.b64decode(inner)
 
     def requests(self, method, path):
         """How often a request was made."""
@@ -120,10 +133,11 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.log.append((self.command, path))
         fault = self._next_fault(path)
         if fault and fault.cut_after is not None:
-            self.rfile.read(fault.cut_after)
+            self.hub.bodies.append(self.rfile.read(fault.cut_after))
             return self._cut()
         # Read whatever the answer will be: what stays in the connection would be taken for the next request.
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.bodies.append(self.path.encode() + b"\n" + self.body)
         if fault and fault.silent_for:
             self.hub.closing.wait(fault.silent_for)
             return self._cut()
@@ -227,6 +241,13 @@ class Handler(BaseHTTPRequestHandler):
             objects.append({**asked, **({} if stored else {"actions": actions})})
         self.reply({"transfer": "basic", "objects": objects})
 
+    def xet(self, name, revision):
+        """Where hf_xet stores large files: a folder, which `local://` is to it."""
+        self.find(name)
+        place, until = f"local://{self.hub.folder / 'xet'}", 2**31
+        told = {"X-Xet-Cas-Url": place, "X-Xet-Access-Token": "none", "X-Xet-Token-Expiration": str(until)}
+        self.reply({"casUrl": place, "accessToken": "none", "exp": until}, 200, told)
+
     def store(self, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise Refusal(400, "The content does not have this sha256")
@@ -248,7 +269,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = data
                 oids[value["path"]] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             elif line["key"] == "lfsFile":
-                files[value["path"]], oids[value["path"]] = (self.hub.folder / value["oid"]).read_bytes(), value["oid"]
+                stored, oids[value["path"]] = self.hub.folder / value["oid"], value["oid"]
+                files[value["path"]] = stored.read_bytes() if stored.is_file() else b"in Xet's folder"
             else:
                 raise Refusal(400, f"Unknown operation {line['key']}")
         oid = hashlib.sha1(f"{name} {len(repository.commits)}".encode()).hexdigest()
@@ -273,6 +295,7 @@ ROUTES = [
     ("GET", f"/api/models/{ID}/tree/{REVISION}/?(.+)?", Handler.tree),
     ("POST", f"/api/models/{ID}/preupload/{REVISION}", Handler.preupload),
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", Handler.batch),
+    ("GET", f"/api/models/{ID}/xet-write-token/{REVISION}", Handler.xet),
     ("PUT", r"/_lfs/(\w{64})", Handler.store),
     ("POST", r"/_lfs/(\w{64})/verify", Handler.verify),
     ("POST", f"/api/models/{ID}/commit/{REVISION}", Handler.commit),

@@ -4,13 +4,15 @@ huggingface_hub reads its variables when it is imported, and the tests themselve
 several tests, because importing takes longer than the work.
 """
 
+import contextlib
 import inspect
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -18,10 +20,10 @@ from unittest import mock
 class Worker:
     """A process that runs the functions of this file: `worker.train_and_push("runs/a", ...)`."""
 
-    def __init__(self, hub, folder):
+    def __init__(self, hub, folder, **environment):
         command = [sys.executable, __file__]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, cwd=folder, env=hub.environment(), **streams)
+        self.process = subprocess.Popen(command, cwd=folder, env=hub.environment(**environment), **streams)
 
     def __getattr__(self, name):
         def call(*args, **kwargs):
@@ -36,6 +38,13 @@ class Worker:
     def close(self):
         self.process.stdin.close()
         self.process.wait(timeout=60)
+
+
+def _wide_model(width):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes))
 
 
 def _trainer(output_dir, kind, base, later, options):
@@ -59,13 +68,14 @@ def _trainer(output_dir, kind, base, later, options):
         "optim": "sinkgd",
     }
     model = AutoModelForCausalLM.from_pretrained(base) if base else TINY_MODELS["llama"]()
+    model = _wide_model(options.pop("width")) if "width" in options else model
     tokens = list(range(3, 19))
     if kind == "int8":
         model = hf_stateless.quantize(model, hf_stateless.Int8TrainingConfig(16))
     if kind in ("trainer", "int8"):
         rows = Dataset.from_list([{"input_ids": tokens, "labels": tokens}] * 8)
         args = TrainingArguments(**{**common, **options})
-        with repository_later(args) if later else nullcontext():
+        with repository_later(args) if later else contextlib.nullcontext():
             return Trainer(model, args, train_dataset=rows, data_collator=default_data_collator)
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -100,13 +110,15 @@ def train_and_push_impatiently(*args, silence=0.5, longest_wait=0.2, implicit_to
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils import _http
 
-    from hf_stateless.reports.card import hub_client
+    from hf_stateless.reports.card import during_training, hub_client, push_command
 
     before = _http._GLOBAL_CLIENT_FACTORY
     bounds = {"SILENCE": silence, "LONGEST_WAIT": longest_wait}
     slept = []
     with (
         mock.patch.multiple(hub_client, **bounds),
+        mock.patch.object(during_training, "WAITS", (0.1,)),
+        mock.patch.object(push_command, "WAITS", (0.1,)),
         mock.patch.object(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", not implicit_token),
         mock.patch.object(_http.time, "sleep", lambda seconds: slept.append(seconds)),
     ):
@@ -118,19 +130,64 @@ def train_and_push_impatiently(*args, silence=0.5, longest_wait=0.2, implicit_to
     return message, slept
 
 
-def train_and_push(output_dir, kind="trainer", base=None, way="ours", times=1, waits=(0.1,), later=False, **options):
+def train_and_hear(*args, **kwargs):
+    """Do as `train_and_push_impatiently` does; return its message and what was logged about pushes."""
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger = logging.getLogger("hf_stateless.reports.card")
+    logger.addHandler(handler)
+    tables = mock.patch("builtins.print", lambda *texts, **_: heard.append(" ".join(map(str, texts))))
+    try:
+        with tables:
+            message, _ = train_and_push_impatiently(*args, **kwargs)
+    finally:
+        logger.removeHandler(handler)
+    return message, heard
+
+
+def command(*arguments):
+    """Type `hf-stateless` with these arguments; return its status, stdout and stderr."""
+    from hf_stateless.reports.card import push_command
+    from hf_stateless.run.command import main as hf_stateless
+
+    told, complained = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(complained),
+        mock.patch.object(push_command, "WAITS", (0.1,)),
+    ):
+        status = hf_stateless(list(arguments))
+    return status, told.getvalue(), complained.getvalue()
+
+
+def plant(files, links=()):
+    """Write files by name and make links."""
+    for name, text in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text, encoding="utf-8")
+    for name, target in links:
+        Path(name).symlink_to(target)
+
+
+def train_and_push(
+    output_dir, kind="trainer", base=None, way="ours", times=1, waits=(0.1,), later=False, asked=(), **options
+):
     """Train two steps and push; return the message of a `PushError`, or None.
 
-    `later` makes the repository as the recipes do.
+    `later` makes the repository as the recipes do; `asked` is for `attach_push`.
     """
     from hf_stateless import attach_memory_report
     from hf_stateless.reports.card.attach import attach_model_card, save
+    from hf_stateless.reports.card.during_training import attach_push
     from hf_stateless.reports.card.pushing import PushError, create_repository, push
 
     try:
         trainer = _trainer(output_dir, kind, base, later, options)
         attach_memory_report(trainer)
         attach_model_card(trainer, datasets=["someone/counting"])
+        if asked:
+            attach_push(trainer, **asked)
         create_repository(trainer, waits=waits)
         trainer.train()
         for _ in range(times):
@@ -142,6 +199,13 @@ def train_and_push(output_dir, kind="trainer", base=None, way="ours", times=1, w
     except PushError as error:
         return str(error)
     return None
+
+
+def resume(output_dir, checkpoint, **options):
+    """Train on from a checkpoint; return the step that was reached."""
+    trainer = _trainer(output_dir, "trainer", None, False, options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer.state.global_step
 
 
 def save_base(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from documents import ROOT
 from hub_server import TOKEN, HubServer
 from push_worker import Worker
 
@@ -87,17 +88,23 @@ def test_a_failing_network_is_waited_for(hub, worker):
     assert worker.equal_to_disk("tester/rough", "runs/rough")
 
 
+def typed(message, folder, environment):
+    """Type the command that a failed push tells, where it was told."""
+    command = message.rsplit("push it later with: ", 1)[1]
+    program = folder / "bin" / "hf-stateless"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/hf_stateless/run/command.py" "$@"\n')
+    program.chmod(0o755)
+    environment = {**environment, "PATH": os.pathsep.join([str(program.parent), os.environ["PATH"]])}
+    subprocess.run([shutil.which("bash"), "-c", command], cwd=folder, env=environment, check=True, timeout=120)
+
+
 def test_a_push_that_fails_leaves_the_model_and_a_command_that_works(hub, worker, folder):
     hub.fail("POST", "/validate-yaml", status=503, times=3)
     message = worker.train_and_push("runs/later", push_to_hub=True, waits=[0.1, 0.1])
     assert "not pushed to tester/later after 3 attempts" in message
     assert hub.repository("tester/later").files == {}
-    command = message.rsplit("push it later with: ", 1)[1]
-    shell = shutil.which("bash")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(
-        [shell, "-c", command], cwd=folder, env={**hub.environment(), "PATH": path}, check=True, timeout=120
-    )
+    typed(message, folder, hub.environment())
     assert set(hub.repository("tester/later").files) == PUSHED
     assert worker.equal_to_disk("tester/later", "runs/later")
 
@@ -162,7 +169,8 @@ def test_a_token_among_the_arguments_opens_the_hub_and_is_in_no_file(way, hub, w
     assert push(f"runs/{name}", push_to_hub=True, way=way, hub_token=TOKEN, **options) is None
     commits = hub.repository(f"tester/{name}").commits
     pushed = {path: data for commit in commits for path, data in commit.files.items()}
-    assert {"training_args.bin", "model.safetensors"} <= set(pushed), "the Trainer pushed while it trained"
+    assert {"last-checkpoint/optimizer.pt", "model.safetensors"} <= set(pushed), "it was pushed during training"
+    assert not any(path.endswith("training_args.bin") for path in pushed)
     saved = [path for path in (folder / "runs" / name).rglob("*") if path.is_file()]
     assert any(path.name == "training_args.bin" for path in saved)
     assert not any(TOKEN.encode() in data for data in (*pushed.values(), *(path.read_bytes() for path in saved)))
@@ -172,6 +180,8 @@ def test_a_token_among_the_arguments_opens_the_hub_and_is_in_no_file(way, hub, w
     ("error", "transient"),
     [
         (ConnectionResetError(), True),
+        (ConnectionError("Server error: Request error: HTTP status server error (503 Service Unavailable), x"), True),
+        (ConnectionError("Network error: Request error: HTTP status client error (401 Unauthorized), x"), False),
         (TimeoutError(), True),
         (ValueError("Invalid metadata in README.md."), False),
         (FileNotFoundError(), False),
@@ -281,7 +291,7 @@ def test_silence_and_half_answers_end_in_the_command_for_later(path, fault, hub,
     message, _ = worker.train_and_push_impatiently(f"runs/{name}", push_to_hub=True, waits=[0.1], silence=0.2)
     hub.faults.clear()
     assert message.startswith(f"not pushed to tester/{name} after 2 attempts: ")
-    assert "push it later with: hf upload" in message
+    assert f"push it later with: hf-stateless push runs/{name} tester/{name}" in message
     assert "\n" not in message
 
 
@@ -292,10 +302,6 @@ def test_a_token_that_must_be_an_argument_is_one_now_and_later(hub, worker, fold
         assert message is None
     hub.fail("POST", "/commit/main", status=403)
     message, _ = worker.train_and_push_impatiently("runs/forbidden", **options)
-    command = message.rsplit("push it later with: ", 1)[1]
-    assert command.endswith('--token "$HF_TOKEN"')
     assert TOKEN not in message
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**hub.environment(), "PATH": path, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-    subprocess.run([shutil.which("bash"), "-c", command], cwd=folder, env=environment, check=True, timeout=120)
+    typed(message, folder, {**hub.environment(), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})
     assert set(hub.repository("tester/forbidden").files) == PUSHED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from ..ranks.placement import check_gradients, gradient_flags, local_shard
 from ..update.reads import both, reads_at_once
-from .min_signal import guarded, mark_weak, measure_signal, new_history, strong
+from .min_signal import guarded, log_held, mark_weak, measure_signal, new_history, strong
 from .momentum import has_momentum
 from .rule import Entry
 from .rules import RULES
 from .unread_flags import UnreadFlags
+
+
+logger = logging.getLogger(__name__)
 
 
 class Skips(Protocol):
@@ -30,6 +34,50 @@ class Skips(Protocol):
 
     def count_held(self, held: Sequence[float]) -> None:
         """Take in whether `min_signal` held anything back, and the signal."""
+
+
+class SkipCounts:
+    """Counts the updates of an optimizer that were left out, in this process."""
+
+    unread: UnreadFlags
+    _held_steps: int = 0
+    _not_finite: int = 0
+
+    @property
+    def held_steps(self) -> int:
+        """Steps of this process in which `min_signal` held matrices back; on a GPU asking waits for the device."""
+        self._hear(wait=True)
+        return self._held_steps
+
+    @property
+    def updates_not_finite(self) -> int:
+        """Updates of single parameters that NaN or infinite gradients prevented; on a GPU asking waits likewise."""
+        self._hear(wait=True)
+        return self._not_finite
+
+    def _hear(self, *, wait: bool = False) -> None:
+        """Warn of gradients that were not finite, as far as the device has told."""
+        for index in self.unread.read(wait=wait):
+            self.warn_skipped(index)
+
+    def count_held(self, held: Sequence[float]) -> None:
+        """Take in whether `min_signal` held a step back, and its signal; a zero gradient is none to speak of."""
+        if all(held):
+            self._held_steps += 1
+            log_held(self._held_steps, held[1])
+
+    def name_of(self, index: int) -> str:
+        """Return the name of a parameter, for messages."""
+        raise NotImplementedError
+
+    def warn_skipped(self, index: int) -> None:
+        """Warn that the gradient of a parameter was not finite."""
+        self._not_finite += 1
+        logger.warning(
+            "The gradient of %s has NaN or infinite entries: it is left unchanged in this step. "
+            "Look at the loss and the learning rate if this goes on.",
+            self.name_of(index),
+        )
 
 
 def without_bad_gradients(entries: list[Entry], host: Skips) -> list[Entry]:

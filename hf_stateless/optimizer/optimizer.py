@@ -17,9 +17,9 @@ from ..update.write import Workspace
 from ..weights.noise import TensorCache
 from .checkpoint import apply_options, check_same_groups, check_state, checked_states, fitted_state, options_of
 from .followed import Otherwise, followed, tell_followed, without_others
-from .held_back import without_bad_gradients, without_weak_gradients
+from .held_back import SkipCounts, without_bad_gradients, without_weak_gradients
 from .live import unhook
-from .min_signal import log_held, refuse_release
+from .min_signal import refuse_release
 from .momentum import fit_momentum_, has_momentum
 from .release import RELEASES, Release
 from .rule import Entry, state_on_meta
@@ -30,7 +30,7 @@ from .unread_flags import UnreadFlags
 logger = logging.getLogger(__name__)
 
 
-class StatelessOptimizer(torch.optim.Optimizer):
+class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
     r"""Multi-normalized gradients for matrices, AdamW for the rest; every group names its algorithm.
 
     For W in R^{m x n} (m = out_features) with gradient G: W <- (1 - lr weight_decay) W - lr lr_scale X with
@@ -74,7 +74,6 @@ class StatelessOptimizer(torch.optim.Optimizer):
     """What updates in backward, if anything does."""
     otherwise: Otherwise = MappingProxyType({})
     """Groups that take the rule of a checkpoint, by position, with what they would hold under each."""
-    _held_steps: int = 0
 
     def __init__(
         self,
@@ -143,17 +142,6 @@ class StatelessOptimizer(torch.optim.Optimizer):
         self.workspace.free()
         return loss
 
-    @property
-    def held_steps(self) -> int:
-        """Steps of this process in which `min_signal` held matrices back; on a GPU asking waits for the device."""
-        self._hear(wait=True)
-        return self._held_steps
-
-    def _hear(self, *, wait: bool = False) -> None:
-        """Warn of gradients that were not finite, as far as the device has told."""
-        for index in self.unread.read(wait=wait):
-            self.warn_skipped(index)
-
     def _update(self, entries: list[Entry]) -> None:
         """Update parameters by their rules, all of one rule together: ranks meet in as few collectives as possible."""
         for entry in entries:
@@ -168,12 +156,6 @@ class StatelessOptimizer(torch.optim.Optimizer):
                 f"The gradient of {self.name_of(index)} is sparse, and dense ones are expected: "
                 "type sparse=False where the embedding is made."
             )
-
-    def count_held(self, held: Sequence[float]) -> None:
-        """Take in whether `min_signal` held a step back, and its signal; a zero gradient is none to speak of."""
-        if all(held):
-            self._held_steps += 1
-            log_held(self._held_steps, held[1])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, and what an unfinished backward has done of this step: the next one starts anew."""
@@ -307,14 +289,6 @@ class StatelessOptimizer(torch.optim.Optimizer):
             made = state_on_meta(RULES[group["algorithm"]], p, group)
             check_state(state, made, self._name_of(p, group))
             self._checked.add(case)
-
-    def warn_skipped(self, index: int) -> None:
-        """Warn that the gradient of a parameter was not finite."""
-        logger.warning(
-            "The gradient of %s has NaN or infinite entries: it is left unchanged in this step. "
-            "Look at the loss and the learning rate if this goes on.",
-            self.name_of(index),
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does; what the device has not told yet is waited for and warned of."""

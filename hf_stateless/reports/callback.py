@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .command_line import first_line
 from .files import GIB
-from .measured.build import build_report, continued
+from .measured.build import build_report, continued, memory_parts
 from .measured.meter import Reading, RunMeter, highest
 from .measured.schema import PICTURE_FILE, MemoryReport
 from .patches import see_training_batches
@@ -27,10 +27,12 @@ def attach_memory_report(trainer: Trainer) -> MemoryCallback:
     """Let a trainer measure, log and report the memory of its runs; one call, before `trainer.train()`.
 
     The logs of training get `memory/peak_gib` (measured, the most since the last log), `memory/optimizer_state_gib`
-    (counted), `throughput/tokens_per_second` and `time/optimizer_share`; memory is that of the highest rank. Every
-    tracker of `report_to` gets them. At saves, pushes and at the end the output folder gets `memory_report.json`, at
-    the last two also `memory.png` (which needs matplotlib), and the model card a section. A resumed run adds to the
-    report of its checkpoint. It works for `Trainer` and those of TRL; a second call changes nothing.
+    (counted), `throughput/tokens_per_second` and `time/optimizer_share`; memory is that of the highest rank. Trackers
+    of `report_to` and the history also get the other parts of the peak, `memory/optimizer_share` of it, and
+    `updates/not_finite` and `updates/held_steps`, what an optimizer of this package has left out so far. At saves,
+    pushes and at the end the output folder gets `memory_report.json`, at the last two also `memory.png` (which needs
+    matplotlib), and the model card a section. A resumed run adds to the report of its checkpoint. It works for
+    `Trainer` and those of TRL; a second call changes nothing.
 
     Under several processes the ranks exchange a few numbers when the Trainer logs, saves or ends. On CPU the kernel's
     high-water mark of the process is reset at each step, on a GPU the peaks of torch's allocator: whoever else reads
@@ -89,6 +91,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         self._earlier: MemoryReport | None = None
         self._complete = False
         self._to_log: dict[str, float] = {}
+        self._for_trackers: dict[str, float] = {}
 
     def report(self) -> MemoryReport | None:
         """Return the report of the run so far, on the main process; None before the end of the first step.
@@ -100,11 +103,16 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         report = build_report(self._trainer, self.meter, self._rows, complete=self._complete)
         return continued(report, self._earlier) if self._earlier else report
 
-    def take_numbers(self) -> dict[str, float]:
-        """Return the numbers of the last exchange, once, and let the peak since the last log begin anew."""
-        numbers, self._to_log = self._to_log, {}
+    def take_numbers(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the numbers of the last exchange, once, and let the peak since the last log begin anew.
+
+        Returns:
+            What everybody sees who watches a run, and the same with what only trackers and the history get.
+        """
+        numbers, more = self._to_log, self._for_trackers
+        self._to_log, self._for_trackers = {}, {}
         self.meter.recent_peak = 0
-        return numbers
+        return numbers, {**numbers, **more}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take stock, and find the report of the part before a resume."""
@@ -112,7 +120,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self.meter = RunMeter(args.device, self._optimizer)
         self.meter.begin(kwargs["model"], optimizer)
-        self._rows, self._to_log, self._complete = [], {}, False
+        self._rows, self._to_log, self._for_trackers, self._complete = [], {}, {}, False
         self._earlier = None
         if state.global_step:
             with contextlib.suppress(OSError, ValueError, RecursionError):  # none, or not what this package writes
@@ -179,13 +187,19 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         numbers = values.tolist()
         self._rows = [Reading(*row[:-1]) for row in numbers]
         _, share, per_second = self.meter.rates(sum(row.tokens for row in self._rows))
+        recent = max(row[-1] for row in numbers)
         known = {
-            "memory/peak_gib": max(row[-1] for row in numbers) / GIB,
+            "memory/peak_gib": recent / GIB,
             "memory/optimizer_state_gib": highest(self._rows).optimizer_state / GIB,
             "time/optimizer_share": share,
             "throughput/tokens_per_second": per_second,
         }
         self._to_log = {key: float(f"{value:.4g}") for key, value in known.items() if value is not None}
+        more = memory_parts(highest(self._rows), recent)
+        if self.meter.counts_skips:
+            more["updates/not_finite"] = max(row.not_finite for row in self._rows)
+            more["updates/held_steps"] = max(row.held_steps for row in self._rows)
+        self._for_trackers = {key: float(f"{value:.4g}") for key, value in more.items()}
 
     def _write(self, state: Any, folder: str | Path, *, picture: bool = False) -> None:
         """Write the report on the main process; a full disk or a missing package must not end a training."""
@@ -216,9 +230,10 @@ class _AddToLogs(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add them to what is logged and to the history, which the Trainer has already written."""
         if logs and "loss" in logs:
-            numbers = self._memory.take_numbers()
-            for entry in (logs, *state.log_history[-1:]):
-                entry.update(numbers)
+            numbers, more = self._memory.take_numbers()
+            logs.update(more if set(args.report_to or ()) - {"none"} else numbers)
+            for entry in state.log_history[-1:]:
+                entry.update(more)
 
 
 def _given_optimizer(trainer: Trainer) -> str | None:

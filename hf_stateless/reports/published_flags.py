@@ -37,7 +37,7 @@ NUMBERS = _names(
     generation_batch_size steps_per_generation temperature top_p top_k min_p repetition_penalty num_iterations
     epsilon epsilon_high delta scale_rewards use_vllm vllm_gpu_memory_utilization mask_truncated_completions
     log_completions num_processes num_machines machine_rank main_process_port nproc_per_node nnodes node_rank
-    master_port num_cpu_threads_per_process multi_gpu use_fsdp cpu standalone fsdp_version
+    master_port num_cpu_threads_per_process multi_gpu use_fsdp cpu standalone fsdp_version push_dashboard
     """
 )
 """Numbers and switches."""
@@ -63,7 +63,7 @@ OPTIONS = frozenset({"optim_args", "lr_scheduler_kwargs"})
 """Pairs of names and values."""
 NAMED = _names(
     """
-    hub_token push_to_hub_token hub_revision run_name project trackio_space_id trackio_bucket_id prompt
+    hub_token push_to_hub_token hub_revision push_without run_name project trackio_space_id trackio_bucket_id prompt
     system_prompt model_init_kwargs gradient_checkpointing_kwargs accelerator_config fsdp_config deepspeed
     vllm_server_base_url vllm_server_host main_process_ip master_addr rdzv_endpoint
     """

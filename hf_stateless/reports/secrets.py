@@ -46,6 +46,17 @@ def without_secrets(text: str) -> str:
     return _LONG.sub(lambda match: HIDDEN if _is_random(match[0]) else match[0], _UNBROKEN.sub(HIDDEN, text))
 
 
+def without_keys(text: str) -> str:
+    """Return a text with `...` for the keys that services give only: no guess, so that a file of a model stays whole.
+
+    Example:
+        >>> from hf_stateless.reports.secrets import without_keys
+        >>> without_keys("{{ bos_token = 1 }} and hf_QwErTyUiOpAsDfGh")
+        '{{ bos_token = 1 }} and ...'
+    """
+    return _KEY.sub(HIDDEN, text)
+
+
 def looks_secret(text: str) -> bool:
     """Tell whether a part of a text would be hidden."""
     return without_secrets(text) != text

@@ -23,6 +23,7 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "card": lambda argv: import_module("hf_stateless.reports.card.command").main(argv),
     "explain": lambda argv: import_module("hf_stateless.run.explain").main(argv),
     "convert-config": lambda argv: import_module("hf_stateless.run.convert.command").main(argv),
+    "push": lambda argv: import_module("hf_stateless.reports.card.push_command").main(argv),
     "export": lambda argv: import_module("hf_stateless.run.export").main(argv),
 }
 

@@ -10,10 +10,11 @@ from huggingface_hub import ModelCard
 
 from ..patches import CardWriter
 from .beside import read_beside
+from .during_training import attach_push
 from .facts import CARD_FILE
 from .folder import write_card
 from .hub_client import limit_waits
-from .pushing import Token
+from .pushing import Token, begin_push
 from .sources import collect
 
 
@@ -58,6 +59,7 @@ def attach_model_card(
         trainer.args.hub_token = Token(trainer.args.hub_token)
     if trainer.args.push_to_hub:  # before it trains, so that the Trainer's own pushes do not hang either
         limit_waits()
+        attach_push(trainer)
     writer = trainer.create_model_card
     if not isinstance(writer, CardWriter):
         writer = trainer.create_model_card = CardWriter(trainer, _write_over_own_card)
@@ -94,6 +96,6 @@ def save(trainer: Trainer) -> None:
     finally:
         args.push_to_hub = asked
     if asked:
-        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+        begin_push(trainer)
     # After the weights, because saving an adapter writes a card of PEFT's.
     trainer.create_model_card(tags=list(getattr(trainer.model, "model_tags", None) or []))

@@ -6,20 +6,18 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from transformers.trainer_utils import HubStrategy
 
 from ..command_line import first_line
-from ..files import read_json
-from .facts import CardFacts
 from .hub_client import limit_waits, seconds_asked
 
 
@@ -27,16 +25,15 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import Trainer, TrainingArguments
 
+    from .contents import Contents
+
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-NOT_PUSHED = ("_*", "checkpoint-*", "*/checkpoint-*", "*optimizer.pt", "*optimizer.bin", "training_args.bin")
-"""Files that are not pushed. `training_args.bin` is a pickle that names the folders of this machine."""
 WAITS = (5.0, 15.0, 45.0)
 """Seconds before each new attempt; within an attempt huggingface_hub repeats most requests by itself."""
 PATIENCE = 600.0
 """Seconds after which a Hub that does not answer at all is not tried again."""
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Token(str):
@@ -60,7 +57,8 @@ def push(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> CommitInfo | No
     """Push the output folder, with model and card: no checkpoints, no optimizer state, no pickled arguments.
 
     Pushing again makes a commit only if a file has changed. `hub_strategy: checkpoint` is the way to ask for
-    checkpoints with their `optimizer.pt`; the Trainer pushes them while it trains.
+    checkpoints with their `optimizer.pt`; they are pushed during training, see
+    `hf_stateless.reports.card.during_training.attach_push`.
 
     Args:
         trainer: after `hf_stateless.reports.card.attach.save`.
@@ -72,13 +70,20 @@ def push(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> CommitInfo | No
     Raises:
         PushError: the Hub could not be reached or refused.
     """
+    from .during_training import attach_push
+
     if not trainer.is_world_process_zero():
         return None
-    return _repeated(trainer, lambda: _upload(trainer), waits)
+    return attach_push(trainer).push_now("End of training", waits=waits)
 
 
-def _repeated(trainer: Trainer, action: Callable[[], _T], waits: Sequence[float]) -> _T:
+def repeated(action: Callable[[], _T], waits: Sequence[float], advice: Callable[[str], str]) -> _T:
     """Do it again where it failed for a reason that may pass.
+
+    Args:
+        action: it may be done several times.
+        waits: seconds before each new attempt; a busy Hub may ask for more.
+        advice: what to tell, from how it failed.
 
     Raises:
         PushError: the last attempt failed, or there is no use in another.
@@ -88,9 +93,10 @@ def _repeated(trainer: Trainer, action: Callable[[], _T], waits: Sequence[float]
         try:
             return action()
         except Exception as error:
-            silent = isinstance(error, httpx.TimeoutException) and time.monotonic() - start > PATIENCE
+            slow = isinstance(error, (httpx.TimeoutException, ConnectionError))
+            silent = slow and time.monotonic() - start > PATIENCE
             if wait is None or silent or not is_transient(error):
-                raise PushError(_advice(trainer, f"after {attempt} attempts: {first_line(error)}")) from error
+                raise PushError(advice(f"after {attempt} attempts: {first_line(error)}")) from error
             wait = max(wait, _asked_to_wait(error))
             logger.warning("The Hub failed (%s). Trying again in %.0f s.", first_line(error), wait)
             time.sleep(wait)
@@ -123,7 +129,7 @@ def create_repository(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> No
         return
     limit_waits()
     try:
-        _repeated(trainer, trainer.init_hf_repo, waits)
+        repeated(trainer.init_hf_repo, waits, lambda failure: failure)
     except PushError as error:
         if not is_transient(error.__cause__):
             repository = trainer.args.hub_model_id or os.path.basename(os.path.abspath(trainer.args.output_dir))
@@ -133,45 +139,42 @@ def create_repository(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> No
         logger.warning("The repository cannot be made now: the model is pushed when it is trained.")
 
 
-def _upload(trainer: Trainer) -> CommitInfo:
-    args = trainer.args
-    if trainer.hub_model_id is None:
-        limit_waits()
-        trainer.init_hf_repo()
-    if trainer.push_in_progress is not None:
-        trainer.push_in_progress.wait_until_done()
-    limit_waits()  # only now: it closes the connections of an upload
-    api, ignored = HfApi(token=args.hub_token), list(NOT_PUSHED)
-    target = {"repo_id": trainer.hub_model_id, "revision": args.hub_revision, "commit_message": "End of training"}
-    adapter = _public_adapter_config(args.output_dir)
-    if adapter is not None:
-        api.upload_file(path_or_fileobj=adapter, path_in_repo=ADAPTER_CONFIG, **target)
-        ignored.append(ADAPTER_CONFIG)
-    commit: CommitInfo = api.upload_folder(folder_path=args.output_dir, ignore_patterns=ignored, **target)
-    return commit
-
-
-def _public_adapter_config(folder: str) -> bytes | None:
-    """Return an adapter's config with the Hub's name of its base model, if the one on disk names a folder."""
-    file = Path(folder) / ADAPTER_CONFIG
+def begin_push(trainer: Trainer) -> None:
+    """Tell the callbacks of a trainer that it pushes; trackers go to the Hub then, and may fail as a push may."""
     try:
-        config = read_json(file) if file.is_file() else {}
-        if not os.path.isdir(config.get("base_model_name_or_path") or ""):
-            return None
-        config["base_model_name_or_path"] = CardFacts.load(folder).base_model
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise PushError(f"{file}: no config of an adapter ({first_line(error)}); save the model again") from None
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    except Exception as error:
+        logger.warning("A callback failed before the push: %s", first_line(error))
+
+
+def upload(
+    contents: Contents, repository: str, message: str, *, token: str | None, revision: str | None
+) -> CommitInfo:
+    """Make one commit of the files of a push; those that the Hub has already are not sent again."""
+    limit_waits()
+    operations = [
+        CommitOperationAdd(name, item.source if isinstance(item.source, bytes) else str(item.source))
+        for name, item in contents.pushed.items()
+    ]
+    api = HfApi(token=token)
+    return api.create_commit(repository, operations, commit_message=message, revision=revision)
 
 
 def is_transient(error: BaseException | None) -> bool:
     """Tell whether a failed push may succeed later: server errors, rate limits, and connections that broke."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
+        return _may_pass(error.response.status_code)
+    # What hf_xet says of an answer of the Hub; it has tried again itself, for about three minutes.
+    if isinstance(error, ConnectionError) and (told := re.search(r"HTTP status \w+ error \((\d{3}) ", str(error))):
+        return _may_pass(int(told[1]))
     # A proxy's error page in place of JSON is a server error too: huggingface_hub parses some answers before it looks
     # at their status.
     broken = (httpx.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)
     return isinstance(error, broken) and not isinstance(error, OfflineModeIsEnabled)
+
+
+def _may_pass(status: int) -> bool:
+    return status in (408, 425, 429) or status >= 500
 
 
 def _asked_to_wait(error: Exception) -> float:
@@ -179,16 +182,12 @@ def _asked_to_wait(error: Exception) -> float:
     return seconds_asked(error.response.headers.get("Retry-After", "")) if isinstance(error, HfHubHTTPError) else 0.0
 
 
-def _advice(trainer: Trainer, failure: str) -> str:
-    args = trainer.args
-    repository = trainer.hub_model_id or args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
-    command = ["hf", "upload", repository, args.output_dir, "."]
-    command += [word for pattern in NOT_PUSHED for word in ("--exclude", pattern)]
-    command += ["--revision", args.hub_revision] if args.hub_revision else []
-    # `hf` finds the token of a login or of the variable by itself, unless that is forbidden; no token is printed.
-    token = ' --token "$HF_TOKEN"' if args.hub_token or constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else ""
-    first = "put your token into HF_TOKEN, and " if token and not os.environ.get("HF_TOKEN") else ""
-    return (
-        f"not pushed to {repository} {failure}. The model is complete in {args.output_dir}; "
-        f"{first}push it later with: {shlex.join(command)}{token}"
-    )
+def command_for_later(
+    folder: str, repository: str, *, revision: str | None, token: str | None, more: Sequence[str] = ()
+) -> str:
+    """Return what to type to push a folder later, the token aside: it is taken from a login or from HF_TOKEN."""
+    command = ["hf-stateless", "push", folder, repository, *more]
+    command += ["--revision", revision] if revision else []
+    explicit = token or constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
+    first = "put your token into HF_TOKEN, and " if explicit and not os.environ.get("HF_TOKEN") else ""
+    return f"{first}push it later with: {shlex.join(command)}"

@@ -20,6 +20,7 @@ from ..measured.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
 from ..run_facts import is_hub_id
 from .beside import beside_section, differences
 from .curves import CURVES_FILE, alternative_text
+from .dashboard import DASHBOARD_FILE
 from .facts import CardFacts
 from .markdown import code, link, metadata_values, one_line, plain, section, sentences
 from .memory_section import memory_section, number, training_memory
@@ -34,19 +35,33 @@ def render_folder(folder: str | Path) -> str:
     A memory report that cannot be read is left out, with one warning.
     """
     facts, file = CardFacts.load(folder), Path(folder) / REPORT_FILE
-    picture, drawn = ((Path(folder) / name).is_file() for name in (PICTURE_FILE, CURVES_FILE))
+    has = [(Path(folder) / name).is_file() for name in (PICTURE_FILE, CURVES_FILE, DASHBOARD_FILE)]
+    picture, drawn, dashboard = PICTURE_FILE if has[0] else None, *has[1:]
     if file.is_file():
         try:
-            return render(facts, MemoryReport.load(folder), PICTURE_FILE if picture else None, drawn=drawn)
+            return render(facts, MemoryReport.load(folder), picture, drawn=drawn, dashboard=dashboard)
         except Exception as error:  # whatever stands in that file, the card is about the model
             logger.warning("The model card gets no memory report: %s", one_line(first_line(error))[:300])
-    return render(facts, drawn=drawn)
+    return render(facts, drawn=drawn, dashboard=dashboard)
 
 
 def render(
-    facts: CardFacts, report: MemoryReport | None = None, picture: str | None = None, *, drawn: bool = False
+    facts: CardFacts,
+    report: MemoryReport | None = None,
+    picture: str | None = None,
+    *,
+    drawn: bool = False,
+    dashboard: bool = False,
 ) -> str:
-    """Return a model card: YAML block and Markdown; `picture` and `drawn` tell of `memory.png` and `loss.png`."""
+    """Return a model card: YAML block and Markdown.
+
+    Args:
+        facts: what it says of the run.
+        report: what the run took.
+        picture: the name of the picture of memory, where there is one.
+        drawn: there is a picture of the curves.
+        dashboard: there is a page of the curves.
+    """
     section = memory_section(report, picture) if report else None
     found = {**facts.metadata, **training_memory(report)} if report and facts.metadata else facts.metadata
     page = _template().render(
@@ -55,6 +70,7 @@ def render(
         base=link(facts.base_model) if facts.base_model and not facts.base_is_local else code(facts.base_model or ""),
         quick_start=_quick_start(facts),
         citation=facts.preset.citation if facts.preset else None,
+        dashboard=DASHBOARD_FILE if dashboard else None,
         columns=list(dict.fromkeys(name for row in reversed(facts.results) for name in row)),
         section=section,
         beside=beside_section(facts, report) if facts.beside else [],

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
+from ..files import GIB
 from ..provenance import published_command, published_options, versions
 from ..run_facts import adapter_of, base_of, hub_id
 from .footprint import count_parameters
@@ -64,6 +65,25 @@ def residual(peak: int, counted: Counted, before_training: int) -> Residual:
     rest = max(0, peak - counted.weights - counted.gradients - counted.optimizer_state)
     before = min(before_training, rest)
     return Residual(rest - before, before)
+
+
+def memory_parts(reading: Reading, peak: int) -> dict[str, float]:
+    """Return the parts of a peak as a log has them, in GiB: what is counted, and the rest as `residual` divides it.
+
+    Args:
+        reading: of one rank.
+        peak: in bytes.
+    """
+    rest = residual(
+        peak, Counted(reading.weights, reading.gradients, reading.optimizer_state), reading.before_training
+    )
+    return {
+        "memory/weights_gib": reading.weights / GIB,
+        "memory/gradients_gib": reading.gradients / GIB,
+        "memory/activations_gib": rest.activations_and_temporaries / GIB,
+        "memory/before_training_gib": rest.before_training / GIB,
+        "memory/optimizer_share": reading.optimizer_state / peak if peak else 0.0,
+    }
 
 
 def continued(report: MemoryReport, earlier: MemoryReport) -> MemoryReport:

@@ -39,6 +39,10 @@ class Reading:
     ooms: int = 0
     tokens: int = 0
     longest_row: int = 0
+    not_finite: int = 0
+    """Updates of single parameters that were left out since their gradients were not finite."""
+    held_steps: int = 0
+    """Steps in which `min_signal` held matrices back."""
 
 
 class RunMeter:
@@ -67,6 +71,9 @@ class RunMeter:
     def begin(self, model: nn.Module, optimizer: Any) -> None:
         """Take stock before the first step."""
         self.model, self.optimizer = model, optimizer
+        self._rule = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
+        self.counts_skips = hasattr(self._rule, "updates_not_finite")
+        """Whether the optimizer tells which updates it left out."""
         self.trained = [p for p in model.parameters() if p.requires_grad]
         reading = self._reading
         reading.start = self.probe.now()
@@ -75,7 +82,7 @@ class RunMeter:
         self._has_state = reading.optimizer_state > 0
         reading.before_training = max(0, reading.start - reading.weights - reading.optimizer_state)
         self._faults = self.probe.faults()
-        release = getattr(getattr(optimizer, "optimizer", optimizer), "release", None)
+        release = getattr(self._rule, "release", None)
         if isinstance(release, Release):
             release.remove()
             self._live = LiveGradients(self.trained)  # before the optimizer's own hooks, which free gradients
@@ -148,6 +155,8 @@ class RunMeter:
             now - then for now, then in zip(self.probe.faults(), self._faults, strict=True)
         )
         reading.tokens = int(self._tokens)
+        if self.counts_skips:
+            reading.not_finite, reading.held_steps = self._rule.updates_not_finite, self._rule.held_steps
         return Reading(**asdict(reading))
 
     def rates(self, tokens: int) -> tuple[float, float | None, float | None]:
