@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ranks.placement import align_gradients_
 from ..update.batches import alike
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
@@ -136,6 +137,7 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
                 loss = closure()
         if self.release:
             self.release.finish()
+        align_gradients_([p for _, p, _ in self._located()])
         entries = [self.entry(index) for index, p, _ in self._located() if p.grad is not None and p.numel()]
         self._update(without_weak_gradients(entries, self))
         self._hear()
@@ -206,6 +208,7 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
             usable: a flag on the device, where nothing of them moves unless it is set.
         """
         entries = [self.entry(index, in_backward=True) for index in indices]
+        align_gradients_([entry.param for entry in entries])
         for entry in entries:
             entry.usable = usable
         self._update([entry for entry in entries if entry.param.numel()])

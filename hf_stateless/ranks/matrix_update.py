@@ -20,7 +20,8 @@ from ..update.width import width_factor
 from ..update.write import Judged, Workspace, write_scaled_, write_update_
 from ..weights.noise import RoundingKey
 from ..weights.stored import StoredWeight
-from .placement import is_sharded, local_shard, part_of, split_of
+from .placement import local_shard, part_of
+from .splits import splits_of
 
 
 @dataclass
@@ -51,7 +52,9 @@ class MatrixUpdate:
 
     def __post_init__(self) -> None:
         self.weight = local_shard(self.param)
-        self.split = split_of(self.param)
+        self.splits = splits_of(self.param)
+        # What a mesh holds may not be what all processes hold.
+        self.shared = self.shared and not isinstance(self.param, DTensor)
         self.chain = Chain.of(self.group)
         self.layout: Layout = layout_of(self.stored_as or self.group["layout"])
 
@@ -77,19 +80,19 @@ class MatrixUpdate:
     @property
     def is_sharded(self) -> bool:
         """Whether ranks hold parts of the parameter."""
-        return is_sharded(self.param)
+        return self.splits is None or bool(self.splits)
 
     @property
     def shape_class(self) -> tuple[Any, ...]:
         """What updates have to share to be sent and computed together."""
         shape = None if self.layout.any_length else tuple(self.param.shape)
-        cut = (self.split.group.group_name, self.split.dim) if self.split else None
+        cut = tuple((one.group.group_name, one.dim, one.pieces) for one in self.splits or ())
         return cut, shape, self.layout, self.gradient.dtype, self.gradient.device, self.chain
 
     @property
-    def cut_along(self) -> int | None:
-        """How the matrix is cut: -2 between rows, -1 between columns, 0 in a stack of matrices, None otherwise."""
-        return self.layout.cut_along(self.split.dim, self.param.ndim) if self.split else None
+    def cuts(self) -> tuple[int | None, ...]:
+        """How each split cuts the matrix: -2 between rows, -1 between columns, 0 in a stack, None otherwise."""
+        return tuple(self.layout.cut_along(one.dim, self.param.ndim) for one in self.splits or ())
 
     def factors(self) -> tuple[Any, Any]:
         """Return the factor of X and that of W; as tensors on the device where the learning rate is one there."""

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from ..update.layout import Layout
 from ..update.reads import Later, reads_at_once
-from .placement import Split, wide_norm
+from .placement import wide_norm
+from .splits import Split
 
 
 logger = logging.getLogger(__name__)
+
+Load = dict[tuple[int, ...], list[int]]
+"""What each rank of a process group has had to do so far, by the group's members."""
 
 
 def assign_owners(costs: Sequence[int], load: list[int]) -> list[int]:
@@ -54,51 +58,50 @@ class Exchange:
     """Takes parts of matrices to their owners and parts of updates back; both ways are collectives.
 
     Args:
-        splits: how each matrix is cut, all over the same process group.
+        among: a split over the process group; there may be no matrix for it.
+        splits: how each matrix is cut, all over that group.
         owners: the owner of each.
     """
 
-    def __init__(self, splits: Sequence[Split], owners: Sequence[int]) -> None:
+    def __init__(self, among: Split, splits: Sequence[Split], owners: Sequence[int]) -> None:
         self.splits = splits
-        self._group, self._rank, self._device = splits[0].group, splits[0].rank, splits[0].device
-        self._ranks = range(splits[0].ranks)
+        self._group, self._rank, self._device = among.group, among.rank, among.device
+        self._ranks = range(among.ranks)
         self._owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in self._ranks]
         self.mine = self._owned[self._rank]
         """Positions of the matrices that this rank owns."""
 
-    def to_owners(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Send this rank's part of every matrix, and return the whole matrices that it owns, on the group's device."""
+    def to_owners(self, parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Send this rank's part of every matrix, and return the matrices that it owns, on the group's device."""
         send = [[parts[i] for i in owned] for owned in self._owned]
         shapes = [[self.splits[i].part(rank) for i in self.mine] for rank in self._ranks]
-        received = self._send(send, shapes, parts[0].dtype)
-        return [torch.cat([pieces[k] for pieces in received], self.splits[i].dim) for k, i in enumerate(self.mine)]
+        received = self._send(send, shapes, dtype)
+        return [self.splits[i].whole([pieces[k] for pieces in received]) for k, i in enumerate(self.mine)]
 
     def to_parts(
-        self, updates: Sequence[Tensor], like: Sequence[Tensor], layout: Layout
-    ) -> tuple[list[Tensor], Tensor]:
+        self, updates: Sequence[Tensor], norms: Sequence[Tensor], dtype: torch.dtype, blocks: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Send the updates of the matrices that this rank owns, each with its norms.
 
         Args:
             updates: one for each of `mine`.
-            like: this rank's part of every matrix, for dtype and device.
-            layout: of every matrix.
+            norms: of each of them, (blocks,).
+            dtype: in which they are sent.
+            blocks: how many norms a matrix has.
 
         Returns:
-            For every matrix, this rank's part of the update, and the norms of the whole update, (matrices, blocks).
+            For every matrix, this rank's part of the update, and its norms, on the group's device.
         """
-        dtype = torch.promote_types(like[0].dtype, torch.float32)
-        norms = [layout.norms(update).to(dtype) for update in updates]
         cut = [self.splits[i].parts(update.to(dtype)) for i, update in zip(self.mine, updates, strict=True)]
         send = [[t for k in range(len(cut)) for t in (norms[k], cut[k][rank])] for rank in self._ranks]
-        shapes = [
-            [s for i in owned for s in ((layout.blocks,), self.splits[i].part(self._rank))] for owned in self._owned
-        ]
+        shapes = [[s for i in owned for s in ((blocks,), self.splits[i].part(self._rank))] for owned in self._owned]
         received = self._send(send, shapes, dtype)
-        parts, sizes = list(like), [like[0].new_zeros(layout.blocks)] * len(like)
-        for pieces, owned in zip(received, self._owned, strict=True):
-            for k, i in enumerate(owned):
-                sizes[i], parts[i] = pieces[2 * k], pieces[2 * k + 1].to(like[i].device)
-        return parts, torch.stack(sizes)
+        back = {
+            i: (pieces[2 * k + 1], pieces[2 * k])
+            for pieces, owned in zip(received, self._owned, strict=True)
+            for k, i in enumerate(owned)
+        }
+        return [back[i][0] for i in range(len(back))], [back[i][1] for i in range(len(back))]
 
     def _send(
         self,
@@ -124,6 +127,55 @@ class Exchange:
                 received.split_with_sizes([sum(of_rank) for of_rank in counts]), counts, shapes, strict=True
             )
         ]
+
+
+class Exchanges:
+    """The same for matrices that are cut in several ways, one after the other: each rank passes on what it was given.
+
+    Args:
+        splits: how each matrix is cut, in the order in which that is undone; all over the same process groups.
+        costs: of each matrix, in any unit.
+        load: of the ranks so far, added to.
+    """
+
+    def __init__(self, splits: Sequence[Sequence[Split]], costs: Sequence[int], load: Load) -> None:
+        self.mine = list(range(len(splits)))
+        """Positions of the matrices that this rank owns."""
+        self._exchanges: list[Exchange] = []
+        for level, split in enumerate(splits[0]):
+            of_group = load.setdefault(split.members, [0] * split.ranks)
+            owners = assign_owners([costs[i] for i in self.mine], of_group)
+            exchange = Exchange(split, [splits[i][level] for i in self.mine], owners)
+            self._exchanges.append(exchange)
+            self.mine = [self.mine[k] for k in exchange.mine]
+
+    def to_owners(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send this rank's part of every matrix, and return the whole matrices that it owns, on the group's device."""
+        held = list(parts)
+        for exchange in self._exchanges:
+            held = exchange.to_owners(held, parts[0].dtype)
+        return held
+
+    def to_parts(
+        self, updates: Sequence[Tensor], like: Sequence[Tensor], layout: Layout
+    ) -> tuple[list[Tensor], Tensor]:
+        """Send the updates of the matrices that this rank owns.
+
+        Args:
+            updates: one for each of `mine`.
+            like: this rank's part of every matrix, for dtype and device.
+            layout: of every matrix.
+
+        Returns:
+            For every matrix, this rank's part of the update, and the norms of the whole update, (matrices, blocks).
+        """
+        dtype = torch.promote_types(like[0].dtype, torch.float32)
+        norms = [layout.norms(update).to(dtype) for update in updates]
+        held = list(updates)
+        for exchange in reversed(self._exchanges):
+            held, norms = exchange.to_parts(held, norms, dtype, layout.blocks)
+        parts = [part.to(one.device) for part, one in zip(held, like, strict=True)]
+        return parts, torch.stack(norms).to(like[0].device)
 
 
 def same_on_replicas(grads: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:

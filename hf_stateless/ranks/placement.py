@@ -1,85 +1,42 @@
-"""How a parameter is spread over ranks: what this rank holds, what the others hold, and who they are.
+"""What a rank holds of a parameter, its gradient and its state, and what all ranks know of them together.
 
-Under FSDP2 a parameter is a `DTensor` of which each rank holds some rows, while row norms, column norms and whitening
-are defined on whole matrices. `ways.py` and `owners.py` rebuild whole matrices from these descriptions.
+A sharded parameter is a `DTensor` of which each rank holds a part, while row norms, column norms and whitening are
+defined on whole matrices; `splits.py` describes the parts.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from ..update.batches import alike
-
-
-@dataclass(frozen=True)
-class Split:
-    """One dimension of a tensor cut into a part for each rank of a process group; parts may be uneven or empty.
-
-    Example:
-        >>> from hf_stateless.ranks.placement import Split
-        >>> split = Split(group=None, rank=1, shape=(5, 3), dim=0, ranks=4, device="cpu")
-        >>> [split.part(rank) for rank in range(4)]
-        [(2, 3), (2, 3), (1, 3), (0, 3)]
-    """
-
-    group: dist.ProcessGroup
-    """The ranks that hold the parts; replicas of a part are in other groups."""
-    rank: int
-    """This rank's number in the group."""
-    ranks: int
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    dim: int
-    """Which dimension is cut."""
-    device: torch.device
-    """Where tensors have to be for the group to send them; a CPU-offloaded shard is elsewhere."""
-
-    def part(self, rank: int) -> tuple[int, ...]:
-        """Return the shape of the part of one rank: cut as `torch.chunk` does, missing chunks are empty."""
-        size = self.shape[self.dim]
-        chunk = -(-size // self.ranks)
-        return (*self.shape[: self.dim], max(0, min(chunk, size - rank * chunk)), *self.shape[self.dim + 1 :])
-
-    def parts(self, whole: Tensor) -> list[Tensor]:
-        """Return the part of each rank, as views of the whole tensor."""
-        return list(whole.split_with_sizes([self.part(rank)[self.dim] for rank in range(self.ranks)], self.dim))
-
-
-def split_of(param: Tensor) -> Split | None:
-    """Describe how a parameter is cut, or return None where it is not cut along exactly one dimension.
-
-    Its gradient has to be cut in the same way. Further mesh dimensions may replicate it (HSDP).
-    """
-    grad = param.grad
-    if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
-        return None
-    mesh, placements = param.device_mesh, param.placements
-    if grad.device_mesh != mesh or grad.placements != placements:
-        return None
-    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
-    placement = placements[cut[0]] if cut else None
-    if len(cut) != 1 or type(placement) is not Shard:
-        return None
-    return Split(
-        group=mesh.get_group(cut[0]),
-        rank=mesh.get_local_rank(cut[0]),
-        ranks=mesh.size(cut[0]),
-        shape=tuple(param.shape),
-        dim=placement.dim % param.ndim,
-        device=torch.device(mesh.device_type),
-    )
+from .splits import groups_of, may_be_empty
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether this is a DTensor, of which a rank may hold only a part."""
     return isinstance(tensor, DTensor)
+
+
+def align_gradients_(params: Iterable[Tensor]) -> None:
+    """Give gradients the parts that their parameters have, where ranks have all of one, or have yet to add it up.
+
+    Tensor parallelism leaves the gradient of an embedding that it cuts whole on every rank. Communicates only where
+    gradients have to be added up, on all ranks of the mesh.
+    """
+    for p in params:
+        grad = p.grad
+        if not isinstance(p, DTensor) or not isinstance(grad, DTensor) or grad.device_mesh != p.device_mesh:
+            continue
+        pairs = zip(grad.placements, p.placements, strict=True)
+        other = [of_grad for of_grad, of_param in pairs if of_grad != of_param]
+        if other and all(placement.is_replicate() or placement.is_partial() for placement in other):
+            p.grad = grad.redistribute(placements=p.placements)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -111,8 +68,7 @@ def whole_if_tiny(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[
     DTensor has no rule for some operations on an empty shard; so small a parameter can be updated whole by every
     rank, which keeps its own part of the parameter and of the state in the end.
     """
-    split = split_of(param)
-    if split is None or 0 not in split.part(split.ranks - 1):
+    if not may_be_empty(param):
         yield param, grad, state
         return
     whole, whole_state = whole_matrix(param), whole_matrix(state)
@@ -244,7 +200,7 @@ def gradient_flags(params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     # A group may mix plain tensors with DTensors, and devices.
     one = next((p for p in params if isinstance(p, DTensor)), params[0])
     flags = torch.stack([_finite_and_zero(local_shard(p.grad)).to(one.device) for p in params])  # type: ignore[arg-type]
-    finite, zero = _on_all_ranks(flags, one).bool().unbind(1)
+    finite, zero = _on_all_ranks(flags, params).bool().unbind(1)
     return finite, zero.logical_not()
 
 
@@ -257,12 +213,12 @@ def _finite_and_zero(grad: Tensor) -> Tensor:
     return torch.stack([torch.isfinite(extremes).all(), (extremes == 0).all()])
 
 
-def _on_all_ranks(flags: Tensor, param: Tensor) -> Tensor:
-    """Return the flags that are set on every rank that holds a part of the parameter."""
-    if not isinstance(param, DTensor):
+def _on_all_ranks(flags: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Return the flags that are set on all ranks that hold a part of a parameter; replicas have the same gradient."""
+    one = next((p for p in params if isinstance(p, DTensor)), None)
+    if one is None:
         return flags
-    shared = flags.to(param.device_mesh.device_type, torch.int32)
-    for dim, placement in enumerate(param.placements):
-        if not placement.is_replicate():  # replicas have the same gradient
-            dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=param.device_mesh.get_group(dim))
+    shared = flags.to(one.device_mesh.device_type, torch.int32)
+    for group in groups_of(params):
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=group)
     return shared

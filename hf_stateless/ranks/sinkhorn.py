@@ -1,13 +1,15 @@
 r"""SR-Sinkhorn on sharded matrices: each rank works on its own part, and only vectors are sent.
 
 Of X = diag(r) G diag(c) with G in R^{m x n} cut by rows, r is a rank's own business and c needs sums over all ranks:
-one all-reduce of n numbers in each iteration. Cut by columns it is the other way round. All matrices of the optimizer
-go through the iterations together, so that each iteration is one all-reduce, however many parameters there are.
+one all-reduce of n numbers in each iteration. Cut by columns it is the other way round, and cut by both, r is added up
+over one mesh dimension and then c over the other. All matrices of the optimizer go through the iterations together, so
+that each iteration is one all-reduce for each mesh dimension, however many parameters there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -15,11 +17,21 @@ from torch import Tensor
 
 from ..norms.projections import power_of_two_inverse
 from ..norms.sinkhorn import matvec, smallest_sum
-from .placement import Split
+from .splits import Split
 
 
 # Bytes of squared gradients that are kept between iterations; the squares of what goes beyond are formed each time.
 _KEPT_BYTES = 256 << 20
+
+
+@dataclass
+class _Sum:
+    """What the ranks of some groups have to add up."""
+
+    over: list[Split]
+    part: Tensor
+    more: bool = False
+    """Whether another sum over other groups follows in the same iteration."""
 
 
 class ShardedMatrices:
@@ -27,17 +39,25 @@ class ShardedMatrices:
 
     Args:
         grads: the parts, each viewed as (..., rows, columns); stacked if there are several.
-        split: how the matrices are cut.
-        along: the dimension of the view that is cut: -2 for rows, -1 for columns, or 0 for a stack of matrices of
-            which each is whole on one rank.
+        splits: how the matrices are cut, in any order.
+        cuts: what each split cuts of the view: -2 its rows, -1 its columns, or 0 a stack of matrices between them.
         sizes: (m, n) of the whole matrices.
         keep_squares: hold the float32 squares of the gradients from one iteration to the next.
     """
 
     def __init__(
-        self, grads: Sequence[Tensor], split: Split, along: int, sizes: tuple[int, int], *, keep_squares: bool
+        self,
+        grads: Sequence[Tensor],
+        splits: Sequence[Split],
+        cuts: Sequence[int | None],
+        sizes: tuple[int, int],
+        *,
+        keep_squares: bool,
     ) -> None:
-        self.grads, self.split, self.along = grads, split, along
+        self.grads, self.split, self.along = grads, splits[0], cuts[0]
+        self._over = {
+            along: [split for split, cut in zip(splits, cuts, strict=True) if cut == along] for along in (-2, -1, 0)
+        }
         self.rows, self.columns = sizes
         self._exact = torch.promote_types(grads[0].dtype, torch.float32)
         empty = grads[0].numel() == 0  # and then there may be no entry to take the maximum of
@@ -48,8 +68,7 @@ class ShardedMatrices:
         self._u = torch.ones_like(self._row_scale)
         self._v = self._row_scale.new_ones(len(grads), *grads[0].shape[:-2], grads[0].shape[-1])
         self._row_sums, self._column_sums = self._u, self._v
-        self._local_size = self._row_scale.new_zeros(len(grads))
-        self.size = self._local_size
+        self.size = self._row_scale.new_zeros(len(grads))
 
     @property
     def first_column(self) -> int:
@@ -64,39 +83,39 @@ class ShardedMatrices:
         Sums over columns are of numbers that all ranks scale alike. The row scales of a matrix that is cut by columns
         differ over ranks, so that its row sums are sent unscaled and need the range of float64.
         """
-        return torch.float64 if self.along == -1 else self._exact
+        return torch.float64 if self._over[-1] else self._exact
 
-    def local_sums(self) -> Tensor:
-        """Do what can be done alone, and return what the ranks have to add up, flat."""
+    def iteration(self, *, last: bool) -> Generator[_Sum, Tensor, None]:
+        """Do one iteration; yield what the ranks have to add up, flat, and take in each sum.
+
+        Whether a gradient is zero or not finite may show on one rank only: the sizes travel with the sums.
+        """
         squares = self._square() if self._squares is None else self._squares
-        if self.along == -1:
-            return (_times(squares, self._v).double() / self._row_scale.double().square()).flatten()
-        self._row_sums = _times(squares, self._v)
-        self._u = self._row_sums.clamp_min(smallest_sum(self.columns)).reciprocal().mul_(self.columns)
-        column_sums = _times(squares.mT, self._u)
-        # Whether a gradient is zero or not finite may show on one rank only: the sizes travel with the sums.
-        size = _largest(self._row_factors())
-        if self.along == -2:
-            return torch.cat([column_sums.flatten(), size])
-        self._set_columns(column_sums)
-        return size + 0 * _largest(self._column_factors())
+        sums = _times(squares, self._v)
+        if self._over[-1]:
+            sent = (sums.double() / self._row_scale.double().square()).flatten()
+            size = self._take_unscaled((yield _Sum(self._over[-1], sent, bool(self._over[-2]))))
+        else:
+            self._row_sums = sums
+            self._u = sums.clamp_min(smallest_sum(self.columns)).reciprocal().mul_(self.columns)
+            size = _largest(self._row_factors())
+        sums = _times(squares.mT, self._u)
+        if self._over[-2]:
+            total = yield _Sum(self._over[-2], torch.cat([sums.flatten(), size]))
+            sums, size = total[: sums.numel()].view_as(sums), total[sums.numel() :]
+        self._set_columns(sums.to(self._exact))
+        size = size.to(self._exact) + 0 * _largest(self._column_factors())
+        if self._over[0] and last:
+            size = yield _Sum(self._over[0], size)
+        self.size = size.to(self._exact)
 
-    def take_sums(self, total: Tensor) -> None:
-        """Go on with the sums over all ranks, flat as `local_sums` returned them."""
-        if self.along == -1:
-            row_sums = total.view_as(self._row_scale)
-            tiny = torch.finfo(row_sums.dtype).tiny
-            self._unscaled_u = torch.where(row_sums < tiny, 0, self.columns / row_sums)
-            self._u = (self._unscaled_u / self._row_scale.double().square()).to(self._exact)
-            squares = self._square() if self._squares is None else self._squares
-            self._set_columns(_times(squares.mT, self._u))
-            self.size = (_largest(self._row_factors()) + 0 * _largest(row_sums)).to(self._exact)
-            return
-        total = total.to(self._exact)
-        count = len(self.grads)
-        if self.along == -2:
-            self._set_columns(total[:-count].view_as(self._column_sums))
-        self.size = total[-count:] + 0 * _largest(self._column_factors())
+    def _take_unscaled(self, total: Tensor) -> Tensor:
+        """Take in the sums of rows that are cut, and return the sizes."""
+        row_sums = total.view_as(self._row_scale)
+        tiny = torch.finfo(row_sums.dtype).tiny
+        self._unscaled_u = torch.where(row_sums < tiny, 0, self.columns / row_sums)
+        self._u = (self._unscaled_u / self._row_scale.double().square()).to(self._exact)
+        return (_largest(self._row_factors()) + 0 * _largest(row_sums)).to(self._exact)
 
     def scalings(self) -> tuple[Tensor, Tensor]:
         """Return r and c of this rank's parts, stacked."""
@@ -107,7 +126,7 @@ class ShardedMatrices:
         self._v = column_sums.clamp_min(smallest_sum(self.rows)).reciprocal().mul_(self.rows)
 
     def _row_factors(self) -> Tensor:
-        if self.along == -1:
+        if self._over[-1]:
             r = self._unscaled_u.sqrt().to(self._exact)
         else:
             r = self._u.sqrt().masked_fill_(self._row_sums <= smallest_sum(self.columns), 0).mul_(self._row_scale)
@@ -122,23 +141,60 @@ class ShardedMatrices:
 
 
 def iterate(batches: Sequence[ShardedMatrices], num_iterations: Sequence[int]) -> None:
-    """Run SR-Sinkhorn on the matrices of one process group, with one all-reduce in each iteration (a collective).
+    """Run SR-Sinkhorn, with one all-reduce in each iteration for each mesh dimension that cuts (a collective).
 
     Args:
         batches: the parts of this rank, in an order that is the same on all ranks.
         num_iterations: L of each.
     """
-    split = batches[0].split
     for iteration in range(max(num_iterations)):
-        running = [batch for batch, last in zip(batches, num_iterations, strict=True) if iteration < last]
-        dtype = torch.float32
-        for batch in running:
-            dtype = torch.promote_types(dtype, batch.sum_dtype)
-        sums = [batch.local_sums().to(split.device, dtype) for batch in running]
-        flat = torch.cat(sums)
-        dist.all_reduce(flat, group=split.group)
-        for batch, total in zip(running, flat.split_with_sizes([part.numel() for part in sums]), strict=True):
-            batch.take_sums(total.to(batch.grads[0].device))
+        asked = [
+            _Asked(batch, batch.iteration(last=iteration + 1 == last))
+            for batch, last in zip(batches, num_iterations, strict=True)
+            if iteration < last
+        ]
+        while asked := [one for one in asked if one.asks()]:
+            _add_up(asked)
+
+
+@dataclass
+class _Asked:
+    """A batch in the midst of an iteration, and the sum that it waits for."""
+
+    batch: ShardedMatrices
+    steps: Generator[_Sum, Tensor, None]
+    sum: _Sum | None = None
+    groups: dict[tuple[int, ...], Split] = field(default_factory=dict)
+    """Over which its part is not yet added up, by their members."""
+
+    def asks(self) -> bool:
+        """Go on as far as possible without a collective; return whether there is one to wait for."""
+        while not self.groups:
+            try:
+                part = None if self.sum is None else self.sum.part.to(self.batch.grads[0].device)
+                self.sum = self.steps.send(part)  # type: ignore[arg-type]
+            except StopIteration:
+                return False
+            self.groups = {split.members: split for split in self.sum.over}
+        return True
+
+
+def _add_up(asked: Sequence[_Asked]) -> None:
+    """Add up what waits for one group: one for which others wait that have more to ask for, or that most wait for."""
+    sums = [(one, one.sum) for one in asked if one.sum is not None]
+    first = [one for one, its in sums if its.more] or asked
+    wanted = [members for one in first for members in one.groups]
+    members = max(dict.fromkeys(wanted), key=wanted.count)
+    mine = [(one, its) for one, its in sums if members in one.groups]
+    split, dtype = mine[0][0].groups[members], torch.float32
+    for one, _ in mine:
+        dtype = torch.promote_types(dtype, one.batch.sum_dtype)
+    parts = [its.part.to(split.device, dtype) for _, its in mine]
+    flat = torch.cat(parts)
+    dist.all_reduce(flat, group=split.group)
+    for (one, its), total in zip(mine, flat.split_with_sizes([part.numel() for part in parts]), strict=True):
+        its.part = total
+        del one.groups[members]
 
 
 def keep_squares(held: int, grads: Sequence[Tensor]) -> bool:

@@ -1,13 +1,13 @@
 r"""The ways in which a matrix gets its update, alone on a rank or together: the same numbers as one process would get.
 
 What a chain of norms needs decides how: SR-Sinkhorn sends vectors, a chain that is local to what a rank holds sends
-one number for each matrix, every other chain sends whole matrices to their owners, and what is cut in more than one
-dimension is gathered by all. Which way is taken depends on what all ranks know alike, never on a rank's own data, so
-that all of them meet in the same collectives.
+one number for each matrix, and every other chain sends whole matrices to their owners. Which way is taken depends on
+what all ranks know alike, never on a rank's own data, so that all of them meet in the same collectives.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,9 +22,10 @@ from ..update.write import Judged, Workspace, judged
 from .alone import Alone
 from .matrix_update import MatrixUpdate
 from .operator_norms import operator_factors
-from .owners import Agreement, Exchange, assign_owners, same_on_replicas, shared_updates, whitening_cost
-from .placement import Split, whole_matrix
+from .owners import Agreement, Exchanges, Load, same_on_replicas, shared_updates, whitening_cost
+from .placement import whole_matrix
 from .sinkhorn import ShardedMatrices, iterate, keep_squares
+from .splits import Split
 
 
 EXCHANGE_BYTES = 1 << 30
@@ -67,16 +68,15 @@ def shares_whitening(group: Mapping[str, Any]) -> bool:
 
 
 class Sinkhorn:
-    """SR-Sinkhorn on parts of matrices: one all-reduce per iteration for all of them, of vectors and flags."""
+    """SR-Sinkhorn on parts of matrices: per iteration and mesh dimension one all-reduce of vectors for all of them."""
 
     def takes(self, update: MatrixUpdate) -> bool:
-        return update.chain.is_sinkhorn and update.cut_along is not None and update.layout.scales
+        if not (update.chain.is_sinkhorn and update.splits and update.layout.scales) or None in update.cuts:
+            return False
+        # What estimates operator norms knows of one cut, in one piece.
+        return update.chain.scale != "operator" or (len(update.splits) == 1 and update.splits[0].pieces == 1)
 
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
-        for of_group in alike(updates, lambda update: _split(update).group.group_name):
-            self._in_one_group(of_group, workspace)
-
-    def _in_one_group(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         batches, held = [], 0
         stacks = [
             stack
@@ -85,62 +85,73 @@ class Sinkhorn:
         ]
         for stack in stacks:
             matrices, first = [update.matrix for update in stack], stack[0]
-            sizes, along = first.layout.sizes(first.param.shape), first.cut_along
+            sizes = first.layout.sizes(first.param.shape)
             assert sizes is not None
-            assert along is not None
             keep = keep_squares(held, matrices)
             held += sum(matrix.numel() for matrix in matrices) if keep else 0
-            batches.append(ShardedMatrices(matrices, _split(first), along, sizes, keep_squares=keep))
+            batches.append(ShardedMatrices(matrices, _splits(first), first.cuts, sizes, keep_squares=keep))
         iterate(batches, [int(stack[0].chain.num_iterations) for stack in stacks])
         sizes_of_all = torch.cat([batch.size.to(batches[0].size.device) for batch in batches])
         verdicts = judged(sizes_of_all.unsqueeze(1), updates[0].weight.device)
-        measured = [i for i, stack in enumerate(stacks) if stack[0].chain.scale == "operator"]
-        factors = dict(zip(measured, operator_factors([batches[i] for i in measured]), strict=True))
+        factors = self._operator_factors(stacks, batches)
         for i, (stack, batch) in enumerate(zip(stacks, batches, strict=True)):
             rows, columns = batch.scalings()
             rows = rows * factors[i].unsqueeze(-1) if i in factors else rows
             for update, row, column in zip(stack, rows, columns, strict=True):
                 update.write_scaled(row, column, verdicts.pop(0), workspace)
 
+    def _operator_factors(
+        self, stacks: Sequence[Sequence[MatrixUpdate]], batches: Sequence[ShardedMatrices]
+    ) -> dict[int, Tensor]:
+        """Return the factors of the batches that are scaled by their operator norms, by position."""
+        measured = [i for i, stack in enumerate(stacks) if stack[0].chain.scale == "operator"]
+        factors: dict[int, Tensor] = {}
+        for of_group in alike(measured, lambda i: batches[i].split.members):
+            factors |= zip(of_group, operator_factors([batches[i] for i in of_group]), strict=True)
+        return factors
+
 
 class Local:
-    """The chain needs nothing that is cut: a rank normalises its part; one small all-reduce tells the norms."""
+    """The chain needs nothing that is cut: a rank normalises its part; small all-reduces tell the norms."""
 
     def takes(self, update: MatrixUpdate) -> bool:
-        needs = {0: set(), -2: {"columns"}, -1: {"rows"}}.get(update.cut_along)  # type: ignore[arg-type,var-annotated]
-        return needs is not None and not needs & update.chain.needs
+        needs = {0: set(), -2: {"columns"}, -1: {"rows"}}  # type: ignore[var-annotated]
+        if not update.splits:
+            return False
+        return all(cut in needs and not needs[cut] & update.chain.needs for cut in update.cuts)
 
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         for of_class in alike(updates, lambda update: update.shape_class):
-            split = _split(of_class[0])
+            splits = _splits(of_class[0])
             parts = [update.normalized(update.part) if update.part.numel() else update.part for update in of_class]
             norms = torch.stack([update.layout.norms(part) for update, part in zip(of_class, parts, strict=True)])
-            norms = norms.to(split.device)
-            dist.all_reduce(norms, group=split.group)
+            norms = norms.to(splits[0].device)
+            for split in splits:
+                dist.all_reduce(norms, group=split.group)
             verdicts = judged(norms, of_class[0].weight.device)
             for update, part, verdict in zip(of_class, parts, verdicts, strict=True):
                 update.write(part, verdict)
 
 
 class Owned:
-    """One rank normalises each matrix: one all-to-all of gradients, and one of updates."""
+    """One rank normalises each matrix: for each cut one all-to-all of gradients, and one of updates."""
 
     def takes(self, update: MatrixUpdate) -> bool:
-        return update.split is not None
+        return bool(update.splits)
 
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
-        load: dict[str, list[int]] = {}
+        load: Load = {}
         for of_class in alike(updates, lambda update: update.shape_class):
-            split = _split(of_class[0])
-            for some in bounded(of_class, _whole_bytes, EXCHANGE_BYTES * split.ranks):
+            ranks = math.prod(split.ranks for split in _splits(of_class[0]))
+            for some in bounded(of_class, _whole_bytes, EXCHANGE_BYTES * ranks):
                 if len(some) > 1:
-                    self._exchange(some, load.setdefault(split.group.group_name, [0] * split.ranks))
+                    self._exchange(some, load)
                 else:  # an owner would send it to the others while they wait: they may as well compute it
                     Gathered().run(some, workspace)
 
-    def _exchange(self, updates: Sequence[MatrixUpdate], load: list[int]) -> None:
-        owners = assign_owners([whitening_cost(tuple(update.param.shape)) for update in updates], load)
-        exchange = Exchange([_split(update) for update in updates], owners)
+    def _exchange(self, updates: Sequence[MatrixUpdate], load: Load) -> None:
+        costs = [whitening_cost(tuple(update.param.shape)) for update in updates]
+        exchange = Exchanges([_splits(update) for update in updates], costs, load)
         whole = exchange.to_owners([update.part for update in updates])
         normalized = _normalize([updates[i] for i in exchange.mine], whole)
         # All are of one class, so that they have one layout.
@@ -173,7 +184,7 @@ class Replicated:
 
 
 class Gathered:
-    """Every rank gathers and normalises the whole matrix: for cuts along several dimensions."""
+    """Every rank gathers and normalises the whole matrix: for the only one of a shape, and for unknown cuts."""
 
     def takes(self, update: MatrixUpdate) -> bool:
         return True
@@ -206,9 +217,9 @@ def _judged_alone(update: MatrixUpdate, normalized: Tensor) -> Judged:
     return judged(update.layout.norms(normalized).unsqueeze(0), update.weight.device)[0]
 
 
-def _split(update: MatrixUpdate) -> Split:
-    assert update.split is not None
-    return update.split
+def _splits(update: MatrixUpdate) -> tuple[Split, ...]:
+    assert update.splits
+    return update.splits
 
 
 def _whole_bytes(update: MatrixUpdate) -> int:

@@ -1,0 +1,153 @@
+"""How a parameter is cut: into a part for each rank of one process group, or of several one after the other.
+
+FSDP2 cuts rows. Tensor parallelism cuts rows of some matrices and columns of others, expert parallelism cuts between
+the matrices of a stack, and each of them has its own dimension of a device mesh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+
+@dataclass(frozen=True)
+class Split:
+    """One dimension of a tensor cut into a part for each rank of a process group; parts may be uneven or empty.
+
+    Example:
+        >>> from hf_stateless.ranks.splits import Split
+        >>> split = Split(group=None, rank=1, shape=(5, 3), dim=0, ranks=4, device="cpu")
+        >>> [split.part(rank) for rank in range(4)]
+        [(2, 3), (2, 3), (1, 3), (0, 3)]
+    """
+
+    group: dist.ProcessGroup
+    """The ranks that hold the parts; replicas of a part are in other groups."""
+    rank: int
+    """This rank's number in the group."""
+    ranks: int
+    shape: tuple[int, ...]
+    """Of what is cut: the whole tensor, or this rank's part of it by another split."""
+    dim: int
+    """Which dimension is cut."""
+    device: torch.device
+    """Where tensors have to be for the group to send them; a CPU-offloaded shard is elsewhere."""
+    pieces: int = 1
+    """How many tensors lie packed in the dimension, of each of which a rank has a part: gate and up projection."""
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks of the group: groups of two meshes that have the same members are one for us."""
+        return tuple(sorted(dist.get_process_group_ranks(self.group)))
+
+    def part(self, rank: int) -> tuple[int, ...]:
+        """Return the shape of the part of one rank: cut as `torch.chunk` does, missing chunks are empty."""
+        return (*self.shape[: self.dim], sum(self._sizes(rank)), *self.shape[self.dim + 1 :])
+
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """Return the part of each rank; views of the whole tensor, unless several are packed in it."""
+        sizes = [self._sizes(rank) for rank in range(self.ranks)]
+        in_order = iter(
+            whole.split_with_sizes([of_rank[i] for i in range(self.pieces) for of_rank in sizes], self.dim)
+        )
+        by_piece = [[next(in_order) for _ in range(self.ranks)] for _ in range(self.pieces)]
+        return [_joined(list(of_rank), self.dim) for of_rank in zip(*by_piece, strict=True)]
+
+    def whole(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return what was cut from the parts of all ranks, in their order."""
+        cut = [part.split_with_sizes(self._sizes(rank), self.dim) for rank, part in enumerate(parts)]
+        return torch.cat([of_rank[i] for i in range(self.pieces) for of_rank in cut], self.dim)
+
+    def _sizes(self, rank: int) -> list[int]:
+        """Return how much of each piece a rank has."""
+        piece = -(-self.shape[self.dim] // self.pieces)
+        lengths = [max(0, min(piece, self.shape[self.dim] - i * piece)) for i in range(self.pieces)]
+        chunks = [-(-length // self.ranks) for length in lengths]
+        return [max(0, min(chunk, length - rank * chunk)) for chunk, length in zip(chunks, lengths, strict=True)]
+
+
+def splits_of(param: Tensor) -> tuple[Split, ...] | None:
+    """Describe how a parameter is cut: nothing for what each rank has as a whole.
+
+    Its gradient has to be cut in the same way. Further mesh dimensions may replicate it.
+
+    Returns:
+        The splits in the order in which they are undone: the first puts this rank's part together with those of other
+        ranks, the last makes the whole tensor. None where the cut is of a kind that is not known here.
+    """
+    if not isinstance(param, DTensor):
+        return ()
+    grad, mesh, placements = param.grad, param.device_mesh, param.placements
+    if not isinstance(grad, DTensor) or grad.device_mesh != mesh or grad.placements != placements:
+        return None
+    cut = [i for i, one in enumerate(placements) if not one.is_replicate() and mesh.size(i) > 1]
+    if any(type(placements[i]) not in (Shard, _StridedShard) for i in cut):
+        return None
+    splits, shape = [], tuple(param.shape)
+    for i, dim, pieces in _as_applied(param, cut):
+        one = Split(
+            group=mesh.get_group(i),
+            rank=mesh.get_local_rank(i),
+            ranks=mesh.size(i),
+            shape=shape,
+            dim=dim,
+            device=torch.device(mesh.device_type),
+            pieces=pieces,
+        )
+        splits.append(one)
+        shape = one.part(one.rank)
+    return tuple(reversed(splits)) if shape == tuple(param.to_local().shape) else None
+
+
+def _as_applied(param: DTensor, cut: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return the mesh dimensions that cut, with the dimension and the pieces of it, in the order in which they do.
+
+    That is their order in the mesh, but FSDP2 cuts what tensor parallelism has left: where both cut one dimension,
+    DTensor writes the one that comes first in the mesh and cuts last as strided, by the number of the parts before.
+    """
+    order: list[tuple[int, int, int]] = []
+    for i in reversed(cut):
+        placement = param.placements[i]
+        dim, factor = placement.dim % param.ndim, getattr(placement, "split_factor", 1)  # type: ignore[attr-defined]
+        before = math.prod(param.device_mesh.size(j) for j, other, _ in order if other == dim)
+        if factor > 1 and factor == before:
+            order.append((i, dim, 1))
+        else:
+            order.insert(0, (i, dim, factor))
+    return order
+
+
+def may_be_empty(param: Tensor) -> bool:
+    """Tell whether some rank holds nothing of a parameter: the same answer on all ranks."""
+    splits = splits_of(param) or ()
+    shapes = {tuple(param.shape)}
+    for one in reversed(splits):
+        shapes = {replace(one, shape=shape).part(rank) for shape in shapes for rank in range(one.ranks)}
+    return bool(splits) and any(0 in shape for shape in shapes)
+
+
+def groups_of(tensors: Sequence[Tensor]) -> Iterator[dist.ProcessGroup]:
+    """Yield the process groups among which any of some tensors is cut, each once and in one order on all ranks."""
+    seen = set()
+    for tensor in tensors:
+        if not isinstance(tensor, DTensor):
+            continue
+        mesh = tensor.device_mesh
+        for i, placement in enumerate(tensor.placements):
+            if placement.is_replicate() or mesh.size(i) == 1:
+                continue
+            members = tuple(sorted(dist.get_process_group_ranks(mesh.get_group(i))))
+            if members not in seen:
+                seen.add(members)
+                yield mesh.get_group(i)
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
