@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -119,8 +120,12 @@ def train(job, folder, world=1):
     trainer = Trainer(model, arguments(job, folder, world), train_dataset=rows())
     resume = job.get("resume")
     trainer.train(resume_from_checkpoint=str(Path(folder) / resume) if resume else None)
+    if "saved" in job:
+        trainer.save_model(str(Path(folder) / job["saved"]))
     weights = {name.removeprefix("_orig_mod."): p.detach() for name, p in model.named_parameters()}
     sharded = [name for name, p in weights.items() if isinstance(p, DTensor)]
+    if sharded and "group_size" in job:  # what a weight in 8 bits is made of
+        weights = get_model_state_dict(model)
     whole = {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in weights.items()}
     state = trainer.optimizer.optimizer.state if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.state
     shapes = sorted({tuple(t.shape) for of_p in state.values() for t in of_p.values()})
