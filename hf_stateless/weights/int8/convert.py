@@ -70,6 +70,12 @@ def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear]]:
             yield name, module
 
 
+def without_scales(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a model but for the scales of its 8-bit layers, which FSDP2 makes plain parameters."""
+    scales = {id(layer.weight_scale) for _, layer in int8_layers(model)}
+    yield from (p for p in model.parameters() if id(p) not in scales)
+
+
 def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Put plain linear layers in the place of 8-bit ones, and cast the rest to the same dtype."""
     for name, layer in list(int8_layers(model)):

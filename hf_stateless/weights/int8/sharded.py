@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ _VIEWS = {
     _aten.view.default,
     _aten.slice.Tensor,
     _aten.as_strided.default,
-    _aten.clone.default,
     _aten._pin_memory.default,
 }
 _LIKE = {_aten.zeros_like.default, _aten.empty_like.default, _aten.ones_like.default, _aten.full_like.default}
@@ -114,6 +113,8 @@ class Int8Shard(StoredWeight):
         if not isinstance(first, cls):
             raise NotImplementedError(_refusal(func))
         codes, others = first.codes, args[1:]
+        if func is _aten.clone.default:
+            return cls(func(codes, *others, **kwargs), replace(first.place), first.dtype)
         if func in _VIEWS:
             return cls(func(codes, *others, **kwargs), first.place, first.dtype)
         if func is _aten.new_zeros.default and not kwargs.get("dtype"):
@@ -174,6 +175,10 @@ class Int8Shard(StoredWeight):
         if self.place.scale is None:
             raise RuntimeError("An 8-bit weight was written before it was used: run a forward pass first.")
         return self.place.scale
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Shard:
+        copied: Int8Shard = memo.setdefault(id(self), self.clone())
+        return copied
 
     def stand_in(self, device: str) -> Int8Shard:
         """Return rows of this shape on another device, with contents that mean nothing."""
