@@ -11,11 +11,13 @@ import signal
 import sys
 from pathlib import Path
 
+import peft
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -108,6 +110,18 @@ def die(rank, moment, after):
     dist.checkpoint.save = save
 
 
+def in_8_bits(model, job, folder):
+    """Store a model in 8 bits; with `loaded` as who has a folder does it, with `lora` below adapters."""
+    config = hf_stateless.Int8TrainingConfig(job["group_size"])
+    if "loaded" in job:
+        model = LlamaForCausalLM.from_pretrained(folder / job["loaded"], quantization_config=config)
+    else:
+        hf_stateless.quantize(model, config)
+    if "lora" in job:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=job["lora"], r=2, init_lora_weights=False))
+    return model
+
+
 def train(job, folder, world=1):
     """Train as a job says; return the whole weights and the names of the sharded ones."""
     if "die" in job:
@@ -115,12 +129,18 @@ def train(job, folder, world=1):
     own_seed = int(os.environ.get("RANK", 0)) if job.get("seed_of_rank") else 0
     model = odd_llama(getattr(torch, job.get("dtype", "float32")), seed=own_seed)
     if "group_size" in job:
-        hf_stateless.quantize(model, hf_stateless.Int8TrainingConfig(job["group_size"]))
+        model = in_8_bits(model, job, Path(folder))
     trainer = Trainer(model, arguments(job, folder, world), train_dataset=rows())
     resume = job.get("resume")
+    if "report" in job:
+        hf_stateless.attach_memory_report(trainer)
     trainer.train(resume_from_checkpoint=str(Path(folder) / resume) if resume else None)
+    if "saved" in job:
+        trainer.save_model(str(Path(folder) / job["saved"]))
     weights = {name.removeprefix("_orig_mod."): p.detach() for name, p in model.named_parameters()}
     sharded = [name for name, p in weights.items() if isinstance(p, DTensor)]
+    if sharded and "group_size" in job:  # what a weight in 8 bits is made of
+        weights = get_model_state_dict(model)
     whole = {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in weights.items()}
     state = trainer.optimizer.optimizer.state if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.state
     shapes = sorted({tuple(t.shape) for of_p in state.values() for t in of_p.values()})

@@ -15,7 +15,6 @@ from test_distributed import launch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-import hf_stateless
 from hf_stateless import Int8TrainingConfig, create_optimizer, dequantize, quantize
 from hf_stateless.weights.int8.convert import int8_layers
 from hf_stateless.weights.int8.linear import Int8Linear
@@ -305,15 +304,3 @@ def test_what_cannot_work_is_refused_with_what_to_type(make, message, make_model
 def _spoil(module):
     if isinstance(module, torch.nn.Linear):
         module.weight.data[0, 0] = float("nan")
-
-
-def test_fsdp_is_refused_before_anything_is_sharded(saved, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    arguments = TrainingArguments(str(tmp_path), optim="sinkgd", use_cpu=True, report_to=[])
-    model = load_int8(saved)
-    context = type("Context", (), {})()
-    context.args, context.model, context.optim_args = arguments, model, {}
-    context.adam_kwargs, context.optimizer_kwargs = {"betas": (0.9, 0.999), "eps": 1e-8}, {"lr": 1e-3}
-    with pytest.raises(ValueError, match="8-bit weights cannot be sharded"):
-        hf_stateless.trainer.handler.handle("sinkgd", context)

@@ -161,6 +161,17 @@ def test_sharding_divides_what_lasts_and_adds_what_is_gathered():
     assert sharded.gathered >= max(p.nbytes for p in model.parameters())
 
 
+def test_sharded_weights_in_8_bits_are_gathered_in_8_bits():
+    settings = [Settings(seq=64, fsdp=4, dtype=dtype) for dtype in ("bf16", "int8")]
+    plain, int8 = (estimate(meta_model("small_llama", one), ["sinkgd"], one)[0] for one in settings)
+    assert int8.gradients == plain.gradients
+    assert int8.weights < plain.weights
+    layer = meta_model("small_llama", settings[0]).model.layers[0]
+    # Of two layers one byte less for each weight of a matrix, but for a scale in 128.
+    saved = 2 * sum(p.numel() for p in layer.parameters() if p.ndim > 1)
+    assert 0.95 * saved < plain.gathered - int8.gathered < saved
+
+
 def test_an_estimate_says_what_its_peak_is_made_of():
     settings = Settings(seq=64)
     for row in estimate(meta_model("small_llama", settings), list(known_optimizers()), settings):

@@ -82,7 +82,6 @@ def test_the_plot_is_a_picture(config_file, tmp_path, capsys):
         (["CONFIG", "--gpus", "24,big"], "--gpus '24,big': expected sizes in GiB"),
         (["CONFIG", "--gpus", "-1"], "expected sizes in GiB"),
         (["CONFIG", "--dtype", "int8", "--optim", "adamw_torch"], "adamw_torch cannot train 8-bit weights"),
-        (["CONFIG", "--dtype", "int8", "--fsdp", "2"], "8-bit weights cannot be sharded"),
         (["CONFIG", "--dtype", "fp8"], "expected bf16 or fp32 or int8"),
         (["CONFIG", "--batch", "0"], "expected an integer of at least 1, got '0'"),
         (["CONFIG", "--seq", "129"], "type --seq 128"),

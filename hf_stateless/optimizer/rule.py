@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..ranks.placement import shard_number
+from ..ranks.placement import local_shard, shard_number
 from ..update.kernels.choice import Verdict
 from ..update.layout import Layout, layout_at
 from ..update.write import Workspace
 from ..weights.noise import RoundingKey, TensorCache, rounding_keys
-from ..weights.stored import is_rounded
+from ..weights.stored import StoredWeight, is_rounded
 
 
 @dataclass
@@ -109,20 +109,23 @@ def keys_of(entries: Sequence[Entry], cache: TensorCache) -> list[RoundingKey | 
 
     They are the same on all replicas, and different for each shard and each step.
     """
-    rounded = [e for e in entries if e.group["stochastic_rounding"] and is_rounded(e.param)]
-    keys = dict(zip((e.index for e in rounded), _keys(rounded, cache), strict=True))
+    rounded = [e for e in entries if e.group["stochastic_rounding"] and is_rounded(local_shard(e.param))]
+    # Rows of a weight in a format of its own know their places in the whole matrix, and draw the noise of these.
+    placed = [isinstance(local_shard(e.param), StoredWeight) for e in rounded]
+    shards = [0 if known else shard_number(e.param) for e, known in zip(rounded, placed, strict=True)]
+    keys = dict(zip((e.index for e in rounded), _keys(rounded, shards, cache), strict=True))
     return [keys.get(e.index) for e in entries]
 
 
 def key_of(entry: Entry, cache: TensorCache) -> RoundingKey | None:
     """Return the rounding key for what a parameter keeps, whatever its own dtype; None for rounding to nearest."""
-    return _keys([entry], cache)[0] if entry.group["stochastic_rounding"] else None
+    return _keys([entry], [shard_number(entry.param)], cache)[0] if entry.group["stochastic_rounding"] else None
 
 
-def _keys(entries: Sequence[Entry], cache: TensorCache) -> list[RoundingKey]:
+def _keys(entries: Sequence[Entry], shards: Sequence[int], cache: TensorCache) -> list[RoundingKey]:
     if not entries:
         return []
-    seeds = [int(e.group["seed"]) + 0x01000193 * shard_number(e.param) for e in entries]
+    seeds = [int(e.group["seed"]) + 0x01000193 * shard for e, shard in zip(entries, shards, strict=True)]
     return rounding_keys(seeds, [e.index for e in entries], [e.step.to(e.param.device) for e in entries], cache)
 
 

@@ -159,7 +159,7 @@ def decay_of(param: Tensor, layout: Layout, decay: float | Tensor, norms: Sequen
         decay: the factor of a matrix that has an update.
         norms: of the update, from `Layout.norms`.
     """
-    if isinstance(param, StoredWeight) or (isinstance(norms, Tensor) and layout.blocks == 1):
+    if isinstance(local_shard(param), StoredWeight) or (isinstance(norms, Tensor) and layout.blocks == 1):
         return decay
     if not isinstance(decay, Tensor) and (decay == 1 or (not isinstance(norms, Tensor) and all(norms))):
         return decay

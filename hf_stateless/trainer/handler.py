@@ -11,7 +11,6 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ..optimizer.optimizer import StatelessOptimizer
-from ..weights.int8.convert import int8_layers
 from .factory import optimizer_arguments
 from .optim_args import is_layerwise, refuse_repeated_keys
 from .partition import convert_command, refuse_fsdp1
@@ -37,7 +36,6 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
             "use_badam), or type Trainer.get_optimizer_cls_and_kwargs(args, model)."
         )
     _refuse_partitioning(ctx.args)
-    _refuse_sharded_int8(ctx.args, ctx.model)
     refuse_repeated_keys(getattr(ctx.args, "optim_args", None))
     beta1, beta2 = ctx.adam_kwargs["betas"]
     adamw = {"adamw_beta1": beta1, "adamw_beta2": beta2, "adamw_eps": ctx.adam_kwargs["eps"]}
@@ -118,13 +116,3 @@ def _refuse_partitioning(args: Any) -> None:
     version = os.environ.get("FSDP_VERSION") if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
     if str(plugin.get("fsdp_version", version or 1) if plugin else version) == "1":
         refuse_fsdp1()
-
-
-def _refuse_sharded_int8(args: Any, model: nn.Module) -> None:
-    """Refuse FSDP for 8-bit weights: it would shard the empty parameters and leave the codes behind."""
-    sharded = getattr(args, "fsdp_plugin_args", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if sharded and any(True for _ in int8_layers(model)):
-        raise ValueError(
-            "8-bit weights cannot be sharded by FSDP: type distributed_type: MULTI_GPU in the accelerate config "
-            "(DDP), or load the model without quantization_config."
-        )

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from ..norms.chain import Chain
 from ..update.layout import layout_at
 from ..update.rate import rate_scale
+from ..weights.int8.convert import without_scales
 from ..weights.stored import StoredWeight
 from .optim_args import plain_name
 
@@ -179,7 +180,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _frozen(model: nn.Module) -> int:
     """Count what is not trained; the scales of a trained 8-bit weight belong to it."""
     parts = {id(part) for p in model.parameters() if isinstance(p, StoredWeight) for part in p.stored[1:]}
-    return sum(not p.requires_grad and id(p) not in parts for p in model.parameters())
+    return sum(not p.requires_grad and id(p) not in parts for p in without_scales(model))
 
 
 def aligned(rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:

@@ -18,6 +18,8 @@ class StoredWeight(nn.Parameter):
 
     kernel: str = ""
     """Under which name `update.kernels` has kernels for this format; empty if it has none."""
+    first_row: int = 0
+    """Number of its first row in the whole matrix, on which its rounding noise depends."""
 
     @property
     def stored(self) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from ...optimizer.rules import COMMON, told_options
 from ...weights.int8.compressed import has_kernels
-from ...weights.int8.convert import can_be_packed, int8_layers
+from ...weights.int8.convert import can_be_packed, int8_layers, without_scales
 from ..measured.footprint import count_parameters
 from ..provenance import published_options, published_values, versions, without_folders
 from ..run_facts import adapter_of, base_of, hub_id
@@ -61,7 +61,7 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
     facts = CardFacts(
         name=one_line(given.get("model_name") or own_name),
         model=type(inner).__name__,
-        parameters=sum(count_parameters(inner.parameters()).values()),
+        parameters=sum(count_parameters(without_scales(inner)).values()),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         base_model=base,
         base_is_local=is_local,

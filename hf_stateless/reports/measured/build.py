@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
+from ...weights.int8.convert import without_scales
 from ..files import GIB
 from ..provenance import published_command, published_options, versions
 from ..run_facts import adapter_of, base_of, hub_id
@@ -130,7 +131,7 @@ def describe_setup(trainer: Trainer, meter: RunMeter, longest_row: int) -> Setup
     base, adapter = base_of(model), adapter_of(model)
     rank = getattr(adapter[1], "r", None) if adapter else None
     kind = next(c for c in type(base).__mro__ if not issubclass(c, FSDPModule))
-    counts = count_parameters(model.parameters())
+    counts = count_parameters(without_scales(model))
     cuda, threads = meter.device.type == "cuda", torch.get_num_threads()
     return Setup(
         device=torch.cuda.get_device_name(meter.device) if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ...ranks.placement import local_shard
 from ...weights.int8.weight import Scale
 from ...weights.stored import StoredWeight
 from .schema import Group
@@ -35,6 +36,8 @@ def _inner_tensors(tensor: Tensor, depth: int) -> Iterator[Tensor]:
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from tensors_in(getattr(tensor, name), depth)
+    elif isinstance(tensor, StoredWeight):
+        yield from tensor.stored
     else:
         yield tensor
         if depth and type(tensor) not in (Tensor, nn.Parameter):  # quantised weights carry their scales
@@ -91,7 +94,8 @@ def count_parameters(params: Iterable[Tensor]) -> dict[str, int]:
         if isinstance(p, Scale):
             continue
         packed = getattr(p, "quant_state", None)  # of bitsandbytes
-        stored = p.stored[0].dtype if isinstance(p, StoredWeight) else p.dtype
+        local = local_shard(p)
+        stored = local.stored[0].dtype if isinstance(local, StoredWeight) else p.dtype
         dtype = str(stored).removeprefix("torch.") if packed is None else str(packed.quant_type)
         counts[dtype] = counts.get(dtype, 0) + (p.numel() if packed is None else packed.shape.numel())
     return counts

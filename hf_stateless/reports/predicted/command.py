@@ -111,8 +111,6 @@ def _of_int8(names: Sequence[str], args: argparse.Namespace) -> list[str]:
     foreign = [name for name in names if not is_ours(name)]
     if foreign and args.optim != _DEFAULT_OPTIMIZERS:
         raise ValueError(f"--dtype int8: {foreign[0]} cannot train 8-bit weights; type --optim sinkgd,swan.")
-    if args.fsdp > 1:
-        raise ValueError("--dtype int8: 8-bit weights cannot be sharded by FSDP; leave out --fsdp.")
     return [name for name in names if is_ours(name)]
 
 

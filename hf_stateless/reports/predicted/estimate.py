@@ -149,7 +149,8 @@ def _gathered(model: nn.Module) -> int:
     outside = [p for p in model.parameters() if id(p) not in inside]
     largest = max(layers, key=tensor_bytes, default=[])
     gradients = tensor_bytes(p for p in [*largest, *outside] if p.requires_grad)
-    return 2 * tensor_bytes(largest) + tensor_bytes(outside) + gradients
+    whole = [*largest, *largest, *outside]  # what is stored of them: of a weight in 8 bits its codes
+    return tensor_bytes(p.detach() for p in whole) + gradients
 
 
 def _step_temporary(groups: Sequence[Mapping[str, Any]], device: str) -> int:

@@ -75,7 +75,7 @@ def launch_int8(
     """Launch the update of some weights of one shape.
 
     Args:
-        weights: in int8.
+        weights: in int8; of those that are cut over ranks one at a time.
         update_table: addresses of X or G for each.
         update: one of them, for its dtype and strides.
         vectors: r, c and the states of gradients, (weights, ...) each, or None.
@@ -95,7 +95,7 @@ def launch_int8(
     start(
         apply_int8, (part.stop - part.start) * programs,
         *(pointer_table([t.data for t in tensors]) for tensors in zip(*(w.stored for w in weights), strict=True)),
-        update_table, row, column, states, keys, step_size, decay, part.start, *update.stride(),
+        update_table, row, column, states, keys, step_size, decay, part.start, weights[0].first_row, *update.stride(),
         m, n, groups, length, 0 if states is None else states.shape[1], programs,
         UPDATE=element(update.dtype), SCALED=row is not None, CHECKED=states is not None,
         HYPER_ON_DEVICE=isinstance(step_size, Tensor), STOCHASTIC=keys is not None,

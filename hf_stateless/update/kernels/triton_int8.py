@@ -33,10 +33,10 @@ def requantized(exact, old, noise, STOCHASTIC: tl.constexpr):
     return tl.minimum(tl.maximum(codes, -127.0), 127.0), scale
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "first_row"])
 def apply_int8(
-    codes_at, scales_at, updates, row, column, states, keys, step_size, decay, first, stride_m, stride_n,
-    m, n, groups, length, count, programs,
+    codes_at, scales_at, updates, row, column, states, keys, step_size, decay, first, first_row, stride_m,
+    stride_n, m, n, groups, length, count, programs,
     UPDATE: tl.constexpr, SCALED: tl.constexpr, CHECKED: tl.constexpr, HYPER_ON_DEVICE: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_LENGTH: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def apply_int8(
         noise = tl.zeros((BLOCK_GROUPS, BLOCK_LENGTH), tl.int32)
         if STOCHASTIC:
             key = tl.load(keys + matrix)
-            noise = ((row_noise(rows, key)[:, None] * column_noise(columns, key)) >> 16) + 0x8000
+            noise = ((row_noise(first_row + rows, key)[:, None] * column_noise(columns, key)) >> 16) + 0x8000
         new, scale = requantized(tl.where(mask, exact, 0.0), old, noise, STOCHASTIC)
         tl.store(codes, new.to(tl.int8), mask=mask)
         tl.store(scales, scale.to(tl.bfloat16), mask=rows < m)

@@ -7,6 +7,8 @@ float32. For groups of 128 a weight takes 1 + 2/128 = 1.016 bytes, for groups of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from ..noise import RoundingKey
 from ..rounding import stochastic_round_integers_
 
 
+# Elements that are in float32 at once while a weight is written; the result does not depend on it.
+_BLOCK = 1 << 22
 LARGEST_CODE = 127
 COMMON_LENGTHS = (128, 64, 32)
 """How many weights share a scale where vLLM has kernels for it; so it has where all of a row do."""
@@ -180,6 +184,49 @@ def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: RoundingKey | 
     else:
         stochastic_round_integers_(exact, key, first_row=first_row)
     codes.copy_(exact.clamp_(-LARGEST_CODE, LARGEST_CODE))
+
+
+def write_rows_(
+    codes: Tensor,
+    scale: Tensor,
+    update: Callable[[slice], Tensor],
+    step_size: float | Tensor,
+    decay: float | Tensor,
+    key: RoundingKey | None,
+    *,
+    usable: Tensor | None = None,
+    first_row: int = 0,
+) -> None:
+    r"""Apply W <- decay W - step_size X to codes and scales, some rows at a time in float32.
+
+    A group without change keeps every byte. With a key E[W] is exact.
+
+    Args:
+        codes: (rows, columns) int8, overwritten.
+        scale: (rows, groups) bfloat16, overwritten.
+        update: takes a slice of rows and returns those of X in float32.
+        step_size: factor of X.
+        decay: factor of W.
+        key: from `rounding_key`, or None for rounding to nearest.
+        usable: a flag on the device, where every byte stays unless it is set.
+        first_row: number of the first row in the whole matrix, on which the noise depends.
+    """
+    rows, columns = codes.shape
+    at_once = max(1, _BLOCK // max(columns, 1))
+    for first in range(0, rows, at_once):
+        part = slice(first, first + at_once)
+        some, scales = codes[part], scale[part]
+        before = None if usable is None else (some.clone(), scales.clone())
+        exact = dequantize_matrix(some, scales)
+        if isinstance(decay, Tensor) or decay != 1:
+            exact.mul_(decay)
+        if isinstance(step_size, Tensor):
+            exact.addcmul_(update(part), step_size, value=-1)
+        else:
+            exact.add_(update(part), alpha=-step_size)
+        requantize_(some, scales, exact, key, first_row=first_row + first)
+        for now, old in zip((some, scales), before or (), strict=False):
+            now.copy_(torch.where(usable, now, old))  # type: ignore[arg-type]
 
 
 def _scale_for(largest: Tensor) -> Tensor:

@@ -70,6 +70,12 @@ def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear]]:
             yield name, module
 
 
+def without_scales(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a model but for the scales of its 8-bit layers, which FSDP2 makes plain parameters."""
+    scales = {id(layer.weight_scale) for _, layer in int8_layers(model)}
+    yield from (p for p in model.parameters() if id(p) not in scales)
+
+
 def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Put plain linear layers in the place of 8-bit ones, and cast the rest to the same dtype."""
     for name, layer in list(int8_layers(model)):
@@ -105,20 +111,24 @@ def can_be_packed(model: PreTrainedModel) -> bool:
     return not any(converter.rename_source_key(name)[1] for converter in back for name in names)
 
 
-def packed_state(model: nn.Module) -> dict[str, Tensor]:
+def packed_state(model: nn.Module, whole: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the state of a model as `compressed-tensors` stores it.
 
     For each 8-bit layer it holds `weight_packed` (rows, ceil(columns / 4)) int32, `weight_scale` (rows, groups) and
     `weight_shape` (2,) int64, and no `weight`. What is packed is on the host: a device that is full of weights has no
     room for them twice.
+
+    Args:
+        model: with 8-bit layers.
+        whole: its state, where the layers have parts of it.
     """
     layers = dict(int8_layers(model))
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if whole is None else whole).items():
         layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if layer is None:
             state[name] = tensor
         else:
-            state[f"{name}_packed"] = pack(layer.weight.codes).cpu()
+            state[f"{name}_packed"] = pack(tensor.flatten(1)).cpu()
             state[f"{name}_shape"] = torch.tensor(layer.weight.shape, device="cpu")
     return state

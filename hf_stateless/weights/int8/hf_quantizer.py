@@ -18,6 +18,7 @@ from .config import DEFAULT_GROUP_SIZE, METHOD, Int8TrainingConfig
 from .convert import int8_layers, layers_to_quantize, packed_state, quantize_layer, to_float
 from .folder import check_folder, is_own_class
 from .linear import Int8Linear, sizes_of
+from .sharded_folder import is_cut, whole_state
 from .weight import Int8Weight
 
 
@@ -67,7 +68,8 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = self.quantization_config
         of_adapters = getattr(model, "_hf_peft_config_loaded", False)
         packed = self.quantization_config.is_packed and not of_adapters
-        return (packed_state(model) if packed else None), {}
+        whole = whole_state(model) if is_cut(model) else None
+        return (packed_state(model, whole) if packed else whole), {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config

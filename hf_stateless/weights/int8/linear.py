@@ -20,6 +20,8 @@ from .codes import (
     stored_length,
 )
 from .packed import unpack, words
+from .sharded import Int8Shard
+from .sharded_layer import codes_of, load_sharded, move_sharded, shard_of
 from .weight import Int8Weight, Scale
 
 
@@ -178,6 +180,10 @@ class Int8Linear(nn.Linear):
 
     def to_float(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
         """Return the plain layer with the dequantised weight, of the kind that it was made from."""
+        if shard_of(self.weight) is not None:
+            raise ValueError(
+                "The weights are cut over ranks: save the model, and load the folder in one process to have floats."
+            )
         weight, sizes = self.weight.dequantize(dtype), (self.in_features, self.out_features)
         linear: nn.Linear | Conv1D
         with torch.device("meta"):
@@ -190,16 +196,18 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return X W^T + b in the dtype of X, or of autocast."""
-        if type(self.weight) is not Int8Weight:
+        if type(self.weight) not in (Int8Weight, Int8Shard):
             raise RuntimeError(
-                f"The weight of an 8-bit layer has become a {type(self.weight).__name__}. FSDP and other wrappers "
-                "that replace parameters are not supported with 8-bit weights: type distributed_type: MULTI_GPU in "
-                "the accelerate config (DDP), or load the model without quantization_config."
+                f"The weight of an 8-bit layer has become a {type(self.weight).__name__}: call the module that "
+                "fully_shard was applied to. Wrappers other than DDP and FSDP2 are not supported with 8-bit weights: "
+                "load the model without quantization_config."
             )
+        if self.weight_scale.dtype == torch.float16:
+            raise RuntimeError("FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no.")
         device = input.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        output: Tensor = _Int8Product.apply(input, self.weight, self.weight.codes, self.weight.scale)  # type: ignore[no-untyped-call]
+        output: Tensor = _Int8Product.apply(input, self.weight, self.weight.codes, self.weight_scale)  # type: ignore[no-untyped-call]
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:
@@ -216,7 +224,9 @@ class Int8Linear(nn.Linear):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters["weight"], self._parameters["weight_scale"] = weight, scale
-        if not (weight.is_meta or fn(torch.empty(0, device=weight.device)).is_meta):
+        if shard_of(weight) is not None:
+            move_sharded(self, fn)
+        elif not (weight.is_meta or fn(torch.empty(0, device=weight.device)).is_meta):
             scale.data = scale.data.to(fn(scale.data).device)  # moved, never cast
             weight.move_(fn)
         else:  # what has no memory, or loses it, cannot keep its identity
@@ -228,7 +238,9 @@ class Int8Linear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         codes = destination.get(f"{prefix}weight")
-        if codes is not None and codes.dtype == torch.int8 and not keep_vars and not self._read_as:
+        if shard_of(self.weight) is not None and not keep_vars:
+            destination[f"{prefix}weight"] = codes_of(self.weight, self.weight_scale.shape[1])
+        elif codes is not None and codes.dtype == torch.int8 and not keep_vars and not self._read_as:
             destination[f"{prefix}weight"] = codes.view(*self.weight_scale.shape, -1)
 
     def _load_from_state_dict(
@@ -260,6 +272,9 @@ class Int8Linear(nn.Linear):
     def _load_stored(self, weight: Tensor | None, scale: Tensor | None) -> None:
         """Copy codes and scales, or the codes and scales of a float weight."""
         if weight is None or (scale is None and not weight.is_floating_point()):
+            return
+        if shard_of(self.weight) is not None:
+            load_sharded(self, weight, scale)
             return
         if weight.is_floating_point():
             weight, scale = quantize_matrix(weight.T if self.from_conv1d else weight, self.length)

@@ -11,19 +11,17 @@ from torch import Tensor, nn
 
 from ..noise import RoundingKey
 from ..stored import StoredWeight
-from .codes import dequantize_matrix, requantize_
-
-
-# Elements that are in float32 at once while a weight is written; the result does not depend on it.
-_BLOCK = 1 << 22
+from .codes import dequantize_matrix, write_rows_
+from .sharded import Int8Shard
 
 
 class Int8Weight(StoredWeight):
     """A parameter of a float dtype whose values are int8 codes times scales; autograd gives it an ordinary gradient.
 
-    Optimizers, hooks and DDP see a trainable leaf of shape (out, in). Its own memory is one NaN, seen from every
-    position: code that takes it for an ordinary weight gets NaN or an error, never a wrong number. `detach()` returns
-    the codes, since what is stored is what `state_dict` saves and DDP sends. State kept: codes, 1 byte per weight.
+    Optimizers, hooks and DDP see a trainable leaf of shape (out, in). Its own memory is one NaN for each
+    row, seen from all its positions: code that takes it for an ordinary weight gets NaN or an error, never a wrong
+    number. `detach()` returns the codes, since what is stored is what `state_dict` saves and DDP sends. FSDP2 cuts it
+    into `Int8Shard`s. State kept: codes, 1 byte per weight.
 
     Args:
         codes: (out, in) int8.
@@ -59,6 +57,33 @@ class Int8Weight(StoredWeight):
         """Return the codes."""
         return self.codes.detach()
 
+    @property
+    def data(self) -> Tensor:
+        """The NaN; what is put in its place says on which device and of which dtype the weight shall be."""
+        data: Tensor = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return data
+
+    @data.setter
+    def data(self, like: Tensor) -> None:
+        self.codes = self.codes.to(like.device)
+        torch.Tensor.data.__set__(self, _nothing(self.shape, like.dtype, like.device))  # type: ignore[attr-defined]
+
+    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+        """Return True, as the codes are: FSDP2 asks."""
+        return True
+
+    def stride(self, *args: Any) -> Any:
+        """Return the strides of the codes."""
+        return self.codes.stride(*args)
+
+    def new_zeros(self, *size: Any, **kwargs: Any) -> Tensor:
+        """Return zeros; for a part of the shape and without a dtype what FSDP2 will copy rows of this weight into."""
+        sizes = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        if kwargs or len(sizes) != self.ndim:
+            zeros: Tensor = super().new_zeros(*size, **kwargs)
+            return zeros
+        return Int8Shard.empty_of(self, self.codes, sizes)
+
     def element_size(self) -> int:
         """Return 1: what a weight takes, as `get_memory_footprint()` asks; its gradient takes `dtype.itemsize`."""
         return self.codes.element_size()
@@ -78,26 +103,8 @@ class Int8Weight(StoredWeight):
         *,
         usable: Tensor | None = None,
     ) -> None:
-        r"""Apply W <- decay W - step_size X to codes and scales, some rows at a time in float32.
-
-        A group without change keeps every byte. With a key E[W] is exact.
-        """
-        rows, columns = self.shape
-        at_once = max(1, _BLOCK // max(columns, 1))
-        for first in range(0, rows, at_once):
-            part = slice(first, first + at_once)
-            codes, scale = self.codes[part], self.scale.data[part]
-            before = None if usable is None else (codes.clone(), scale.clone())
-            exact = dequantize_matrix(codes, scale)
-            if isinstance(decay, Tensor) or decay != 1:
-                exact.mul_(decay)
-            if isinstance(step_size, Tensor):
-                exact.addcmul_(update(part), step_size, value=-1)
-            else:
-                exact.add_(update(part), alpha=-step_size)
-            requantize_(codes, scale, exact, key, first_row=first)
-            for now, old in zip((codes, scale), before or (), strict=False):
-                now.copy_(torch.where(usable, now, old))  # type: ignore[arg-type]
+        """Apply the update to codes and scales, see `codes.write_rows_`."""
+        write_rows_(self.codes, self.scale.data, update, step_size, decay, key, usable=usable)
 
     def stand_in(self, device: str) -> Int8Weight:
         """Return an 8-bit weight of this shape on another device, with contents that mean nothing."""
@@ -109,7 +116,7 @@ class Int8Weight(StoredWeight):
         codes = fn(self.codes)
         like = fn(torch.empty((), dtype=self.dtype, device=self.device))
         self.codes = codes if codes.dtype == torch.int8 else self.codes.to(codes.device)
-        self.data = _nothing(self.shape, like.dtype, like.device)
+        self.data = like
         if self.grad is not None:
             self.grad = fn(self.grad)
 
@@ -145,4 +152,6 @@ class Scale(nn.Parameter):
 
 
 def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
+    # One for each row: what is cut from it tells by its offset which rows it is.
+    one = (*shape[:1], *(1 for _ in shape[1:]))
+    return torch.full(one, float("nan"), dtype=dtype, device=device).expand(shape)

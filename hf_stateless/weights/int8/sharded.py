@@ -1,0 +1,221 @@
+"""`Int8Shard`: the rows of an 8-bit weight that a rank holds under FSDP2, and what all-gathers them as int8.
+
+FSDP2 cuts a parameter in chunks of rows, gathers it before it is used, and reduces its gradient to the same chunks.
+Codes travel as int8 by FSDP2's extension for tensor subclasses. Scales are a frozen parameter beside them, which FSDP2
+cuts in the same rows by itself; a group never leaves its row, so no group is cut.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..noise import RoundingKey
+from ..stored import StoredWeight
+from .codes import dequantize_matrix, write_rows_
+
+
+_aten = torch.ops.aten
+# What changes which codes are seen, and not what they are.
+_VIEWS = {
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.view.default,
+    _aten.slice.Tensor,
+    _aten.as_strided.default,
+    _aten._pin_memory.default,
+}
+_LIKE = {_aten.zeros_like.default, _aten.empty_like.default, _aten.ones_like.default, _aten.full_like.default}
+
+
+@dataclass
+class Place:
+    """Where rows come from and belong to; all views of a shard share one."""
+
+    whole: Callable[[], Any] = lambda: None
+    """The weight that is being cut, as long as it lives."""
+    first_row: int = 0
+    """Number of the first row in the whole matrix."""
+    scale: Tensor | None = None
+    """The scales of the rows; known from the first time that the weight was gathered."""
+
+
+class Int8Shard(StoredWeight):
+    """Rows of an `Int8Weight`: a float tensor from outside, int8 codes inside, which no operation reads as floats.
+
+    It is the local tensor of FSDP2's sharded parameter, and what a layer has while its weight is gathered; then it
+    has no scales of its own, and the layer takes the gathered ones.
+
+    Args:
+        codes: (rows, columns) int8.
+        place: of the rows.
+        dtype: what the weight counts as.
+    """
+
+    codes: Tensor
+    place: Place
+
+    @property
+    def kernel(self) -> str:  # type: ignore[override]
+        """As for whole weights, once the scales are known."""
+        return "" if self.place.scale is None else "int8"
+
+    @property
+    def first_row(self) -> int:  # type: ignore[override]
+        """Number of the first row in the whole matrix."""
+        return self.place.first_row
+
+    def __new__(cls, codes: Tensor, place: Place, dtype: torch.dtype) -> Int8Shard:
+        """Make the tensor around its codes."""
+        shard: Int8Shard = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, codes.shape, strides=codes.stride(), dtype=dtype, device=codes.device
+        )
+        shard.codes, shard.place = codes, place
+        return shard
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Int8Shard({tuple(self.shape)}, rows from {self.place.first_row}, dtype={self.dtype})"
+
+    @classmethod
+    def empty_of(cls, whole: StoredWeight, codes: Tensor, size: Sequence[int]) -> Int8Shard:
+        """Return room for some rows of a weight, which `copy_` will fill from it.
+
+        Raises:
+            ValueError: the rows are cut.
+        """
+        if codes.ndim != 2:
+            raise ValueError(
+                f"FSDP2 cuts matrices in 8 bits, and no stacks of them, got {tuple(codes.shape)}: load the model with "
+                "Int8TrainingConfig(modules_to_not_convert=['experts'])."
+            )
+        if tuple(size[1:]) != codes.shape[1:]:
+            raise ValueError(
+                f"An 8-bit weight {tuple(codes.shape)} can be cut between rows only, got parts {tuple(size)}: leave "
+                "shard_placement_fn out, or return Shard(0) for it."
+            )
+        return cls(codes.new_zeros(tuple(size)), Place(weakref.ref(whole)), whole.dtype)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Do for the codes what moves or copies them; refuse what would compute with their values."""
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if func is _aten.copy_.default and isinstance(first, cls):
+            return first._copied_from(args[1])
+        if not isinstance(first, cls):
+            raise NotImplementedError(_refusal(func))
+        codes, others = first.codes, args[1:]
+        if func is _aten.clone.default:
+            return cls(func(codes, *others, **kwargs), replace(first.place), first.dtype)
+        if func in _VIEWS:
+            return cls(func(codes, *others, **kwargs), first.place, first.dtype)
+        if func is _aten.new_zeros.default and not kwargs.get("dtype"):
+            return cls(codes.new_zeros(*others), first.place, first.dtype)
+        if func is _aten._to_copy.default:
+            dtype = kwargs.pop("dtype", None) or first.dtype
+            return cls(func(codes, **kwargs), first.place, dtype)
+        if func in _LIKE or func in (_aten.new_empty.default, _aten.new_zeros.default):
+            return func(codes, *others, **{**kwargs, "dtype": kwargs.get("dtype") or first.dtype})
+        if func is _aten.is_pinned.default:
+            return func(codes, *others, **kwargs)
+        raise NotImplementedError(_refusal(func))
+
+    def _copied_from(self, source: Tensor) -> Int8Shard:
+        whole = self.place.whole()
+        if isinstance(source, Int8Shard):
+            self.codes.copy_(source.codes)
+        elif source.dtype == torch.int8:
+            self.codes.copy_(source.reshape(self.codes.shape))
+        elif whole is not None and source.dtype == whole.dtype and source.stride() == _stride_of_nothing(whole):
+            # A chunk of the NaN that stands for each row: its place among them is that of the rows.
+            self.place.first_row = int(source.storage_offset())
+            self.codes.copy_(whole.codes[self.place.first_row :][: len(source)])
+        else:
+            raise NotImplementedError(_refusal("copy_ of float values"))
+        return self
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The codes and their scales."""
+        return (self.codes,) if self.place.scale is None else (self.codes, self.place.scale)
+
+    def element_size(self) -> int:
+        """Return 1: what a weight takes."""
+        return self.codes.element_size()
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the float values of these rows."""
+        return dequantize_matrix(self.codes, self._scale(), dtype or self.dtype)
+
+    @torch.no_grad()
+    def write_rows_(
+        self,
+        update: Callable[[slice], Tensor],
+        step_size: float | Tensor,
+        decay: float | Tensor,
+        key: RoundingKey | None,
+        *,
+        usable: Tensor | None = None,
+    ) -> None:
+        """Apply the update of these rows, with the noise that they have in the whole matrix."""
+        if self.place.scale is None and usable is not None:
+            return  # never gathered, so that there is no gradient: how checkpoints have a state made
+        first = self.place.first_row
+        write_rows_(self.codes, self._scale(), update, step_size, decay, key, usable=usable, first_row=first)
+
+    def _scale(self) -> Tensor:
+        if self.place.scale is None:
+            raise RuntimeError("An 8-bit weight was written before it was used: run a forward pass first.")
+        return self.place.scale
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Shard:
+        copied: Int8Shard = memo.setdefault(id(self), self.clone())
+        return copied
+
+    def stand_in(self, device: str) -> Int8Shard:
+        """Return rows of this shape on another device, with contents that mean nothing."""
+        return Int8Shard(torch.empty(self.codes.shape, dtype=torch.int8, device=device), Place(), self.dtype)
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: nn.Module, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Return what FSDP2 sends: the codes, filled up to as many rows as the first rank has."""
+        scale = getattr(module, "weight_scale", None)
+        local = scale.to_local() if isinstance(scale, DTensor) else None
+        if local is None or len(local) != len(self.codes):
+            raise RuntimeError("The scales of an 8-bit weight have to be cut as its codes are: leave both to FSDP2.")
+        self.place.scale = local
+        rows = -(-outer_size[0] // mesh.size())
+        self.place.first_row = mesh.get_local_rank() * rows
+        codes = self.codes
+        if len(codes) < rows:
+            codes = torch.cat((codes, codes.new_zeros(rows - len(codes), codes.shape[1])))
+        return (codes,), None
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Return the gathered weight, which sees the memory that FSDP2 gathers into."""
+        if out is not None:
+            return None
+        return Int8Shard(outputs[0], Place(), dtype), ()
+
+
+def _stride_of_nothing(whole: StoredWeight) -> tuple[int, ...]:
+    """Return the strides of the NaN that a weight has in the place of values: one for each row."""
+    return torch.empty(len(whole), 1).expand(whole.shape).stride()
+
+
+def _refusal(what: Any) -> str:
+    return (
+        f"{what}: not for an 8-bit weight that is cut over ranks. Read codes and scales from a state dict (FULL or "
+        "SHARDED); the optimizers of hf_stateless write them."
+    )

@@ -1,0 +1,58 @@
+"""`save_pretrained` of a model whose 8-bit weights are cut over ranks: the folder that one process would write."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedModel
+
+from .convert import int8_layers
+from .sharded_layer import shard_of
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Tell whether 8-bit weights of a model are cut over ranks."""
+    return any(shard_of(layer.weight) is not None for _, layer in int8_layers(model))
+
+
+def whole_state(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the state of a model that is cut over ranks: what `save_pretrained` was given, or all ranks gather it.
+
+    The first rank has it, on the host; the others may have nothing.
+    """
+    given: dict[str, Any] | None = getattr(model.hf_quantizer, "given_state", None)
+    if given is None:
+        given = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return given
+
+
+def _noting_state(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `save_pretrained`, which asks the quantizer for a state even where the caller has gathered one already."""
+
+    @functools.wraps(original)
+    def save_pretrained(
+        self: PreTrainedModel,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is None or not is_cut(self):
+            original(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+            return
+        quantizer.given_state = state_dict
+        try:
+            original(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+        finally:
+            quantizer.given_state = None
+
+    return save_pretrained
+
+
+PreTrainedModel.save_pretrained = _noting_state(PreTrainedModel.save_pretrained)

@@ -1,0 +1,102 @@
+"""8-bit weights under FSDP2: several gloo processes against one."""
+
+from functools import partial
+
+import pytest
+import torch
+from int8_ranks import CASES, SHAPES, alone, killed, resumed, worker
+from rank_processes import on_ranks
+
+
+WORLDS = (2, 4)
+CHECKPOINTS = [(2, 2), (2, 4), (4, 4)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank of two and of four processes got; four go on from the checkpoints of two."""
+    shared = str(tmp_path_factory.mktemp("shared"))
+    return {world: on_ranks(partial(worker, world, shared), world) for world in WORLDS}
+
+
+def assert_bytes(results, case, expected):
+    for of_rank in results:
+        assert of_rank[case].keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(of_rank[case][name], tensor), name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_steps_write_the_bytes_of_one_process(case, world, ranks):
+    assert_bytes(ranks[world], case, alone(case, world))
+
+
+def test_a_hybrid_mesh_writes_the_bytes_of_one_process(ranks):
+    assert_bytes(ranks[4], "hybrid", alone("swan", 4))
+
+
+@pytest.mark.parametrize(("before", "world"), CHECKPOINTS)
+@pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
+def test_a_checkpoint_is_gone_on_from_to_the_same_bytes(kind, before, world, ranks):
+    """On another number of ranks too: the average of exact gradients is the same for all of them but for a factor."""
+    assert_bytes(ranks[world], f"{kind} of {before}", alone("swan", world))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_rank_keeps_its_codes_and_scales_and_nothing_of_the_others(world, ranks):
+    for of_rank in ranks[world]:
+        assert of_rank["memory"] == {"kept": part_bytes(world), "alive": 0}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_weights_travel_in_8_bits(world, ranks):
+    """Codes and scales in place of bf16, twice but for the layer that the root keeps; gradients as ever."""
+    kept = [list(SHAPES)[-1]]
+    for of_rank in ranks[world]:
+        sent = of_rank["traffic"]
+        assert sent["int8"]["gathered"] == 2 * part_bytes(world) - part_bytes(world, kept)
+        assert sent["bf16"]["gathered"] == 4 * part_bytes(world, scale=0) - 2 * part_bytes(world, kept, scale=0)
+        assert sent["int8"]["reduced"] == sent["bf16"]["reduced"]
+
+
+def part_bytes(world, names=SHAPES, scale=2):
+    """Count the bytes of a rank's part in 8 bits: parts are as long as the longest, and a group has a scale."""
+    shapes = [SHAPES[name] for name in names]
+    return sum(
+        -(-rows // world) * (columns + columns // (group or columns) * scale) for rows, columns, group in shapes
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("columns", "ValueError: An 8-bit weight (37, 64) can be cut between rows only"),
+        (
+            "stack",
+            "ValueError: FSDP2 cuts matrices in 8 bits, and no stacks of them, got (4, 6, 8): load the model with",
+        ),
+        ("float16", "RuntimeError: FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no."),
+        ("not gathered", "RuntimeError: The weight of an 8-bit layer has become a DTensor: call the module that"),
+        ("read as floats", "NotImplementedError: aten.sum.default: not for an 8-bit weight that is cut over ranks."),
+        ("written as floats", "NotImplementedError: copy_ of float values: not for an 8-bit weight that is cut"),
+        (
+            "float copy",
+            "ValueError: The weights are cut over ranks: save the model, and load the folder in one process",
+        ),
+        ("whole state", "got whole weights for a model that is cut over ranks: load them by set_model_state_dict(..."),
+        ("damaged", "the codes do not fit their scales, so the file is damaged"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(case, message, ranks):
+    for of_rank in ranks[2]:
+        assert message in of_rank["refusals"][case]
+
+
+def test_after_a_killed_rank_the_checkpoint_before_is_gone_on_from_to_the_same_bytes(tmp_path):
+    ends = torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException
+    with pytest.raises(ends, match=r"SIGKILL|Connection"):
+        on_ranks(partial(killed, 2, str(tmp_path)), 2)
+    expected = alone("swan", 2)
+    for state in on_ranks(partial(resumed, 2, str(tmp_path)), 2):
+        assert_bytes([{"resumed": state}], "resumed", expected)
