@@ -17,7 +17,7 @@ PACKAGE = "hf_stateless"
 # A folder imports only from folders to its left; norms and weights do not know each other.
 FOLDERS = ["norms", "weights", "update", "ranks", "optimizer", "trainer", "reports", "run"]
 STRANGERS = {"norms", "weights"}
-OPTIONAL = {"trl", "peft", "bitsandbytes", "matplotlib", "triton"}
+OPTIONAL = {"trl", "peft", "bitsandbytes", "matplotlib", "triton", "kernels"}
 UPSTREAMS = OPTIONAL | {"torch", "transformers", "accelerate", "huggingface_hub", "datasets", "axolotl", "safetensors"}
 LONGEST_FILE = 350
 

@@ -46,16 +46,16 @@ class SkipCounts:
     @property
     def held_steps(self) -> int:
         """Steps of this process in which `min_signal` held matrices back; on a GPU asking waits for the device."""
-        self._hear(wait=True)
+        self.hear(wait=True)
         return self._held_steps
 
     @property
     def updates_not_finite(self) -> int:
         """Updates of single parameters that NaN or infinite gradients prevented; on a GPU asking waits likewise."""
-        self._hear(wait=True)
+        self.hear(wait=True)
         return self._not_finite
 
-    def _hear(self, *, wait: bool = False) -> None:
+    def hear(self, *, wait: bool = False) -> None:
         """Warn of gradients that were not finite, as far as the device has told."""
         for index in self.unread.read(wait=wait):
             self.warn_skipped(index)

@@ -140,7 +140,7 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
         align_gradients_([p for _, p, _ in self._located()])
         entries = [self.entry(index) for index, p, _ in self._located() if p.grad is not None and p.numel()]
         self._update(without_weak_gradients(entries, self))
-        self._hear()
+        self.hear()
         self.workspace.free()
         return loss
 
@@ -174,7 +174,7 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
 
     def eval(self) -> None:
         """Let backward leave weights and gradients alone until `train()` or `step()`, as after `Trainer.train()`."""
-        self._hear(wait=True)
+        self.hear(wait=True)
         if self.release:
             self.release.asleep = True
 
@@ -295,7 +295,7 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does; what the device has not told yet is waited for and warned of."""
-        self._hear(wait=True)
+        self.hear(wait=True)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

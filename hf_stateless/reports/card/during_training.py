@@ -51,8 +51,16 @@ def attach_push(trainer: Trainer, *, without: Sequence[str] = (), dashboard: boo
         dashboard: push the curves of the log too, as `dashboard.html`, to which the card leads.
 
     Example:
-        >>> from hf_stateless.reports.card.during_training import attach_push
-        >>> attach_push(trainer, without=["optimizer.pt", "*.png"])  # doctest: +SKIP
+        >>> import tempfile
+        >>> import hf_stateless
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=2, vocab_size=32)
+        >>> args = TrainingArguments(tempfile.mkdtemp(), optim="sinkgd", use_cpu=True, report_to=[])
+        >>> trainer = Trainer(LlamaForCausalLM(config), args)
+        >>> pushes = hf_stateless.attach_push(trainer, without=["optimizer.pt"])
+        >>> hf_stateless.attach_push(trainer, without=["*.pth"]).without
+        ('optimizer.pt', '*.pth')
     """
     found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PushCallback)]
     callback = found[0] if found else PushCallback(trainer)

@@ -58,7 +58,7 @@ def push(trainer: Trainer, *, waits: Sequence[float] = WAITS) -> CommitInfo | No
 
     Pushing again makes a commit only if a file has changed. `hub_strategy: checkpoint` is the way to ask for
     checkpoints with their `optimizer.pt`; they are pushed during training, see
-    `hf_stateless.reports.card.during_training.attach_push`.
+    `hf_stateless.attach_push`.
 
     Args:
         trainer: after `hf_stateless.reports.card.attach.save`.

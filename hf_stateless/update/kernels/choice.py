@@ -18,6 +18,7 @@ from ...weights.stored import StoredWeight
 from ..layout import Layout
 from ..reads import reads_at_once
 from . import cpu_sinkgd, int8, sinkgd
+from .on_hub import HUB, chosen_on_hub
 
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,29 @@ Kernel: TypeAlias = Callable[..., Sequence[Verdict]]
 
 def choose(weights: Sequence[Tensor], grads: Sequence[Tensor], chain: Chain, layout: Layout) -> Kernel | None:
     """Return the kernel that updates weights of one shape by their gradients, or None where torch does.
+
+    `HF_STATELESS_KERNELS=hub:OWNER/NAME` or `hub:FOLDER` asks the kernels there first, for plain weights; what they do
+    not take, and all where they cannot be loaded, is for those here, see `choose_here`.
+
+    Args:
+        weights: plain tensors or stored weights, of one shape.
+        grads: their gradients.
+        chain: the norms.
+        layout: how the weights are stored.
+
+    Raises:
+        ValueError: the variable has another value, or asks for Triton where it cannot run.
+    """
+    place = os.environ.get(VARIABLE, "")
+    if place.startswith(HUB) and not any(isinstance(weight, StoredWeight) for weight in weights):
+        found: Kernel | None = chosen_on_hub(place.removeprefix(HUB), weights, grads, chain, layout)
+        if found is not None:
+            return found
+    return choose_here(weights, grads, chain, layout)
+
+
+def choose_here(weights: Sequence[Tensor], grads: Sequence[Tensor], chain: Chain, layout: Layout) -> Kernel | None:
+    """Return the kernel of this package that updates weights of one shape, or None where torch does.
 
     Triton takes SinkGD on CUDA. On CPU compiled C takes it for large plain matrices, if torch does not have many
     threads for few of them. Neither measures an operator norm. `HF_STATELESS_KERNELS=torch` leaves all to torch,
@@ -50,7 +74,7 @@ def choose(weights: Sequence[Tensor], grads: Sequence[Tensor], chain: Chain, lay
         return None
     if use_triton((weights[0], grads[0])):
         return sinkgd.sinkgd_update_ if sinkgd.fits(weights, grads, layout, chain.num_iterations) else None
-    if os.environ.get(VARIABLE) or not reads_at_once(grads[0].device):
+    if _forced() or not reads_at_once(grads[0].device):
         return None
     if not cpu_sinkgd.fits(weights, grads, layout, chain.num_iterations):
         return None
@@ -83,9 +107,11 @@ def use_triton(tensors: Iterable[Tensor]) -> bool:
     Raises:
         ValueError: the variable has another value, or asks for Triton where it cannot run.
     """
-    choice = os.environ.get(VARIABLE, "")
+    choice = _forced()
     if choice not in _CHOICES:
-        raise ValueError(f"{VARIABLE}={choice!r}: expected 'torch', 'triton' or nothing; type unset {VARIABLE}.")
+        raise ValueError(
+            f"{VARIABLE}={choice!r}: expected 'torch', 'triton', 'hub:OWNER/NAME' or nothing; type unset {VARIABLE}."
+        )
     kinds = {tensor.device.type for tensor in tensors}
     if choice == "torch" or (not choice and kinds != {"cuda"}):
         return False
@@ -95,6 +121,12 @@ def use_triton(tensors: Iterable[Tensor]) -> bool:
     if problem:
         _say_once(problem)
     return not problem
+
+
+def _forced() -> str:
+    """Return the side that the variable forces; kernels of the Hub force none."""
+    choice = os.environ.get(VARIABLE, "")
+    return "" if choice.startswith(HUB) else choice
 
 
 def _problem(device: str) -> str:
