@@ -47,11 +47,14 @@ def test_trackers_get_all_parts_and_a_terminal_four_numbers(optim, tmp_path):
         trainer.args.report_to = ["a tracker"] if tracked else []
         hf_stateless.attach_memory_report(trainer)
         trainer.train()
-        expected = KEYS | MORE | (SKIPS if optim != "adamw_torch" else set())
+        always = (
+            KEYS - {"time/optimizer_share"} if optim.endswith("_layerwise") else KEYS
+        )  # its updates are in backward
+        expected = always | MORE | (SKIPS if optim != "adamw_torch" else set())
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert all({k for k in e if "/" in k} == expected for e in history)
         shown = [entry for entry in logs.seen if "loss" in entry]
-        assert all({k for k in e if "/" in k} == (expected if tracked else KEYS) for e in shown)
+        assert all({k for k in e if "/" in k} == (expected if tracked else always) for e in shown)
     for entry in history:
         assert sum(entry[f"memory/{part}_gib"] for part in PARTS) == pytest.approx(entry["memory/peak_gib"], rel=1e-3)
         share = entry["memory/optimizer_state_gib"] / entry["memory/peak_gib"]
@@ -71,12 +74,12 @@ def test_updates_that_were_left_out_are_counted(spoilt, value, count, tmp_path):
 def test_steps_that_min_signal_holds_back_are_counted(tmp_path):
     class Weaken(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if state.global_step >= 17:
+            if state.global_step >= 18:
                 for p in model.parameters():
                     p.grad.mul_(1e-6)
 
     trainer = new_trainer(
-        str(tmp_path), callbacks=[Weaken()], optim_args="min_signal=0.1", max_steps=19, max_grad_norm=0.0
+        str(tmp_path), callbacks=[Weaken()], optim_args="min_signal=0.1", max_steps=20, max_grad_norm=0.0
     )
     hf_stateless.attach_memory_report(trainer)
     trainer.train()
