@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .compressed import Group
+from .holder import scale_name
 from .linear import sizes_of
 from .packed import PER_WORD, words
 
@@ -178,6 +179,8 @@ def layers_of(tensors: Header, folder: str) -> dict[str, Held]:
         if kind in ("weight_zero_point", "weight_g_idx"):
             raise ValueError(f"{folder}: {name} is there, and weights that can be trained in 8 bits have none.")
         if kind == "weight_packed" or (kind == "weight" and dtype in ("I8", "U8")):
+            if f"{layer}.{scale_name('weight')}" in tensors:
+                continue  # an embedding
             if f"{layer}{_SCALE}" not in tensors:
                 raise ValueError(f"{folder}: {name} holds codes without their scales {layer}{_SCALE}: {_AGAIN}")
             if kind == "weight_packed" and f"{layer}.weight_shape" not in tensors:

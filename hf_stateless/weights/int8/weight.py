@@ -26,7 +26,7 @@ class Int8Weight(StoredWeight):
     the codes, since what is stored is what `state_dict` saves and DDP sends. State kept: codes, 1 byte per weight.
 
     Args:
-        codes: (out, in) int8.
+        codes: (out, in) int8; a stack of matrices has further dimensions before, and groups along its last one.
         scale: (out, groups) bfloat16; a frozen parameter where a module holds it, so that DDP sends it too.
         dtype: what the weight counts as: of its gradient, and of a model that is made from it.
         requires_grad: False for a weight that is not trained.
@@ -55,6 +55,14 @@ class Int8Weight(StoredWeight):
         """Return the float weight, in the dtype of the parameter or another one."""
         return dequantize_matrix(self.codes, self.scale, dtype or self.dtype)
 
+    def rows(self, rows: slice) -> Tensor:
+        """Return some rows of a matrix in float32."""
+        return dequantize_matrix(self.codes[rows], self.scale.detach()[rows])
+
+    def dequantize_into(self, out: Tensor) -> None:
+        """Write the float weight into a contiguous tensor of its shape."""
+        out.copy_(self.codes).view(*self.scale.shape, -1).mul_(self.scale.detach().unsqueeze(-1))
+
     def detach(self) -> Tensor:
         """Return the codes."""
         return self.codes.detach()
@@ -62,6 +70,11 @@ class Int8Weight(StoredWeight):
     def element_size(self) -> int:
         """Return 1: what a weight takes, as `get_memory_footprint()` asks; its gradient takes `dtype.itemsize`."""
         return self.codes.element_size()
+
+    def matrices(self) -> list[Int8Weight]:
+        """Return the matrices of a stack, each over the memory that it has there."""
+        both = zip(*(t.data.flatten(0, -3) for t in self.stored), strict=True)
+        return [Int8Weight(codes, scale, self.dtype) for codes, scale in both]
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
