@@ -55,7 +55,7 @@ def test_weights_are_counted_as_they_are_stored(name):
 
 @pytest.mark.parametrize("optim", ["sinkgd", "swan", "sinkgd_layerwise"])
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=str)
 def test_the_predicted_peak_is_what_is_alive_in_a_real_step(name, optim, checkpointing):
     torch.manual_seed(0)
     settings = Settings(dtype="int8", batch=2, seq=64, device="cpu", checkpointing=checkpointing)

@@ -128,6 +128,8 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         around = model.get_submodule(name.rpartition(".")[0])
         if layer.from_conv1d and hasattr(around, "fan_in_fan_out"):
             around.fan_in_fan_out = True  # type: ignore[assignment]  # what PEFT asks before it merges an adapter
+    if "_float_conversions" in model.__dict__:
+        model._weight_conversions = model.__dict__.pop("_float_conversions")
     weights = dict(int8_weights(model))  # alive, so that their identities stay theirs
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -137,6 +139,19 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+def keep_own_names(model: PreTrainedModel) -> bool:
+    """Have a model whose modules hold 8-bit weights saved under its own names; return whether it is one.
+
+    transformers would rename its weights as in the float folder, and the Trainer, which resumes without names in
+    return, would leave them as they are, without an error (5.24). `to_float` undoes it.
+    """
+    holds = any(isinstance(module, Int8Holder) for module in model.modules())
+    if holds and "_float_conversions" not in model.__dict__:
+        model.__dict__["_float_conversions"] = getattr(model, "_weight_conversions", None)
+        model._weight_conversions = []  # type: ignore[assignment]
+    return holds
 
 
 def can_be_packed(model: PreTrainedModel) -> bool:

@@ -19,6 +19,7 @@ from .config import DEFAULT_GROUP_SIZE, METHOD, Int8TrainingConfig
 from .convert import (
     int8_layers,
     int8_weights,
+    keep_own_names,
     layers_to_quantize,
     packed_state,
     quantize_layer,
@@ -81,6 +82,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return what `save_pretrained` writes: codes are packed one layer at a time, into memory of the host."""
         self.quantization_config.describe(model)
         model.config.quantization_config = self.quantization_config
+        keep_own_names(model)
         of_adapters = getattr(model, "_hf_peft_config_loaded", False)
         packed = self.quantization_config.is_packed and not of_adapters
         return (packed_state(model) if packed else None), {}
@@ -155,6 +157,8 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.layout_of_folder():
             self._agree(model)
         self.quantization_config.describe(model)
+        if self.pre_quantized and keep_own_names(model):
+            model.__dict__["_float_conversions"] = None
         return model
 
     def _finish_stack(self, model: PreTrainedModel, name: str) -> None:
