@@ -29,17 +29,19 @@ def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None, *, with
         with_routers: take what chooses among experts too, as 0.1 did where it is a linear layer.
 
     Raises:
-        ValueError: there is none, and no other weight.
+        ValueError: there is none.
     """
     stays, backbone = _stays_float(model, left_out)
     inside = {id(m) for m in backbone.modules() if isinstance(m, Int8Linear) or _is_matrix(m)}
     if not with_routers:
         inside -= routers(model)
     names = [name for name, m in model.named_modules() if id(m) in inside and should_convert_module(name, stays)]
-    if not names and not stacks_to_quantize(model, left_out):
+    if not names:
+        # Programs that do not know the format stop at the shape of a linear layer; experts they would make anew.
         raise ValueError(
-            f"{type(model).__name__} has no weight that could be stored in 8 bits beside those of "
-            f"modules_to_not_convert={sorted(stays)}: load the model without quantization_config."
+            f"{type(model).__name__} has no linear layer that could be stored in 8 bits beside those of "
+            f"modules_to_not_convert={sorted(stays)}, and experts alone are not: leave out fewer, or load the model "
+            "without quantization_config."
         )
     return names
 

@@ -221,14 +221,12 @@ class _QuantizeLayer(ConversionOps):  # type: ignore[misc]
             path, _, own = name.rpartition(".")
             module = model.get_submodule(path)
             read = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=True)
+            setattr(module, own, read)
             if name in self.tables:
-                module._parameters[own] = read
                 weights[name] = quantize_table(module, self.group_size)
             elif name in self.stacks:
-                module._parameters[own] = read
                 weights[name] = quantize_stack_of(model, name, self.group_size)
             else:
-                module.weight = read
                 weights[name] = quantize_layer(model, path, self.group_size).weight
         return weights
 

@@ -25,7 +25,7 @@ class Int8Holder(nn.Module):
     forward and for its backward, and not in between. `hold` makes such a module, `release` undoes it.
     """
 
-    _float_class: type[nn.Module]
+    float_class: type[nn.Module]
     _purses: dict[str, Purse]
     _expected: tuple[str, ...] = ()
     """Weights of which a file is being read."""
@@ -54,7 +54,7 @@ class Int8Holder(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
-        return _blank, (self._float_class,), *made[2:]
+        return _blank, (self.float_class,), *made[2:]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Holder:
         held = {name: p for name, p in self._parameters.items() if isinstance(p, Int8Weight | Scale)}
@@ -188,7 +188,7 @@ def release(module: nn.Module, dtype: torch.dtype, made: dict[int, nn.Parameter]
     if isinstance(module, Int8Holder):
         del module.__dict__["_purses"]
         plain: nn.Module = module
-        plain.__class__ = module._float_class
+        plain.__class__ = module.float_class
 
 
 def expect(module: nn.Module, name: str, group_size: int | None) -> None:
@@ -271,7 +271,7 @@ def _mixed(module: nn.Module) -> Int8Holder:
 @cache
 def _mixed_class(kind: Any) -> type[Int8Holder]:
     # Code asks for names of classes, as for `...Experts`.
-    body = {"_float_class": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    body = {"float_class": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (Int8Holder, kind), body)
 
 
@@ -293,7 +293,7 @@ def _places(module: Int8Holder) -> Iterator[tuple[dict[str, Any], str, Int8Weigh
     for holder in around:
         assert isinstance(holder, Int8Holder)
         slots = {name: (holder._parameters, name) for name in holder._parameters}
-        adapted = holder._modules.get("parametrizations")
+        adapted = getattr(holder, "parametrizations", None)
         if isinstance(adapted, nn.ModuleDict):
             slots |= {name: (part._parameters, "original") for name, part in adapted.items()}
         for name, (where, key) in slots.items():

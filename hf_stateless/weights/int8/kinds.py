@@ -27,7 +27,7 @@ def expert_stacks(module: nn.Module) -> list[str]:
         >>> expert_stacks(layer)
         ['weight']
     """
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return []
     named = any("Experts" in kind.__name__ for kind in type(module).__mro__)
     counts = {count for owner in (module, getattr(module, "config", None)) for count in _expert_counts(owner)}
@@ -45,7 +45,7 @@ def routers(model: nn.Module) -> set[int]:
     """
     found = set()
     for path, module in model.named_modules():
-        counts = {len(module._parameters[name]) for name in expert_stacks(module)}  # type: ignore[arg-type]
+        counts = {len(getattr(module, name)) for name in expert_stacks(module)}
         beside = model.get_submodule(path.rpartition(".")[0]) if counts and path else module
         for name, layer in beside.named_modules() if counts else ():
             if isinstance(layer, nn.Linear) and layer.out_features in counts and _ROUTER.search(name):
@@ -72,6 +72,6 @@ def computed_by_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]
             owners = [(path, module, _PROJECTIONS), (projection, module.out_proj, ("weight",))]
         for place, owner, names in owners:
             for name in names:
-                weight = owner._parameters.get(name)
+                weight = dict(owner.named_parameters(recurse=False)).get(name)
                 if weight is not None and min(weight.shape[-2:]) > 1:
                     yield place, owner, name

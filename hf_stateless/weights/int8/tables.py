@@ -32,7 +32,7 @@ class Int8Table(Int8Holder):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
-        return _blank, (self._float_class,), *made[2:]
+        return _blank, (self.float_class,), *made[2:]
 
 
 class Int8Embedding(Int8Table, nn.Embedding):
@@ -138,7 +138,7 @@ def _mixed_class(kind: Any) -> type[Int8Table]:
     mixin: Any = Int8Embedding if issubclass(kind, nn.Embedding) else Int8Head
     # Behind a class of its own, whose code calls that of the plain table; in place of the plain table's.
     bases = (mixin,) if kind in (nn.Embedding, nn.Linear) else (kind, mixin)
-    body = {"_float_class": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    body = {"float_class": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, bases, body)
 
 
