@@ -43,7 +43,7 @@ KINDS = {
     "gpt2": (lambda: TINY_MODELS["gpt2"](), {"group_size": 128}),
 }
 # What transformers cannot read alone, and what it raises: packed layers that its `_init_weights` wants a `weight` of,
-# and models with stacks of experts in float or with `Conv1D`, which are not packed and have the layout of 0.1.
+# and models with stacks of experts or with `Conv1D`, which are not packed and have the layout of 0.1.
 REFUSED = {"t5": "AttributeError", "qwen3_moe": "RuntimeError", "gpt2": "RuntimeError"}
 FOREIGN = """
 import sys, torch, transformers

@@ -236,7 +236,7 @@ def test_replicas_have_the_same_bytes_although_they_started_apart(name, ddp, tmp
         assert (first[key].float() - alone[key].float()).abs().mean() < 0.1
 
 
-def test_stacks_of_experts_stay_in_float(make_model):
+def test_the_linear_layers_beside_experts_are_stored_and_routers_are_not(make_model):
     stored = {n.split(".")[-1] for n, _ in int8_layers(quantize(make_model("qwen3_moe")))}
     assert stored == {"q_proj", "k_proj", "v_proj", "o_proj"}
 

@@ -66,5 +66,11 @@ def _state_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, A
 
 
 MULTINORM = Rule(
-    update, _state, _state_bytes, {"layout": "out_in", "layouts": ""}, released="matrices", has_moments=has_momentum
+    update,
+    _state,
+    _state_bytes,
+    {"layout": "out_in", "layouts": ""},
+    released="matrices",
+    has_moments=has_momentum,
+    takes_stored=True,
 )

@@ -93,6 +93,8 @@ class Rule:
     """Whether it can update complex parameters; norms are of real matrices."""
     for_tables: bool = False
     """Whether `embeddings=` may name it for embeddings and heads."""
+    takes_stored: bool = False
+    """Whether it can update weights in a format of their own, such as int8."""
     by_rows: bool = False
     """Whether a row is one token to it. Rows of the low-rank factors of an embedding are not: AdamW updates those."""
 

@@ -22,6 +22,7 @@ from ..update.reads import reads_at_once
 from ..update.write import Workspace
 from ..weights.noise import RoundingKey
 from ..weights.rounding import write_rounded_
+from ..weights.stored import StoredWeight
 from .options import OPTIONS
 from .rule import Entry, Host, Rule, counter, keys_of
 
@@ -124,6 +125,9 @@ def moments_update_(
     at_once = reads_at_once(weight.device)
     if at_once and not usable:
         return False
+    if isinstance(weight, StoredWeight):
+        _write_stored_(weight, part, (of_rows, of_columns), key, lr, weight_decay, usable)
+        return True if at_once else usable
     keep = 1 - lr * weight_decay * (of_rows > 0).to(of_rows.dtype) if weight_decay else None
     for rows in _blocks(weight):
         now = weight[rows]
@@ -139,6 +143,30 @@ def moments_update_(
             exact.addcmul_(update, of_rows[rows], value=-lr)
         write_rounded_(now, exact, key, first_row=rows.start)
     return True if at_once else usable
+
+
+def _write_stored_(
+    weight: StoredWeight,
+    grad: Tensor,
+    factors: tuple[Tensor, Tensor | None],
+    key: RoundingKey | None,
+    lr: float | Tensor,
+    weight_decay: float,
+    usable: bool | Tensor,
+) -> None:
+    """Write the step of a table in a format of its own; the decay of its rows is a part of the update."""
+    of_rows, of_columns = factors
+
+    def update(rows: slice) -> Tensor:
+        step = grad[rows].to(of_rows.dtype)
+        step = step if isinstance(usable, bool) else step.where(usable, 0)
+        step = step * of_rows[rows] if of_columns is None else step.mul(of_columns).mul_(of_rows[rows])
+        if weight_decay:
+            step.addcmul_(weight.rows(rows), (of_rows[rows] > 0).to(step.dtype), value=weight_decay)
+        return step
+
+    flag = {} if isinstance(usable, bool) else {"usable": usable}
+    weight.write_rows_(update, lr, 1.0, key, **flag)
 
 
 def _take_in_(
@@ -241,7 +269,8 @@ def _rule(*, rows: bool = False, columns: bool = False) -> Rule:
     state = functools.partial(_state, rows=rows, columns=columns)
     count = functools.partial(_bytes, rows=rows, columns=columns)
     options = {"eps": OPTIONS["adamw_eps"].default}
-    return Rule(_update, state, count, options, has_moments=lambda group: False, for_tables=True, by_rows=True)
+    return Rule(_update, state, count, options, has_moments=lambda group: False, for_tables=True, by_rows=True,
+                takes_stored=True)  # fmt: skip
 
 
 ROW_MOMENT = _rule(rows=True)

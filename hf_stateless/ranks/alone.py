@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 
@@ -11,7 +12,8 @@ from ..norms.scale import factor_of_scaled
 from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
 from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.kernels.choice import Kernel, choose
-from ..update.write import Workspace, judged
+from ..update.write import Workspace, judged, key_of_part
+from ..weights.stored import StoredWeight
 from .matrix_update import MatrixUpdate
 
 
@@ -44,6 +46,10 @@ class Alone:
 
     def _update(self, batch: list[MatrixUpdate], workspace: Workspace) -> None:
         first = batch[0]
+        if isinstance(first.weight, StoredWeight) and first.weight.ndim > 2:
+            for update in batch:
+                self._by_parts(update, workspace)
+            return
         kernel = choose([u.weight for u in batch], [u.part for u in batch], first.chain, first.layout)
         # A kernel may leave weights to torch: those that its arithmetic cannot hold.
         left = self._by_kernel(kernel, batch) if kernel else batch
@@ -53,6 +59,16 @@ class Alone:
                 self._by_vectors(update, workspace)
         elif left:
             self._by_chain(left)
+
+    def _by_parts(self, update: MatrixUpdate, workspace: Workspace) -> None:
+        """Update a stack of stored weights one matrix after the other, so that only one is in float at a time."""
+        assert isinstance(update.weight, StoredWeight)
+        grads, finite = update.part.flatten(0, -3), cast(Any, True)
+        for i, matrix in enumerate(update.weight.matrices()):
+            part = replace(update, param=matrix, gradient=grads[i], average=None, key=key_of_part(update.key, i))
+            self._update([part], workspace)
+            finite = finite & part.finite
+        update.finite = finite
 
     def _by_kernel(self, kernel: Kernel, batch: list[MatrixUpdate]) -> list[MatrixUpdate]:
         """Let a kernel update a batch, and return what it has left alone."""

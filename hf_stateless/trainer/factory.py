@@ -11,19 +11,20 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..optimizer.followed import TABLE_OPTIONS
 from ..optimizer.optimizer import StatelessOptimizer
 from ..optimizer.options import EVERY_RULE, group_values
 from ..optimizer.release import is_released
 from ..optimizer.rules import RULES
 from ..update.layout import listed_layouts
 from ..weights.int8.compressed import METHOD as COMPRESSED
-from ..weights.int8.convert import int8_layers
+from ..weights.int8.convert import int8_weights
 from .adapters import has_lora
 from .assumed import assumptions
-from .choice import is_chained, otherwise, rule_of
+from .choice import otherwise, rule_of
 from .clipping import count_released_gradients
 from .optim_args import Options, check_target_modules, parse_options
-from .partition import partition_parameters
+from .partition import PartitionedParameter, partition_parameters
 from .patches import keep_out_of_ddp
 from .table import announce, describe, trainer_prints
 from .untrained import untrained_note
@@ -54,20 +55,20 @@ def parameter_groups(
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     layouts: dict[tuple[Any, ...], list[str]] = {}
-    in_8_bits = {id(layer.weight) for _, layer in int8_layers(model)}
+    in_8_bits = {id(weight) for _, weight in int8_weights(model)}
     check_target_modules(target_modules)
     entries = partition_parameters(model, target_modules)
     if any(entry.tied for entry in entries):
         options = replace(options, embedding_lr_scale=options.tied_lr_scale)  # type: ignore[call-arg]
     for entry in entries:
-        if id(entry.parameter) in in_8_bits and not is_chained(entry):
-            # Other rules need float weights.
+        rule = rule_of(entry, options, lr)
+        if id(entry.parameter) in in_8_bits and not RULES[rule["algorithm"]].takes_stored:
+            _refuse_stored_table(entry)
             raise ValueError(
                 f"{entry.name} is stored in 8 bits but is no matrix here (its role is {entry.role}), and only "
                 "matrices can be updated in 8 bits: leave out optim_target_modules, freeze it, or keep it in float by "
                 f"Int8TrainingConfig(modules_to_not_convert=[{entry.name.removesuffix('.weight')!r}])."
             )
-        rule = rule_of(entry, options, lr)
         decay = weight_decay if entry.decay and RULES[rule["algorithm"]].decays else 0.0
         # Grouped by whether a parameter may decay, not by the value, which a resumed run may change; pairs of LoRA
         # factors in the same groups whether they are updated together or not, so that it may change that too.
@@ -85,6 +86,17 @@ def parameter_groups(
         if "layout" in group and group["layout"] != "vector":
             group["layouts"] = listed_layouts(layouts[key])
     return list(groups.values())
+
+
+def _refuse_stored_table(entry: PartitionedParameter) -> None:
+    """Refuse an embedding or a head in 8 bits whose rule needs float weights."""
+    if entry.role in TABLE_OPTIONS:
+        rules = [name for name, rule in RULES.items() if rule.takes_stored and rule.for_tables]
+        raise ValueError(
+            f"{entry.name} is stored in 8 bits, which AdamW cannot update: type {TABLE_OPTIONS[entry.role]}="
+            f"{rules[-1] if rules else 'stateless'} in optim_args (or {', '.join([*rules[:-1], 'stateless'])}), or "
+            "leave embeddings=True out of Int8TrainingConfig."
+        )
 
 
 def create_optimizer(

@@ -11,6 +11,9 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ..optimizer.optimizer import StatelessOptimizer
+from ..weights.int8.convert import int8_weights
+from ..weights.int8.tables import Int8Head
+from ..weights.int8.weight import HeldWeight
 from .factory import optimizer_arguments
 from .optim_args import is_layerwise, refuse_repeated_keys
 from .partition import convert_command, refuse_fsdp1
@@ -36,6 +39,8 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
             "use_badam), or type Trainer.get_optimizer_cls_and_kwargs(args, model)."
         )
     _refuse_partitioning(ctx.args)
+    _refuse_sharded_int8(ctx.args, ctx.model)
+    _refuse_int8_head(ctx.args, ctx.model)
     refuse_repeated_keys(getattr(ctx.args, "optim_args", None))
     beta1, beta2 = ctx.adam_kwargs["betas"]
     adamw = {"adamw_beta1": beta1, "adamw_beta2": beta2, "adamw_eps": ctx.adam_kwargs["eps"]}
@@ -116,3 +121,21 @@ def _refuse_partitioning(args: Any) -> None:
     version = os.environ.get("FSDP_VERSION") if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
     if str(plugin.get("fsdp_version", version or 1) if plugin else version) == "1":
         refuse_fsdp1()
+
+
+def _refuse_int8_head(args: Any, model: nn.Module) -> None:
+    """Refuse a head in 8 bits under TRL, which computes with the head's weight past its code: it would find NaN."""
+    of_trl = any(kind.__module__.partition(".")[0] == "trl" for kind in type(args).__mro__)
+    if of_trl and any(isinstance(module, Int8Head) for module in model.modules()):
+        raise ValueError(
+            "TRL reads lm_head.weight by itself, so the head cannot be in 8 bits: leave embeddings=True out of "
+            "Int8TrainingConfig, or add modules_to_not_convert=['lm_head'] if the head is not tied."
+        )
+
+
+def _refuse_sharded_int8(args: Any, model: nn.Module) -> None:
+    """Refuse FSDP for 8-bit weights that are not of linear layers, before it begins to cut the model."""
+    sharded = getattr(args, "fsdp_plugin_args", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    held = next((name for name, p in int8_weights(model) if isinstance(p, HeldWeight)), None)
+    if sharded and held:
+        raise ValueError(f"{held}: {HeldWeight.not_cut}")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..weights.int8.kinds import expert_stacks
+
 
 # Expert stacks stored (experts, in, out) whose module does not say so by `is_transposed` (in every supported version).
 _IN_OUT_EXPERTS = {"GptOssExperts", "Llama4TextExperts"}
@@ -63,11 +65,11 @@ def matrix_weights(module: nn.Module, convolutions: bool = False) -> Iterator[tu
         yield from _own(module, {**names, "v_proj_weight": "out_in"})
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
         yield from _recurrent(module)
-    elif type(module).__name__.endswith("Experts"):
+    elif stacks := expert_stacks(module):
         # FSDP2 puts a subclass of its own in place of the class, so the table is looked up along the bases.
         in_table = any(base.__name__ in _IN_OUT_EXPERTS for base in type(module).__mro__)
         layout = "in_out" if getattr(module, "is_transposed", False) or in_table else "out_in"
-        yield from ((p, layout) for p in module.parameters(recurse=False) if p.ndim == 3)
+        yield from _own(module, dict.fromkeys(stacks, layout))
     else:
         for base in type(module).__mro__:
             yield from _own(module, _RAW.get(base.__name__, {}))

@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.trainer_utils import check_target_module_exists
 
 from ..update.layout import layout_of
+from ..weights.int8.holder import Int8Holder
 from ..weights.int8.linear import Int8Linear
 from .adapters import LoraPair, expert_layouts, lora_linears, lora_pairs
 from .advice import refuse_no_matrix, refuse_target
@@ -152,7 +153,7 @@ def _matrix_layouts(model: nn.Module, target_modules: str | Sequence[str] | None
         parents = tuple(modules[name[:end]] for end in [0, *(at.start() for at in re.finditer(r"\.", name))] if name)
         is_adapter, point = id(module) in adapters, pointwise(module)
         # AdamW cannot update 8-bit weights, so what is stored so is a matrix whatever it does.
-        always = is_adapter or isinstance(module, Int8Linear)
+        always = is_adapter or isinstance(module, Int8Linear | Int8Holder)
         if explicit:
             wanted = _is_target(target_modules, name, model)
         else:

@@ -20,7 +20,7 @@ from ..weights.rounding import write_rounded_
 from ..weights.stored import StoredWeight
 from .kernels.choice import Verdict, int8_kernel
 from .layout import Layout
-from .reads import reads_at_once, where_usable
+from .reads import both, reads_at_once, where_usable
 
 
 class Workspace:
@@ -93,6 +93,11 @@ def judged(norms: Tensor, device: torch.device) -> list[Judged]:
     return [Judged(*one) for one in zip(finite.unbind(), usable.unbind(), norms.unbind(), strict=True)]
 
 
+def key_of_part(key: RoundingKey | None, part: int) -> RoundingKey | None:
+    """Return the rounding key of one matrix of a stack."""
+    return None if key is None else key + 7919 * part
+
+
 def write_update_(
     weight: Tensor,
     update: Tensor,
@@ -140,7 +145,7 @@ def write_scaled_(
 ) -> None:
     """Apply W <- decay W - step_size diag(r) G diag(c), with G viewed as a matrix and W as it is stored."""
     if isinstance(weight, StoredWeight):
-        _write_stored_(weight, grad, scalings, step_size, decay, key, usable)
+        _write_stored_(weight, grad, scalings, step_size, decay, key, usable, turned=layout.turned)
         return
     row, column = scalings if usable is None else (torch.where(usable, vector, 0) for vector in scalings)
     if usable is not None:
@@ -170,16 +175,32 @@ def _write_stored_(
     decay: float | Tensor,
     key: RoundingKey | None,
     usable: Tensor | None,
+    *,
+    turned: bool = False,
 ) -> None:
-    """Have a weight in a format of its own updated: by X, or by G where X = diag(r) G diag(c)."""
+    """Have a weight in a format of its own updated: by X, or by G where X = diag(r) G diag(c), which may be turned."""
     assert isinstance(step_size, Tensor) or not isinstance(decay, Tensor)
-    kernel = int8_kernel(weight, update, scalings[0] if scalings else None)
+    if weight.ndim > 2:
+        updates = update.flatten(0, -3)
+        vectors = list(zip(*(vector.flatten(0, -2) for vector in scalings), strict=True)) if scalings else None
+        for i, matrix in enumerate(weight.matrices()):
+            one, signal = (vectors[i], vectors[i][0].any()) if vectors else (None, updates[i].any())
+            if reads_at_once(signal.device) and not signal:
+                continue  # without a gradient not even a decay
+            may = None if reads_at_once(signal.device) else both(signal, usable)
+            noise = key_of_part(key, i)
+            _write_stored_(matrix, updates[i], one, step_size, decay, noise, may, turned=turned)
+        return
+    stored = (update.mT, scalings[::-1]) if turned and scalings else (update, scalings)
+    kernel = int8_kernel(weight, stored[0], stored[1][0] if stored[1] else None)
     flag = {} if usable is None else {"usable": usable}
     if kernel:
-        kernel(weight, update, scalings, step_size, decay, key, **flag)
+        kernel(weight, *stored, step_size, decay, key, **flag)
         return
 
     def rows_of(rows: slice) -> Tensor:
+        if scalings and turned:  # by r first: G diag(c) may leave float32
+            return scaled(update[:, rows], scalings[0], scalings[1][rows]).mT
         return scaled(update[rows], scalings[0][rows], scalings[1]) if scalings else update[rows]
 
     weight.write_rows_(rows_of, step_size, decay, key, **flag)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from .noise import RoundingKey
 class StoredWeight(nn.Parameter):
     """A parameter that counts as a float tensor (out, in), but whose values are stored in another way.
 
-    A new format is one subclass; `Int8Weight` is the example. Plain float weights are no `StoredWeight`.
+    A new format is one subclass; `Int8Weight` is the example. Plain float weights are no `StoredWeight`. A stack of
+    matrices (..., out, in) is written one matrix after the other.
     """
 
     kernel: str = ""
@@ -24,6 +25,14 @@ class StoredWeight(nn.Parameter):
     @property
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that hold the values, the largest first."""
+        raise NotImplementedError
+
+    def matrices(self) -> Sequence[StoredWeight]:
+        """Return the matrices of a stack, each over the memory that it has there."""
+        raise NotImplementedError
+
+    def rows(self, rows: slice) -> Tensor:
+        """Return some rows in float32."""
         raise NotImplementedError
 
     def write_rows_(

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from ...optimizer.rules import COMMON, told_options
 from ...weights.int8.compressed import has_kernels
-from ...weights.int8.convert import can_be_packed, int8_layers, without_scales
+from ...weights.int8.convert import can_be_packed, int8_layers, int8_weights, without_scales
 from ..measured.footprint import count_parameters
 from ..provenance import published_options, published_values, versions, without_folders
 from ..run_facts import adapter_of, base_of, hub_id
@@ -56,7 +56,7 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
     base, is_local = _base_model(name)
     tag, words = _task(trainer, base)
     own_name = (trainer.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
-    in_8_bits = any(True for _ in int8_layers(inner)) and not adapter
+    in_8_bits = any(True for _ in int8_weights(inner)) and not adapter
     packed = in_8_bits and can_be_packed(inner)
     facts = CardFacts(
         name=one_line(given.get("model_name") or own_name),

@@ -14,7 +14,7 @@ from ...optimizer.optimizer import StatelessOptimizer
 from ...optimizer.release import is_released
 from ...trainer.optim_args import is_layerwise
 from ...update.batches import BATCH_BYTES
-from ...weights.stored import stand_in
+from ...weights.stored import StoredWeight, stand_in
 from ..command_line import one_line
 from .batch import Batch, example_batch
 from .model import tensor_bytes, weight_bytes_of_rank
@@ -198,7 +198,13 @@ def _at_once(params: Sequence[Tensor], device: str) -> list[Tensor]:
 
 def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
     """Return stand-ins with gradients for parameters."""
-    fakes = [stand_in(p, device) for p in params]
+    # Of a stack in a format of its own one matrix is worked on at a time.
+    fakes = [
+        nn.Parameter(torch.empty(p.shape[-2:], dtype=p.dtype, device=device))
+        if isinstance(p, StoredWeight) and p.ndim > 2
+        else stand_in(p, device)
+        for p in params
+    ]
     for fake in fakes:
         fake.grad = torch.empty_like(fake)
     return fakes

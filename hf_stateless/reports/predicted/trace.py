@@ -47,6 +47,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = Peak()
         self._gradients = 0
         self._alive: dict[int, int] = {}
+        self._made_before: set[int] = set()
         self._finished: set[int] = set()
 
     def restart(self) -> None:
@@ -84,12 +85,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage = tensor.untyped_storage()
                 key = storage._cdata
                 if key not in self._alive:
-                    self._alive[key] = storage.nbytes() if made_here else 0
-                    self.now += self._alive[key]
+                    self._alive[key] = 0
                     weakref.finalize(storage, self._forget, key).atexit = False
+                    if not made_here:
+                        self._made_before.add(key)
+                if key not in self._made_before:  # a storage may have been emptied, or filled again
+                    self.now += storage.nbytes() - self._alive[key]
+                    self._alive[key] = storage.nbytes()
 
     def _forget(self, key: int) -> None:
         size = self._alive.pop(key)
+        self._made_before.discard(key)
         self.now -= size
         if key in self._finished:
             self._finished.remove(key)

@@ -85,7 +85,12 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 def _writable(weight: Tensor, layout: Layout) -> bool:
     if isinstance(weight, StoredWeight):
-        return weight.kernel == "int8" and layout.plain and all(t.is_contiguous() for t in weight.stored)
+        return (
+            weight.kernel == "int8"
+            and layout.plain
+            and weight.ndim == 2
+            and all(t.is_contiguous() for t in weight.stored)
+        )
     return weight.dtype in DTYPES and _stacked(weight, layout)
 
 

@@ -96,12 +96,40 @@ def quantize_matrix(weight: Tensor, group_size: int | None) -> tuple[Tensor, Ten
     return codes, scale
 
 
+def quantize_stack(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Return codes in the shape of a stack of matrices and scales of (..., rows, groups), one matrix after the other.
+
+    Args:
+        weight: (..., rows, columns), any float dtype; only one matrix is in float32 at once.
+        group_size: see `stored_length`.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.int8.codes import quantize_stack
+        >>> codes, scale = quantize_stack(torch.ones(4, 2, 256), 128)
+        >>> codes.shape, scale.shape
+        (torch.Size([4, 2, 256]), torch.Size([4, 2, 2]))
+    """
+    groups = weight.shape[-1] // stored_length(weight.shape[-1], group_size)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty((*weight.shape[:-1], groups), dtype=torch.bfloat16, device=weight.device)
+    if not weight.is_meta:
+        stacks = (tensor.flatten(0, -3) if tensor.ndim > 2 else tensor[None] for tensor in (codes, scale, weight))
+        for to_codes, to_scale, matrix in zip(*stacks, strict=True):
+            for to, made in zip((to_codes, to_scale), quantize_matrix(matrix, group_size), strict=True):
+                to.copy_(made)
+    return codes, scale
+
+
 def dequantize_matrix(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weights in float: exact in float32, rounded once in a narrower dtype.
 
     Args:
-        codes: (rows, columns) int8.
-        scale: (rows, groups) bfloat16.
+        codes: (..., rows, columns) int8.
+        scale: (..., rows, groups) bfloat16.
         dtype: of the result.
 
     Example:
@@ -111,7 +139,7 @@ def dequantize_matrix(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
         tensor([[ 1.5000, -0.5000]])
     """
     grouped = codes.to(dtype).view(*scale.shape, -1)
-    return grouped.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)
+    return grouped.mul_(scale.to(dtype).unsqueeze(-1)).flatten(-2)
 
 
 def checked_codes(codes: Tensor, scale: Tensor, shape: tuple[int, int], length: int, *, ours: bool = True) -> Tensor:

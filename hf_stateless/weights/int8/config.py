@@ -13,6 +13,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import compressed
 from .convert import can_be_packed
+from .holder import Int8Holder
+from .tables import Int8Table
 
 
 METHOD = "hf_stateless_int8"
@@ -25,8 +27,9 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
     r"""Linear layers stored in 8 bits and trained as such: `from_pretrained(..., quantization_config=...)`.
 
     W[i, j] = code[i, j] scale[i, j // g] with int8 codes and bfloat16 scales: 1 + 2/g bytes per weight (counted).
-    Loading quantises one layer at a time. Embeddings, the head, tied layers, norms and biases stay in float, and so do
-    stacks of experts. The optimizers of this package train such a model; others cannot.
+    Stacks of experts and the projections of `nn.MultiheadAttention` are stored so too. Loading quantises one of them
+    at a time. Norms, biases, routers and, by default, embeddings and heads stay in float. The optimizers of this
+    package train such a model; others cannot.
 
     A folder that is in 8 bits already, as this package or another program wrote it in the layout of
     `compressed-tensors`, keeps its codes, scales and groups.
@@ -36,6 +39,8 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
             scale per row. Where it does not divide the row, the next of 128, 64 and 32 that does is taken, else the
             nearest divisor.
         modules_to_not_convert: names of further modules that stay in float, as for transformers' other quantizers.
+        embeddings: store the token embedding and the head in 8 bits too. AdamW cannot update them: `embeddings=` of
+            the optimizer has to be `stateless`, `factored`, `row_moment` or `column_moment`.
 
     Raises:
         ValueError: a group size that is no positive integer, or modules that are no list of names.
@@ -43,24 +48,31 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Example:
         >>> from hf_stateless import Int8TrainingConfig
         >>> Int8TrainingConfig(group_size=64).to_dict()
-        {'quant_method': 'hf_stateless_int8', 'group_size': 64, 'modules_to_not_convert': None}
+        {'quant_method': 'hf_stateless_int8', 'group_size': 64, 'modules_to_not_convert': None, 'embeddings': False}
     """
 
     layout: compressed.Layout | None = None
     """How the folder that is loaded stores its layers, where `compressed-tensors` could load it too."""
+    has_stacks: bool = False
+    """Whether the folder that is loaded has weights in 8 bits in modules that compute with them by themselves."""
+    has_tables: bool = True
+    """Whether the folder that is loaded has embeddings in 8 bits, if its config says so."""
     _described: dict[str, Any] | None = None
 
     def __init__(
         self,
         group_size: int | None = DEFAULT_GROUP_SIZE,
         modules_to_not_convert: Sequence[str] | None = None,
+        embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
         layout = kwargs.pop("layout", None)  # of a folder that is not packed
+        self.has_stacks = kwargs.pop("stacks", None) is True
         if kwargs:
             raise ValueError(
-                f"Int8TrainingConfig has no option {min(kwargs)!r}. Valid: group_size, modules_to_not_convert."
+                f"Int8TrainingConfig has no option {min(kwargs)!r}. Valid: embeddings, group_size, "
+                "modules_to_not_convert."
             )
         if group_size is not None and (type(group_size) is not int or group_size < 1):
             raise ValueError(
@@ -73,7 +85,9 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"modules_to_not_convert={names!r}: type a list of names of modules, such as ['lm_head']."
             )
-        self.quant_method, self.group_size = METHOD, group_size
+        if not isinstance(embeddings, bool):
+            raise ValueError(f"embeddings={embeddings!r}: type True for embeddings and heads in 8 bits, or False.")
+        self.quant_method, self.group_size, self.embeddings = METHOD, group_size, embeddings
         self.modules_to_not_convert = None if names is None else list(names)
         if layout is not None:
             self.layout = compressed.read_layout(layout)
@@ -83,24 +97,27 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self._arguments() if self._described is None else copy.deepcopy(self._described)
 
     def _arguments(self) -> dict[str, Any]:
-        names = ("quant_method", "group_size", "modules_to_not_convert")
+        names = ("quant_method", "group_size", "modules_to_not_convert", "embeddings")
         return {name: copy.deepcopy(getattr(self, name)) for name in names}
 
     def describe(self, model: PreTrainedModel) -> None:
         """Note how the layers of a model are stored."""
         packed = can_be_packed(model)
         described = compressed.describe(model, packed=packed)
-        self._described = described if packed else {**self._arguments(), "layout": described}
+        held = any(isinstance(m, Int8Holder) and not isinstance(m, Int8Table) for m in model.modules())
+        stacks = {"stacks": True} if held else {}
+        layout = {"layout": described} if described["config_groups"] else {}
+        self._described = described if packed else {**self._arguments(), **stacks, **layout}
 
     def layout_of_folder(self) -> compressed.Layout | None:
         """Return the layout of what is loaded; None for folders of 0.1, and for float weights."""
-        described = self._described and self._described.get("layout", self._described)
+        described = self._described and (self._described if self.is_packed else self._described.get("layout"))
         return self.layout or (compressed.read_layout(described) if described else None)
 
     @property
     def is_packed(self) -> bool:
         """Whether what was described is written as `compressed-tensors` reads it."""
-        return self._described is not None and "layout" not in self._described
+        return self._described is not None and self._described["quant_method"] != METHOD
 
     def for_folder(self, stored: Mapping[str, Any]) -> Int8TrainingConfig:
         """Return this config for a folder that has a layout of its own.
@@ -109,7 +126,7 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
             ValueError: its weights are not stored in a way that can be trained.
         """
         config = copy.copy(self)
-        config.layout = compressed.read_layout(stored)
+        config.layout, config.has_tables = compressed.read_layout(stored), False
         return config
 
 

@@ -13,33 +13,66 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .holder import Int8Holder, hold, release
+from .kinds import computed_by_modules, routers
 from .linear import Int8Linear, sizes_of
 from .packed import pack
+from .weight import Int8Weight
 
 
-def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list[str]:
+def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None, *, with_routers: bool = False) -> list[str]:
     """Return the names of the linear layers that are stored in 8 bits: those of the backbone.
 
     Args:
         model: a transformers model, whose heads stay in float; or any other module.
         left_out: names, prefixes, suffixes or regular expressions of modules that stay in float, as tied layers do.
+        with_routers: take what chooses among experts too, as 0.1 did where it is a linear layer.
 
     Raises:
         ValueError: there is none.
     """
-    stays, backbone = list(left_out or ()), model
-    if isinstance(model, PreTrainedModel):
-        backbone = model.base_model
-        stays = HfQuantizer.get_modules_to_not_convert(model, stays, add_default_skips=True)
+    stays, backbone = _stays_float(model, left_out)
     inside = {id(m) for m in backbone.modules() if isinstance(m, Int8Linear) or _is_matrix(m)}
+    if not with_routers:
+        inside -= routers(model)
     names = [name for name, m in model.named_modules() if id(m) in inside and should_convert_module(name, stays)]
     if not names:
+        # Programs that do not know the format stop at the shape of a linear layer; experts they would make anew.
         raise ValueError(
             f"{type(model).__name__} has no linear layer that could be stored in 8 bits beside those of "
-            f"modules_to_not_convert={sorted(stays)}. Stacks of experts are not supported: load the model "
+            f"modules_to_not_convert={sorted(stays)}, and experts alone are not: leave out fewer, or load the model "
             "without quantization_config."
         )
     return names
+
+
+def stacks_to_quantize(model: nn.Module, left_out: Sequence[str] | None) -> list[str]:
+    """Return the names of the parameters that are stored in 8 bits in a module which computes with them by itself.
+
+    Stacks of experts, and the projections of `nn.MultiheadAttention`.
+
+    Args:
+        model: as for `layers_to_quantize`.
+        left_out: the same; may name single parameters too.
+    """
+    stays, backbone = _stays_float(model, left_out)
+    inside = {id(m) for m in backbone.modules()}
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module, name in computed_by_modules(model)
+        if id(module) in inside
+        and should_convert_module(path, stays)
+        and should_convert_module(f"{path}.{name}", stays)
+    ]
+
+
+def _stays_float(model: nn.Module, left_out: Sequence[str] | None) -> tuple[list[str], nn.Module]:
+    """Return the names of what stays in float, and what the rest of the model is in."""
+    if not isinstance(model, PreTrainedModel):
+        return list(left_out or ()), model
+    return HfQuantizer.get_modules_to_not_convert(
+        model, list(left_out or ()), add_default_skips=True
+    ), model.base_model
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -63,6 +96,26 @@ def quantize_layer(model: nn.Module, name: str, group_size: int | None) -> Int8L
     return linear
 
 
+def quantize_stack_of(model: nn.Module, name: str, group_size: int | None) -> Int8Weight:
+    """Store a weight in 8 bits in the module that computes with it; nothing is done where it is stored so already.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, with its name.
+    """
+    path, _, own = name.rpartition(".")
+    try:
+        return hold(model.get_submodule(path), own, group_size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def int8_weights(model: nn.Module) -> Iterator[tuple[str, Int8Weight]]:
+    """Yield the names of the parameters that are stored in 8 bits, and the parameters, each once."""
+    for name, p in model.named_parameters():
+        if isinstance(p, Int8Weight):
+            yield name, p
+
+
 def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear]]:
     """Yield the names and layers that are stored in 8 bits."""
     for name, module in model.named_modules():
@@ -77,25 +130,47 @@ def without_scales(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Put plain linear layers in the place of 8-bit ones, and cast the rest to the same dtype."""
+    """Put float weights in the place of 8-bit ones, and cast the rest to the same dtype."""
     for name, layer in list(int8_layers(model)):
         model.set_submodule(name, layer.to_float(dtype))
         around = model.get_submodule(name.rpartition(".")[0])
         if layer.from_conv1d and hasattr(around, "fan_in_fan_out"):
             around.fan_in_fan_out = True  # type: ignore[assignment]  # what PEFT asks before it merges an adapter
+    if "_float_conversions" in model.__dict__:
+        model._weight_conversions = model.__dict__.pop("_float_conversions")
+    weights = dict(int8_weights(model))  # alive, so that their identities stay theirs
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        release(module, dtype, made)
+    del weights
     for tensor in model.parameters():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
 
 
+def keep_own_names(model: PreTrainedModel) -> bool:
+    """Have a model whose modules hold 8-bit weights saved under its own names; return whether it is one.
+
+    transformers would rename its weights as in the float folder, and the Trainer, which resumes without names in
+    return, would leave them as they are, without an error (5.24). `to_float` undoes it.
+    """
+    holds = any(isinstance(module, Int8Holder) for module in model.modules())
+    if holds and "_float_conversions" not in model.__dict__:
+        model.__dict__["_float_conversions"] = getattr(model, "_weight_conversions", None)
+        model._weight_conversions = []  # type: ignore[assignment]
+    return holds
+
+
 def can_be_packed(model: PreTrainedModel) -> bool:
     """Tell whether transformers reads a model with packed layers as it was saved.
 
-    It does not where there is no linear layer, as in GPT-2, and where it converts weights between their names in a
-    file and in the model: parts of what is packed would be put together, and stacks of experts that are not packed are
-    left out without an error (5.17).
+    It does not where there is no linear layer, as in GPT-2 and in stacks of experts, and where it converts weights
+    between their names in a file and in the model: parts of what is packed would be put together, and stacks of
+    experts that are not packed are left out without an error (5.17).
     """
+    if any(isinstance(module, Int8Holder) for module in model.modules()):
+        return False
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .compressed import Group
+from .holder import scale_name
 from .linear import sizes_of
 from .packed import PER_WORD, words
 
@@ -78,7 +79,8 @@ def _compare_layers(
             if parent:  # a part of this model, and not of a head that it does not have
                 raise ValueError(
                     f"{folder}: {layer} is stored in 8 bits, and {type(model).__name__} has no such linear layer; "
-                    "stacks of experts cannot be trained in 8 bits."
+                    "packed experts are not read into its stacks of experts: load the float model with "
+                    "quantization_config."
                 )
             continue
         if name not in layers or not isinstance(linear, nn.Linear | Conv1D):
@@ -178,6 +180,8 @@ def layers_of(tensors: Header, folder: str) -> dict[str, Held]:
         if kind in ("weight_zero_point", "weight_g_idx"):
             raise ValueError(f"{folder}: {name} is there, and weights that can be trained in 8 bits have none.")
         if kind == "weight_packed" or (kind == "weight" and dtype in ("I8", "U8")):
+            if f"{layer}.{scale_name('weight')}" in tensors:
+                continue  # an embedding
             if f"{layer}{_SCALE}" not in tensors:
                 raise ValueError(f"{folder}: {name} holds codes without their scales {layer}{_SCALE}: {_AGAIN}")
             if kind == "weight_packed" and f"{layer}.weight_shape" not in tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,22 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from .codes import group_length, stored_length
 from .compressed import Group, stored_layers
 from .config import DEFAULT_GROUP_SIZE, METHOD, Int8TrainingConfig
-from .convert import int8_layers, layers_to_quantize, packed_state, quantize_layer, to_float
+from .convert import (
+    int8_layers,
+    int8_weights,
+    keep_own_names,
+    layers_to_quantize,
+    packed_state,
+    quantize_layer,
+    quantize_stack_of,
+    stacks_to_quantize,
+    to_float,
+)
 from .folder import check_folder, is_own_class
+from .holder import adopt, expect, is_expected
 from .linear import Int8Linear, sizes_of
 from .sharded_folder import is_cut, whole_state
+from .tables import expect_tables, finish_tables, quantize_table, tables_of
 from .weight import Int8Weight
 
 
@@ -28,6 +41,10 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     _names: frozenset[str] = frozenset()
+    _tables: Mapping[str, nn.Module] = {}
+    """Embedding and head, where they are stored in 8 bits."""
+    _stacks: frozenset[str] = frozenset()
+    """Parameters in modules that compute with them by themselves."""
 
     def __init__(self, quantization_config: Int8TrainingConfig, **kwargs: Any) -> None:
         # A copy: it will describe this model, and the user's object may be passed for another one.
@@ -36,7 +53,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Tell whether a weight that is read in float becomes 8-bit."""
         module, _, name = param_name.rpartition(".")
-        return name == "weight" and module in self._names
+        return (name == "weight" and module in self._names | self._tables.keys()) or param_name in self._stacks
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Return the bytes per element that a parameter will take."""
@@ -44,7 +61,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that turns one float weight into an 8-bit layer."""
-        return _QuantizeLayer(self.quantization_config.group_size)
+        return _QuantizeLayer(self.quantization_config.group_size, self._stacks, self._tables)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Codes and scales are saved as plain tensors."""
@@ -66,6 +83,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return what `save_pretrained` writes: codes are packed one layer at a time, into memory of the host."""
         self.quantization_config.describe(model)
         model.config.quantization_config = self.quantization_config
+        keep_own_names(model)
         of_adapters = getattr(model, "_hf_peft_config_loaded", False)
         packed = self.quantization_config.is_packed and not of_adapters
         whole = whole_state(model) if is_cut(model) else None
@@ -75,12 +93,24 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if not self.pre_quantized:
             self._names = frozenset(layers_to_quantize(model, config.modules_to_not_convert))
+            self._stacks = frozenset(stacks_to_quantize(model, config.modules_to_not_convert))
+            self._tables = self._tables_of(model)
             return model
         layout = config.layout_of_folder()
         layers = stored_layers(model, layout) if layout else self._layers_of_0_1(model)
         self._names = frozenset(layers)
         files = [file for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
         check_folder(files, model, layers)
+        if config.has_stacks:
+            self._stacks = frozenset(stacks_to_quantize(model, config.modules_to_not_convert))
+        for name in self._stacks:
+            path, _, own = name.rpartition(".")
+            expect(model.get_submodule(path), own, config.group_size)
+        self._tables = self._tables_of(model)
+        if config.has_tables:
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            read = {name: table for name, table in self._tables.items() if f"{name}.weight" not in tied}
+            expect_tables(read, config.group_size)
         for name, group in layers.items():
             empty = Int8Linear.like(model.get_submodule(name), group.group_size)
             # Without files it is a state dict that is read, in which codes are not packed.
@@ -88,10 +118,20 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(name, empty)
         return model
 
+    def _tables_of(self, model: PreTrainedModel) -> dict[str, nn.Module]:
+        """Return the embedding and the head that are stored in 8 bits."""
+        left_out = self.quantization_config.modules_to_not_convert or []
+        tables = tables_of(model) if self.quantization_config.embeddings else {}
+        found = {name: table for name, table in tables.items() if should_convert_module(name, left_out)}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        # What is tied is stored in one way or the other.
+        return {} if len(found) < len(tables) and any(f"{name}.weight" in tied for name in tables) else found
+
     def _layers_of_0_1(self, model: PreTrainedModel) -> dict[str, Group]:
         """Return the layers of a folder that 0.1 wrote, in groups that divide their rows."""
         size, layers = self.quantization_config.group_size, {}
-        for name in layers_to_quantize(model, self.quantization_config.modules_to_not_convert):
+        left_out = self.quantization_config.modules_to_not_convert
+        for name in layers_to_quantize(model, left_out, with_routers=not self.quantization_config.has_stacks):
             columns = sizes_of(model.get_submodule(name))[0]
             length = group_length(columns, size)
             layers[name] = Group((), None if length == columns else length, packed=False, ours=True)
@@ -110,10 +150,29 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
                     self._renew(model, name, layer)
             except ValueError as error:
                 raise ValueError(f"{model.name_or_path}: {name}: {error}") from None
+        for name in sorted(self._stacks):
+            self._finish_stack(model, name)
+        try:
+            finish_tables(self._tables, self.quantization_config.group_size)
+        except ValueError as error:
+            raise ValueError(f"{model.name_or_path}: {error}") from None
         if self.quantization_config.layout_of_folder():
             self._agree(model)
         self.quantization_config.describe(model)
+        if self.pre_quantized and keep_own_names(model):
+            model.__dict__["_float_conversions"] = None
         return model
+
+    def _finish_stack(self, model: PreTrainedModel, name: str) -> None:
+        """Take over what was read for a weight that a module computes with, or store what was initialised."""
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        try:
+            if is_expected(module, own) and not adopt(module, own):
+                raise ValueError("its codes and scales are missing.")
+        except ValueError as error:
+            raise ValueError(f"{model.name_or_path}: {name}: {error}") from None
+        quantize_stack_of(model, name, self.quantization_config.group_size)
 
     def _renew(self, model: PreTrainedModel, name: str, layer: Int8Linear) -> None:
         """Initialise a layer that this class of model has and the folder lacks."""
@@ -153,17 +212,24 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
 class _QuantizeLayer(ConversionOps):  # type: ignore[misc]
     """Called with each float weight of a checkpoint as it is read."""
 
-    def __init__(self, group_size: int | None) -> None:
-        self.group_size = group_size
+    def __init__(self, group_size: int | None, stacks: Collection[str], tables: Collection[str]) -> None:
+        self.group_size, self.stacks = group_size, stacks
+        self.tables = {f"{name}.weight" for name in tables}
 
     def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any) -> dict[str, Int8Weight]:
         """Put 8-bit layers into the model, and return their parameters."""
-        weights = {}
+        weights: dict[str, Int8Weight] = {}
         for name, weight in input_dict.items():
-            module = name.removesuffix(".weight")
-            linear = model.get_submodule(module)
-            linear.weight = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=True)
-            weights[name] = quantize_layer(model, module, self.group_size).weight
+            path, _, own = name.rpartition(".")
+            module = model.get_submodule(path)
+            read = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=True)
+            setattr(module, own, read)
+            if name in self.tables:
+                weights[name] = quantize_table(module, self.group_size)
+            elif name in self.stacks:
+                weights[name] = quantize_stack_of(model, name, self.group_size)
+            else:
+                weights[name] = quantize_layer(model, path, self.group_size).weight
         return weights
 
 
@@ -200,7 +266,10 @@ def quantize(model: PreTrainedModel, config: Int8TrainingConfig | None = None) -
     config = config or Int8TrainingConfig()
     for name in layers_to_quantize(model, config.modules_to_not_convert):
         quantize_layer(model, name, config.group_size)
+    for name in stacks_to_quantize(model, config.modules_to_not_convert):
+        quantize_stack_of(model, name, config.group_size)
     model.hf_quantizer = Int8TrainingQuantizer(config, pre_quantized=False)
+    finish_tables(model.hf_quantizer._tables_of(model), config.group_size)
     model.is_quantized, model.quantization_method = True, METHOD
     model.hf_quantizer.postprocess_model(model)
     return model
@@ -230,7 +299,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> P
         >>> model.model.layers[0].mlp.up_proj, model.dtype
         (Linear(in_features=8, out_features=16, bias=False), torch.bfloat16)
     """
-    if not any(True for _ in int8_layers(model)):
+    if not any(True for _ in int8_weights(model)):
         raise ValueError(
             f"{type(model).__name__} has no 8-bit layer of hf_stateless: pass a model that was loaded with "
             "quantization_config=hf_stateless.Int8TrainingConfig(), or made by hf_stateless.quantize(model)."

@@ -24,7 +24,7 @@ class Int8Weight(StoredWeight):
     into `Int8Shard`s. State kept: codes, 1 byte per weight.
 
     Args:
-        codes: (out, in) int8.
+        codes: (out, in) int8; a stack of matrices has further dimensions before, and groups along its last one.
         scale: (out, groups) bfloat16; a frozen parameter where a module holds it, so that DDP sends it too.
         dtype: what the weight counts as: of its gradient, and of a model that is made from it.
         requires_grad: False for a weight that is not trained.
@@ -52,6 +52,14 @@ class Int8Weight(StoredWeight):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the float weight, in the dtype of the parameter or another one."""
         return dequantize_matrix(self.codes, self.scale, dtype or self.dtype)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Return some rows of a matrix in float32."""
+        return dequantize_matrix(self.codes[rows], self.scale.detach()[rows])
+
+    def dequantize_into(self, out: Tensor) -> None:
+        """Write the float weight into a contiguous tensor of its shape."""
+        out.copy_(self.codes).view(*self.scale.shape, -1).mul_(self.scale.detach().unsqueeze(-1))
 
     def detach(self) -> Tensor:
         """Return the codes."""
@@ -87,6 +95,11 @@ class Int8Weight(StoredWeight):
     def element_size(self) -> int:
         """Return 1: what a weight takes, as `get_memory_footprint()` asks; its gradient takes `dtype.itemsize`."""
         return self.codes.element_size()
+
+    def matrices(self) -> list[Int8Weight]:
+        """Return the matrices of a stack, each over the memory that it has there."""
+        both = zip(*(t.data.flatten(0, -3) for t in self.stored), strict=True)
+        return [Int8Weight(codes, scale, self.dtype) for codes, scale in both]
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
@@ -129,6 +142,25 @@ class Int8Weight(StoredWeight):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return type(self), (self.codes, self.scale, self.dtype, self.requires_grad)
+
+
+class HeldWeight(Int8Weight):
+    """An 8-bit weight that a module computes with by itself, which gets it in float for a moment; FSDP2 cannot cut it.
+
+    A stack of experts, an embedding, a head.
+    """
+
+    not_cut = (
+        "experts, embeddings and heads in 8 bits cannot be sharded by FSDP. Type distributed_type: MULTI_GPU in the "
+        "accelerate config (DDP), or load the model without quantization_config."
+    )
+
+    def new_zeros(self, *size: Any, **kwargs: Any) -> Tensor:
+        """Refuse to be cut; FSDP2 asks so for what it copies rows into."""
+        if not kwargs:
+            raise ValueError(self.not_cut)
+        zeros: Tensor = super().new_zeros(*size, **kwargs)
+        return zeros
 
 
 class Scale(nn.Parameter):

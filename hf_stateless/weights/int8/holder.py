@@ -1,0 +1,302 @@
+"""Modules that compute with their own weights, such as stacks of experts: the weights in 8 bits, the code as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .codes import checked_codes, quantize_stack, stored_length
+from .lent import Loan, Purse, Uses
+from .weight import HeldWeight, Int8Weight, Scale
+
+
+# Names of no tensor in any model, so that no rule by which transformers renames, splits or joins weights takes them.
+_CODES, _SCALES = "codes-of-", "scales-of-"
+
+
+class Int8Holder(nn.Module):
+    """What the class of a module is mixed with whose weights are held in 8 bits: it lends them to `forward` in float.
+
+    The module's own code runs on float weights in the dtype that they count as. They are there for the module's
+    forward and for its backward, and not in between. `hold` makes such a module, `release` undoes it.
+    """
+
+    float_class: type[nn.Module]
+    _purses: dict[str, Purse]
+    _expected: tuple[str, ...] = ()
+    """Weights of which a file is being read."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward on float weights."""
+        places = list(_places(self))
+        loans = [Loan(weight, purse) for _, _, weight, purse in places]
+        uses = Uses(loans)
+        args = tuple(uses.watch(value) for value in args)
+        kwargs = {name: uses.watch(value) for name, value in kwargs.items()}
+        uses.forget_inputs()
+        try:
+            for (slots, name, _, _), loan in zip(places, loans, strict=True):
+                slots[name] = loan.take()
+            out = super().forward(*args, **kwargs)
+        finally:
+            for slots, name, weight, purse in places:
+                slots[name] = weight
+                purse.close()
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                for loan in loans:
+                    tensor.register_hook(loan.before_backward)  # type: ignore[no-untyped-call]
+        return out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        return _blank, (self.float_class,), *made[2:]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Holder:
+        held = {name: p for name, p in self._parameters.items() if isinstance(p, Int8Weight | Scale)}
+        self._parameters.update(dict.fromkeys(held))
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters.update(held)
+        for name, weight in list(held.items()):
+            if isinstance(weight, Int8Weight):
+                self._move(name, weight, fn)
+        return self
+
+    def _move(self, name: str, weight: Int8Weight, fn: Callable[[Tensor], Tensor]) -> None:
+        scale = weight.scale
+        if not (weight.is_meta or fn(torch.empty(0, device=weight.device)).is_meta):
+            scale.data = scale.data.to(fn(scale.data).device)  # moved, never cast
+            weight.move_(fn)
+            return
+        # What has no memory, or loses it, cannot keep its identity.
+        codes, like = fn(weight.codes), fn(torch.empty((), dtype=weight.dtype))
+        put(self, name, codes.to(torch.int8), fn(scale.data).to(scale.dtype), like.dtype, weight.requires_grad)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        for name, held in held_weights(self).items():
+            codes = destination.pop(prefix + name)
+            grouped = codes if keep_vars else codes.view(*held.scale.shape, -1)
+            scales = destination.pop(prefix + scale_name(name), None)
+            destination[prefix + self.codes_name(name)] = grouped
+            if scales is not None:  # where a weight is tied they are elsewhere
+                destination[prefix + scale_name(name)] = scales
+
+    def codes_name(self, name: str) -> str:
+        """Return how the codes of a weight are called where the module is saved."""
+        return codes_name(name)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
+    ) -> None:
+        missing, unexpected, errors = lists
+        held = {name: weight for name, weight in self._parameters.items() if isinstance(weight, Int8Weight | Scale)}
+        taken: dict[str, Tensor] = {}
+        for name, weight in held_weights(self).items():
+            keys = [prefix + self.codes_name(name)]
+            keys += [prefix + scale_name(name)] if scale_name(name) in self._parameters else []
+            both = [state_dict.pop(key, None) for key in keys]
+            taken |= {key: value for key, value in zip(keys, both, strict=True) if value is not None}
+            missing += [key for key, value in zip(keys, both, strict=True) if value is None]
+            if any(value is None for value in both):
+                continue
+            scale = both[1] if len(both) > 1 else weight.scale.data
+            try:
+                codes = _checked(both[0], scale, weight)
+            except ValueError as error:
+                errors.append(f"{prefix}{name}: {error}")
+                continue
+            weight.codes.copy_(codes)
+            weight.scale.data.copy_(scale)
+        # Out of the way of the module's own loading, at their places: the order decides their rounding noise.
+        self._parameters.update(dict.fromkeys(held))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)  # type: ignore[no-untyped-call]
+        self._parameters.update(held)
+        state_dict.update(taken)
+
+
+def codes_name(name: str) -> str:
+    """Return how the codes of a weight are called where a model is saved; rules of renaming know names with `_`."""
+    return _CODES + name.replace("_", "-")
+
+
+def scale_name(name: str) -> str:
+    """Return how the scales of a weight are called, in the module too."""
+    return _SCALES + name.replace("_", "-")
+
+
+def is_part(name: str) -> bool:
+    """Tell by its name in a file whether a tensor is a part of a weight that a module holds."""
+    return name.rpartition(".")[2].startswith((_CODES, _SCALES))
+
+
+def held_weights(module: nn.Module) -> dict[str, Int8Weight]:
+    """Return the weights that a module holds in 8 bits and lends to its own code, by name."""
+    if not isinstance(module, Int8Holder):
+        return {}
+    return {name: p for name, p in module._parameters.items() if isinstance(p, Int8Weight)}
+
+
+def hold(module: nn.Module, name: str, group_size: int | None) -> Int8Weight:
+    """Store a float weight of a module in 8 bits, in place; return the 8-bit weight.
+
+    Args:
+        module: whose own code computes with the weight.
+        name: of the parameter, (..., rows, columns); groups lie along its last dimension.
+        group_size: see `stored_length`.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.weights.int8.holder import hold
+        >>> attention = torch.nn.MultiheadAttention(8, 2)
+        >>> hold(attention, "in_proj_weight", None).codes.dtype
+        torch.int8
+        >>> x = torch.ones(1, 1, 8)
+        >>> attention(x, x, x)[0].sum().backward()
+        >>> attention.in_proj_weight.grad.shape
+        torch.Size([24, 8])
+    """
+    weight = module._parameters[name]
+    if isinstance(weight, Int8Weight):
+        return weight
+    assert weight is not None
+    return put(_mixed(module), name, *quantize_stack(weight.detach(), group_size), weight.dtype, weight.requires_grad)
+
+
+def release(module: nn.Module, dtype: torch.dtype, made: dict[int, nn.Parameter]) -> None:
+    """Give a module its float weights and its class back, in place.
+
+    Args:
+        module: one that holds weights, or any other.
+        dtype: of the weights.
+        made: what was made of the weights of other modules, by their identity; is added to.
+    """
+    for name, weight in held_weights(module).items():
+        if id(weight) not in made:
+            made[id(weight)] = nn.Parameter(weight.dequantize(dtype), requires_grad=weight.requires_grad)
+        module._parameters[name] = made[id(weight)]
+        module._parameters.pop(scale_name(name), None)
+    if isinstance(module, Int8Holder):
+        del module.__dict__["_purses"]
+        plain: nn.Module = module
+        plain.__class__ = module.float_class
+
+
+def expect(module: nn.Module, name: str, group_size: int | None) -> None:
+    """Make room, without memory, for what a file names, until `adopt`."""
+    weight = module._parameters[name]
+    assert weight is not None
+    holder: nn.Module = _mixed(module)
+    assert isinstance(holder, Int8Holder)
+    shape, length = weight.shape, stored_length(weight.shape[-1], group_size)
+    grouped = (*shape[:-1], shape[-1] // length)
+    # What a model initialises in every module, before it is known that a file held it: already done, no memory.
+    holder.__dict__[name] = stand_in = torch.empty(shape, dtype=weight.dtype, device="meta")
+    stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+    holder._parameters[name] = None  # keeps its place
+    rooms = {codes_name(name): ((*grouped, length), torch.int8), scale_name(name): (grouped, torch.bfloat16)}
+    for part, (size, dtype) in rooms.items():
+        room = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+        holder._parameters[part] = room
+    holder._expected = (*holder._expected, name)
+
+
+def adopt(module: nn.Module, name: str) -> bool:
+    """Take over what `from_pretrained` has read for a weight; False if it found nothing.
+
+    Raises:
+        ValueError: codes or scales are missing or damaged.
+    """
+    assert isinstance(module, Int8Holder)
+    like = module.__dict__.pop(name)
+    codes, scale = module._parameters.pop(codes_name(name)), module._parameters[scale_name(name)]
+    assert codes is not None
+    assert scale is not None
+    module._expected = tuple(other for other in module._expected if other != name)
+    read = [getattr(tensor, "_is_hf_initialized", False) for tensor in (codes, scale)]
+    if any(read) and not all(read):
+        raise ValueError(f"only its {'codes' if read[0] else 'scales'} are there.")
+    shown = put(module, name, codes.detach().view(like.shape), scale.detach(), like.dtype, True)
+    if all(read):
+        _checked(codes.detach(), scale.detach(), shown)
+    return all(read)
+
+
+def is_expected(module: nn.Module, name: str) -> bool:
+    """Tell whether `expect` has made room for a weight."""
+    return isinstance(module, Int8Holder) and name in module._expected
+
+
+def _checked(codes: Tensor, scale: Tensor, weight: Int8Weight) -> Tensor:
+    """Return codes of a file in the shape of a weight."""
+    rows, columns = weight.shape[:-1].numel(), weight.shape[-1]
+    groups, length = weight.scale.shape[-1], columns // max(1, weight.scale.shape[-1])
+    if codes.shape not in ((*weight.scale.shape, length), weight.shape) or scale.shape != weight.scale.shape:
+        raise ValueError(
+            f"got codes {tuple(codes.shape)} and scales {tuple(scale.shape)}, expected "
+            f"{(*weight.scale.shape, length)} and {tuple(weight.scale.shape)}: load with the group_size it was saved "
+            "with."
+        )
+    flat = codes.reshape(rows, groups, length), scale.reshape(rows, groups)
+    return checked_codes(*flat, (rows, columns), length).view(weight.shape)
+
+
+def put(
+    holder: nn.Module, name: str, codes: Tensor, scale: Tensor, dtype: torch.dtype, requires_grad: bool
+) -> Int8Weight:
+    """Take over codes and scales as they are; the parameters are made anew."""
+    holder._parameters[scale_name(name)] = kept = Scale(scale)
+    holder._parameters[name] = weight = HeldWeight(codes, kept, dtype, requires_grad)
+    return weight
+
+
+def _mixed(module: nn.Module) -> Int8Holder:
+    """Turn a module into one that holds weights, in place."""
+    if not isinstance(module, Int8Holder):
+        module.__dict__["_purses"] = {}
+        module.__class__ = _mixed_class(type(module))  # type: ignore[arg-type]  # classes have hashes
+    assert isinstance(module, Int8Holder)
+    return module
+
+
+@cache
+def _mixed_class(kind: Any) -> type[Int8Holder]:
+    # Code asks for names of classes, as for `...Experts`.
+    body = {"float_class": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (Int8Holder, kind), body)
+
+
+def _blank(kind: type[nn.Module]) -> Int8Holder:
+    """Return a module without contents, for who reads or copies one."""
+    mixed = _mixed_class(kind)  # type: ignore[arg-type]  # classes have hashes
+    return mixed.__new__(mixed)
+
+
+def _places(module: Int8Holder) -> Iterator[tuple[dict[str, Any], str, Int8Weight, Purse]]:
+    """Yield where the module's own code finds its 8-bit weights, with the memory of their float values.
+
+    A weight that PEFT adapts is under `parametrizations` for the time of a forward. Attention computes with the
+    weight of its last projection itself.
+    """
+    around: Sequence[nn.Module] = [module]
+    if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, Int8Holder):
+        around = [module, module.out_proj]
+    for holder in around:
+        assert isinstance(holder, Int8Holder)
+        slots = {name: (holder._parameters, name) for name in holder._parameters}
+        adapted = getattr(holder, "parametrizations", None)
+        if isinstance(adapted, nn.ModuleDict):
+            slots |= {name: (part._parameters, "original") for name, part in adapted.items()}
+        for name, (where, key) in slots.items():
+            weight = where[key]
+            if isinstance(weight, Int8Weight):
+                yield where, key, weight, holder._purses.setdefault(name, Purse())
