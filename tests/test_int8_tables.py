@@ -5,8 +5,12 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from int8_folders import load_int8_folder
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3MoeConfig
 from transformers.trainer_optimizer import OptimizerContext
 
@@ -15,7 +19,7 @@ from hf_stateless import Int8TrainingConfig, create_optimizer
 from hf_stateless.trainer.handler import handle
 from hf_stateless.weights.int8 import tables
 from hf_stateless.weights.int8.holder import hold
-from hf_stateless.weights.int8.weight import Int8Weight, Scale
+from hf_stateless.weights.int8.weight import HeldWeight, Int8Weight, Scale
 
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
@@ -58,7 +62,7 @@ def test_forward_and_gradients_are_those_of_the_dequantised_model(kind, monkeypa
     for name, p in expected.named_parameters():
         p.data = stored[name].dequantize() if name in stored else p.data
     embedding, head = table_weights(model)
-    assert type(embedding) is type(head) is Int8Weight
+    assert type(embedding) is type(head) is HeldWeight
     assert (embedding is head) == model.config.tie_word_embeddings
     losses = [loss_of(m) for m in (model, expected)]
     assert losses[0].item() == losses[1].item()
@@ -128,7 +132,7 @@ def test_folders_load_with_the_same_bytes(kind, tmp_path):
         tmp_path / "float", dtype=torch.bfloat16, quantization_config=Int8TrainingConfig(**INT8)
     )
     embedding, head = table_weights(model)
-    assert type(embedding) is type(head) is Int8Weight
+    assert type(embedding) is type(head) is HeldWeight
     assert (embedding is head) == model.config.tie_word_embeddings
     model.save_pretrained(tmp_path / "int8")
     again = load_int8_folder(tmp_path / "int8", dtype=torch.bfloat16)
@@ -160,7 +164,7 @@ def test_copies_pickles_and_state_dicts(kind):
         embedding, head = table_weights(other)
         assert (embedding is head) == model.config.tie_word_embeddings
         assert embedding is not table_weights(model)[0]
-    assert type(model.to(torch.float32).get_output_embeddings().weight) is Int8Weight
+    assert type(model.to(torch.float32).get_output_embeddings().weight) is HeldWeight
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -234,3 +238,13 @@ def test_attention_is_trained_and_saved():
     assert {"attention.codes-of-in-proj-weight", "attention.out_proj.codes-of-weight"} <= moved
     model.load_state_dict(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_fsdp_is_refused_what_modules_compute_with_by_themselves(kind):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match=r"cannot be sharded by FSDP\. Type distributed_type: MULTI_GPU"):
+            fully_shard(quantized(kind), mesh=init_device_mesh("cpu", (2,)))
+    finally:
+        dist.destroy_process_group()
