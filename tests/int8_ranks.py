@@ -32,8 +32,15 @@ from hf_stateless.weights.int8.sharded_layer import shard_of
 from hf_stateless.weights.int8.weight import Int8Weight
 
 
-# Rows that no number of ranks divides, fewer rows than ranks, one row, groups of one and of several in a row.
-SHAPES = {"uneven": (37, 64, 32), "short": (3, 48, 16), "row": (1, 40, None), "even": (64, 32, 16)}
+# Rows that no number of ranks divides, two matrices of one shape, which go to owners together, fewer rows than ranks,
+# one row; groups of one and of several in a row.
+SHAPES = {
+    "uneven": (37, 64, 32),
+    "twin": (37, 64, 32),
+    "short": (3, 48, 16),
+    "row": (1, 40, None),
+    "even": (64, 32, 16),
+}
 BATCH, STEPS, SAVED_AT = 16, 4, 2
 FULL = StateDictOptions(full_state_dict=True)
 FLOAT_MOMENTUM = {"momentum": 0.5, "momentum_dtype": "float32"}

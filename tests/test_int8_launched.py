@@ -13,12 +13,11 @@ from hf_stateless.weights.int8.config import Int8TrainingConfig
 
 
 INT8 = {"group_size": 16}
-STEPS, SAVED_AT = 3, 2
+STEPS, SAVED_AT = 2, 1
 FULL = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 ALL_RELEASED = {"optim": "sinkgd_layerwise", "optim_args": "release=all", "max_grad_norm": 0.0}
 # Each against one process that trains the same.
 EQUAL = {
-    "layer-wise": {"arguments": {"optim": "swan_layerwise"}},
     "everything released": {"arguments": ALL_RELEASED},
     "accumulated": {"arguments": {"optim": "swan", "gradient_accumulation_steps": 2, "gradient_checkpointing": True}},
     "below adapters": {"arguments": {"optim": "sinkgd"}, "lora": ["q_proj", "up_proj"]},

@@ -60,6 +60,18 @@ def test_nothing_of_the_size_of_the_weight_is_kept_for_backward():
     assert module.weight.untyped_storage().nbytes() == 4 * module.out_features  # one NaN for each row
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_what_is_put_in_the_place_of_its_data_says_the_dtype(dtype):
+    """As accelerate does for mixed precision, and FSDP2 where it moves a parameter to its device."""
+    weight = layer().weight
+    codes = weight.codes.clone()
+    weight.data = weight.data.to(dtype)
+    assert weight.dtype == weight.dequantize().dtype == dtype
+    assert torch.equal(weight.codes, codes)
+    assert weight.untyped_storage().nbytes() == dtype.itemsize * len(weight)
+    assert weight.isnan().all()
+
+
 def test_a_frozen_weight_gets_no_gradient_but_passes_one_on():
     module = layer()
     module.weight.requires_grad_(False)

@@ -17,6 +17,7 @@ from hf_stateless.update.kernels import sinkgd as sinkgd_update
 from hf_stateless.update.layout import LAYOUTS as KINDS
 from hf_stateless.update.write import write_update_
 from hf_stateless.weights.int8.codes import quantize_matrix
+from hf_stateless.weights.int8.sharded import Int8Shard, Place
 from hf_stateless.weights.int8.weight import Int8Weight
 from hf_stateless.weights.noise import rounding_key
 
@@ -293,6 +294,18 @@ def test_an_8_bit_update_writes_the_bytes_of_the_twin(monkeypatch, rows, columns
     assert torch.equal(kernel.codes, twin.codes)
     assert torch.equal(kernel.scale, twin.scale)
     assert columns == 1 or not torch.equal(kernel.codes, start)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (3, 7), (6, 7)])
+def test_rows_of_an_8_bit_weight_are_rounded_as_in_the_whole_matrix(first, last):
+    whole, update = int8_weight(7, 256, 64), random(7, 256, seed=1)
+    place = Place(first_row=first, scale=whole.scale.data[first:last].clone())
+    shard = Int8Shard(whole.codes[first:last].clone(), place, whole.dtype)
+    assert shard.kernel == "int8"
+    write_update_(whole, update.clone(), 2.0**-9, 1.0, key_of())
+    write_update_(shard, update[first:last].clone(), 2.0**-9, 1.0, key_of())
+    assert torch.equal(shard.codes, whole.codes[first:last])
+    assert torch.equal(place.scale, whole.scale[first:last])
 
 
 def test_sinkgd_on_8_bit_weights_differs_from_the_twin_by_roundings_only(monkeypatch):
