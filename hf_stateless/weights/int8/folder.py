@@ -79,8 +79,7 @@ def _compare_layers(
             if parent:  # a part of this model, and not of a head that it does not have
                 raise ValueError(
                     f"{folder}: {layer} is stored in 8 bits, and {type(model).__name__} has no such linear layer; "
-                    "packed experts are not read into its stacks of experts: load the float model with "
-                    "quantization_config."
+                    "packed ones are not read into stacks of experts: quantise the float model instead."
                 )
             continue
         if name not in layers or not isinstance(linear, nn.Linear | Conv1D):
