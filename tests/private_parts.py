@@ -105,6 +105,14 @@ PRIVATE_PARTS = (
         until="torch asks the optimizer what to read",
     ),
     PrivatePart(
+        part="transformers:Trainer._mixed_mesh_grad_norm",
+        used_by=("trainer/clipping.py",),
+        why="replaced, so that under tensor parallelism clipping counts gradients that backward has freed",
+        upstream="transformers/trainer.py, since 5.17 or before",
+        until="torch lets an optimizer take part in clipping",
+        everywhere=False,
+    ),
+    PrivatePart(
         part="transformers:Trainer.get_decay_parameter_names",
         used_by=("trainer/partition.py",),
         why="the Trainer's rule of weight decay without a Trainer: the method does not look at its self",

@@ -1,7 +1,6 @@
 """Updates in backward in a Trainer: schedule, log, accumulation, checkpoints."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from layerwise_runs import assert_same, each_name, each_release, make, weights_o
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_stateless import PRESETS, StatelessOptimizer, multi_normalize
-from hf_stateless.trainer.handler import handle
 
 
 # transformers renames gradient checkpointing to activation checkpointing; both names work, and PEFT uses the old one.
@@ -185,16 +183,6 @@ def test_settings_of_the_trainer_give_the_run_of_the_plain_optimizer(options, ru
 def test_what_cannot_work_is_refused_with_the_fix(options, message, run):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         run("sinkgd_layerwise", **options)
-
-
-def test_a_model_that_is_sharded_in_part_is_refused_with_the_fix():
-    """Under tensor parallelism the Trainer computes the norm itself, from the gradients that are left."""
-    model = make("llama")
-    model.lm_head.weight.device_mesh = "tensor parallel"
-    args = TrainingArguments(optim="sinkgd_layerwise", use_cpu=True, report_to=[])
-    kwargs = {"adam_kwargs": {"betas": (0.9, 0.999), "eps": 1e-8}, "optim_args": {}, "optimizer_kwargs": {}}
-    with pytest.raises(ValueError, match=r"tensor parallelism.*leave out _layerwise"):
-        handle("sinkgd_layerwise", SimpleNamespace(model=model, args=args, **kwargs))
 
 
 class Reader(TrainerCallback):

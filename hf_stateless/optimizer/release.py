@@ -139,7 +139,7 @@ class Release:
         every = enumerate((group["algorithm"], p) for group in groups for p in group["params"])
         params = [(i, one) for i, one in every if one[1].requires_grad]  # others may be thawed before a later forward
         hooked = {i: p for i, (algorithm, p) in params if is_released(algorithm, self.released)}
-        averages = are_replicas(hooked.values())
+        averages = bool(self._replicas())
         if averages:  # what DDP was not told to leave alone is in its buckets, and updated in `step()`
             hooked = {i: p for i, p in hooked.items() if getattr(p, "_ddp_ignored", False)}
         unchanged = [id(p) for p in hooked.values()] == [id(p) for p in self._hooked.values()]
@@ -191,14 +191,16 @@ class Release:
         Raises:
             RuntimeError: no hook was there, and nobody has averaged the gradients of replicas.
         """
-        if not self._handles and any(getattr(p, "_ddp_ignored", False) for p in self._replicas_with_gradients()):
+        left = [p for p in self._replicas() if p.grad is not None] if not self._handles else []
+        if any(getattr(p, "_ddp_ignored", False) for p in left):
             raise RuntimeError(_not_averaged())
         self._complete_step()
         self.forget()
         self.asleep = False  # training goes on
 
-    def _replicas_with_gradients(self) -> list[Tensor]:
-        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def _replicas(self) -> list[Tensor]:
+        """Return all parameters where DDP's other processes have them too; none beside any that is sharded."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
         return params if are_replicas(params) else []
 
     def _complete_step(self) -> None:
@@ -257,7 +259,7 @@ class Release:
         self.optimizer.refuse_sparse(index, grad)
         if self._accumulates():
             return
-        if self._averaging is None and are_replicas(self._hooked.values()):
+        if self._averaging is None and self._replicas():
             raise RuntimeError(_initialised_late())
         self._done.add(index)
         if self._averaging:

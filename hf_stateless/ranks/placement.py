@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..update.batches import alike
@@ -37,6 +38,11 @@ def align_gradients_(params: Iterable[Tensor]) -> None:
         other = [of_grad for of_grad, of_param in pairs if of_grad != of_param]
         if other and all(placement.is_replicate() or placement.is_partial() for placement in other):
             p.grad = grad.redistribute(placements=p.placements)
+
+
+def mesh_of(tensor: Tensor | None) -> DeviceMesh | None:
+    """Return the mesh of a DTensor; None of a plain tensor, which each rank has as a whole."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
 def local_shard(tensor: Tensor) -> Tensor:

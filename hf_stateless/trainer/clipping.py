@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import Trainer
 
 from ..optimizer.live import released_norm
-from ..ranks.placement import is_sharded, whole_matrix
+from ..ranks.placement import is_sharded, mesh_of, whole_matrix
+from ..update.batches import alike
 from .patches import OURS
 
 
@@ -37,7 +39,8 @@ _RETURNED = (
 def count_released_gradients() -> None:
     """Make clipping see gradients that layer-wise updates have freed; repeated calls do nothing.
 
-    The Trainer clips, and logs as `grad_norm`, by `Accelerator.clip_grad_norm_`; Lightning and loops of one's own do
+    The Trainer clips, and logs as `grad_norm`, by `Accelerator.clip_grad_norm_`, or by a method of its own where
+    gradients are on several meshes; Lightning and loops of one's own do
     by `torch.nn.utils.clip_grad_norm_`, which scripts import before us, so what it calls is replaced. Both look at
     `.grad` alone: they would clip the rest too little and report a part for the whole. Delete when torch lets an
     optimizer take part in clipping.
@@ -45,9 +48,31 @@ def count_released_gradients() -> None:
     if hasattr(Accelerator.clip_grad_norm_, OURS):
         return
     Accelerator.clip_grad_norm_ = _of_accelerate(Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
+    if clips_mixed_meshes():
+        Trainer._mixed_mesh_grad_norm = _of_mixed_meshes(Trainer._mixed_mesh_grad_norm)
     module: Any = sys.modules["torch.nn.utils.clip_grad"]
     module._clip_grads_with_norm_ = _of_torch(module._clip_grads_with_norm_)
     module.clip_grad_value_ = torch.nn.utils.clip_grad_value_ = _by_value(module.clip_grad_value_)
+
+
+def clips_mixed_meshes() -> bool:
+    """Tell whether the Trainer clips gradients of several meshes, as tensor parallelism leaves them."""
+    return hasattr(Trainer, "_mixed_mesh_grad_norm")
+
+
+def _of_mixed_meshes(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def _mixed_mesh_grad_norm(self: Any, model: torch.nn.Module, max_norm: float) -> Tensor:
+        parameters = list(model.parameters())
+        released = released_norm(parameters)
+        if released is None:
+            return original(self, model, max_norm)
+        total = _both(original(self, model, math.inf), released)
+        for of_mesh in alike((p for p in parameters if p.grad is not None), lambda p: mesh_of(p.grad)):
+            torch.nn.utils.clip_grads_with_norm_(of_mesh, max_norm, total)
+        return total
+
+    return _mixed_mesh_grad_norm
 
 
 def _of_accelerate(original: Callable[..., Any]) -> Callable[..., Any]:

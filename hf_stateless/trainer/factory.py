@@ -24,6 +24,7 @@ from .assumed import assumptions
 from .choice import otherwise, rule_of
 from .clipping import count_released_gradients
 from .optim_args import Options, check_target_modules, parse_options
+from .parallel_models import refuse_unknown_shards
 from .partition import PartitionedParameter, partition_parameters
 from .patches import keep_out_of_ddp
 from .table import announce, describe, trainer_prints
@@ -195,6 +196,7 @@ def optimizer_arguments(
     """
     options = parse_options(name, given)
     _refuse_compressed(model)
+    refuse_unknown_shards(model)
     lr, weight_decay = _finite("learning rate", lr), _finite("weight decay", weight_decay)
     groups = parameter_groups(model, options, lr=lr, weight_decay=weight_decay, target_modules=target_modules)
     note = untrained_note(model, given)

@@ -11,9 +11,11 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ..optimizer.optimizer import StatelessOptimizer
+from ..ranks.placement import mesh_of
 from ..weights.int8.convert import int8_weights
 from ..weights.int8.tables import Int8Head
 from ..weights.int8.weight import HeldWeight
+from .clipping import clips_mixed_meshes
 from .factory import optimizer_arguments
 from .optim_args import is_layerwise, refuse_repeated_keys
 from .partition import convert_command, refuse_fsdp1
@@ -89,10 +91,11 @@ def _refuse_beside_release(args: Any, model: nn.Module, release: str) -> None:
             "auto_find_batch_size=True starts over after running out of memory, but by then layer-wise updates have "
             "changed some of the weights: set per_device_train_batch_size, or leave out _layerwise."
         )
-    if len({getattr(p, "device_mesh", None) for p in model.parameters() if p.requires_grad}) > 1:
+    if len(set(map(mesh_of, filter(lambda p: p.requires_grad, model.parameters())))) > 1 and not clips_mixed_meshes():
         raise ValueError(
-            "Under tensor parallelism the Trainer clips by the norm of the gradients that are left after backward, "
-            "which lacks what layer-wise updates have freed: leave out _layerwise, or shard with FSDP2 alone."
+            "Under tensor parallelism this transformers clips by the norm of the gradients that are left after "
+            "backward, which lacks what layer-wise updates have freed: type pip install 'transformers>=5.17', or "
+            "leave out _layerwise."
         )
     if release == "all" and args.max_grad_norm:
         raise ValueError(
