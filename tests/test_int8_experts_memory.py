@@ -16,9 +16,9 @@ from hf_stateless.weights.int8.weight import Int8Weight
 SIZES = {"vocab_size": 300, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
 SIZES |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "intermediate_size": 256}
 CONFIGS = {
-    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=128),
-    "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=8),
-    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen3_moe": lambda **more: Qwen3MoeConfig(**{**SIZES, **more}, num_experts=8, moe_intermediate_size=128),
+    "gpt_oss": lambda **more: GptOssConfig(**{**SIZES, **more}, num_local_experts=8),
+    "mixtral": lambda **more: MixtralConfig(**{**SIZES, **more}, num_local_experts=4),
 }
 # Of the published models, with fewer layers.
 PUBLISHED = {
@@ -79,8 +79,7 @@ class RealBytes(LiveBytes):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loading_never_holds_the_model_in_float(name, tmp_path):
-    config = CONFIGS[name]()
-    config.num_hidden_layers, config.layer_types = 12, None
+    config = CONFIGS[name](num_hidden_layers=12)
     float_model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     float_model.save_pretrained(tmp_path)
     in_float = sum(p.nbytes for p in float_model.parameters())
