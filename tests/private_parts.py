@@ -105,6 +105,21 @@ PRIVATE_PARTS = (
         until="torch asks the optimizer what to read",
     ),
     PrivatePart(
+        part="transformers.modeling_utils#_tp_size",
+        used_by=("trainer/parallel_models.py",),
+        why="a loaded model tells over how many ranks it was cut, also where its parts are plain tensors",
+        upstream="transformers/distributed/mixin.py, before 5.17 transformers/modeling_utils.py",
+        until="every supported transformers cuts into DTensors",
+        everywhere=False,
+    ),
+    PrivatePart(
+        part="torch.distributed.tensor.placement_types:_StridedShard",
+        used_by=("ranks/splits.py",),
+        why="how DTensor writes what FSDP2 and tensor parallelism both cut, and projections packed in one",
+        upstream="torch/distributed/tensor/placement_types.py",
+        until="torch makes the placement public",
+    ),
+    PrivatePart(
         part="transformers:Trainer._mixed_mesh_grad_norm",
         used_by=("trainer/clipping.py",),
         why="replaced, so that under tensor parallelism clipping counts gradients that backward has freed",
