@@ -84,7 +84,7 @@ def test_steps_that_min_signal_holds_back_are_counted(tmp_path):
     hf_stateless.attach_memory_report(trainer)
     trainer.train()
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-    assert last["updates/held_steps"] == trainer.optimizer.optimizer.held_steps == 2
+    assert last["updates/held_steps"] == trainer.optimizer.optimizer.held_steps == 3
 
 
 def test_trackio_has_every_number_under_its_name_and_no_folder_of_this_machine(tmp_path, monkeypatch):

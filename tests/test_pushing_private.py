@@ -134,6 +134,21 @@ def test_a_folder_that_everybody_has_is_not_private_but_what_lies_in_it_is(place
     assert machine.look("tokenizer.json", place / "tokenizer.json") is None
 
 
+@pytest.mark.parametrize(
+    ("variable", "is_secret"),
+    [
+        *(
+            (name, True)
+            for name in ("HF_TOKEN", "GH_TOKEN_2", "OPENAI_API_KEY", "APIKEY", "CLIENT_SECRET", "PASSWORD")
+        ),
+        *((name, False) for name in ("TOKENIZER_NAME", "MAX_TOKENS", "API_KEYS_FILE", "USER_NAME")),
+    ],
+)
+def test_which_variables_hold_a_secret(variable, is_secret, monkeypatch):
+    monkeypatch.setenv(variable, "gpt2-medium-1")
+    assert ("gpt2-medium-1" not in Machine().without_private("on gpt2-medium-1")) is is_secret
+
+
 def _run(place):
     for name in ("config.json", "_notes.txt", ".env", "__pycache__/a.pyc", "code/__init__.py", "wandb/x.log"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)

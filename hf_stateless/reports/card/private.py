@@ -25,6 +25,8 @@ _IN_TEXT = re.compile(
     r"""(?:(?<!\w)file://|(?<![\w./\\<~-]))(?:~[\w.-]*|[A-Za-z]:)?(?:/|\\+)[^\s"'`,;=()<>|*?\[\]{}]+"""
 )
 _SEPARATORS = re.compile(r"[\\/]+")
+# Variables of the environment; TOKENIZER and MAX_TOKENS are none.
+_NAMES_A_SECRET = re.compile("TOKEN(?![A-Z])|API_?KEY(?![A-Z])|SECRET|PASSWORD")
 # A model reads these letter by letter: nothing may be cut out of them.
 _WORDS_OF_A_MODEL = ("tokenizer.json", "vocab", "merges", "added_tokens", "special_tokens_map", "tokenizer.model")
 _UNTOUCHED = (".py", ".jinja", ".model", ".tiktoken")
@@ -46,7 +48,7 @@ class Machine:
     """
 
     def __init__(self, tokens: Iterable[str | None] = (), folders: Iterable[str | Path] = ()) -> None:
-        known = [*tokens, get_token(), *(v for k, v in os.environ.items() if re.search("TOKEN|API_?KEY|SECRET", k))]
+        known = [*tokens, get_token(), *(v for k, v in os.environ.items() if _NAMES_A_SECRET.search(k))]
         self.tokens = sorted({str(token) for token in known if token and len(str(token)) >= 8}, key=len, reverse=True)
         places = [Path.home(), Path.cwd(), constants.HF_HOME, tempfile.gettempdir(), *folders]
         full = {form for place in places for form in (os.path.abspath(place), os.path.realpath(place))}
