@@ -32,8 +32,7 @@ from hf_stateless.weights.int8.sharded_layer import shard_of
 from hf_stateless.weights.int8.weight import Int8Weight
 
 
-# Rows that no number of ranks divides, two matrices of one shape, which go to owners together, fewer rows than ranks,
-# one row; groups of one and of several in a row.
+# Rows that no number of ranks divides, fewer rows than ranks, one row, groups of one and of several in a row.
 SHAPES = {
     "uneven": (37, 64, 32),
     "twin": (37, 64, 32),

@@ -205,7 +205,7 @@ def run_bounded(monkeypatch):
     from hf_stateless.ranks import ways as distributed
 
     monkeypatch.setattr(sharded_sinkhorn, "_KEPT_BYTES", 300)
-    monkeypatch.setattr(distributed, "_EXCHANGE_BYTES", 300)
+    monkeypatch.setattr(distributed, "EXCHANGE_BYTES", 300)
     results = {}
     for name, options in BOUNDED.items():
         params = with_gradients([UNEVEN] * 5)

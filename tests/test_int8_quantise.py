@@ -164,7 +164,7 @@ def test_the_rows_worked_on_at_once_change_nothing(block, monkeypatch):
         return stored
 
     expected = written()
-    monkeypatch.setattr("hf_stateless.weights.int8.weight._BLOCK", block)
+    monkeypatch.setattr("hf_stateless.weights.int8.codes._BLOCK", block)
     assert torch.equal(written().codes, expected.codes)
     assert torch.equal(written().scale, expected.scale)
     target = dequantize_matrix(*quantize_matrix(weight, 16)) * 0.99 - 1e-3 * update

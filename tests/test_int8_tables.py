@@ -180,7 +180,7 @@ def test_a_tied_head_that_stays_in_float_keeps_its_embedding_there():
     config = Int8TrainingConfig(**INT8, modules_to_not_convert=["lm_head"])
     kinds = {name: [type(w) for w in table_weights(hf_stateless.quantize(plain(name), config))] for name in CONFIGS}
     assert kinds["tied"] == kinds["scaled"] == [nn.Parameter, nn.Parameter]
-    assert kinds["apart"] == kinds["experts"] == [Int8Weight, nn.Parameter]
+    assert kinds["apart"] == kinds["experts"] == [HeldWeight, nn.Parameter]
 
 
 def test_trl_is_refused_a_head_in_8_bits(tmp_path):
