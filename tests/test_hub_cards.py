@@ -8,6 +8,7 @@ import pytest
 from documents import ROOT, read, tracked_files
 from huggingface_hub import ModelCard
 
+from hf_stateless.reports.card.curves import CURVES_FILE
 from hf_stateless.reports.card.facts import CARD_FILE, DATA_FILE, CardFacts
 from hf_stateless.reports.card.render import render_folder
 from hf_stateless.reports.measured.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
@@ -24,7 +25,8 @@ def test_there_is_a_card_for_each_kind_of_training():
 @pytest.mark.parametrize("card", CARDS)
 def test_a_card_is_what_its_json_files_render_to(card):
     folder = ROOT / "hub_cards" / card
-    assert {file.name for file in folder.iterdir()} == {CARD_FILE, DATA_FILE, REPORT_FILE, PICTURE_FILE}
+    pictures = {PICTURE_FILE, CURVES_FILE}
+    assert {file.name for file in folder.iterdir()} == {CARD_FILE, DATA_FILE, REPORT_FILE, *pictures}
     assert (folder / CARD_FILE).read_text(encoding="utf-8") == render_folder(folder)
 
 

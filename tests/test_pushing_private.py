@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_a_folder_that_everybody_has_is_not_private_but_what_lies_in_it_is(place
     monkeypatch.setenv("HOME", "/root")
     machine = Machine()
     assert machine.without_private("in /root and /workspace") == "in /root and /workspace"
-    assert machine.without_private("in /root/secret/rows.json") == "in rows.json"
+    assert machine.without_private(f"in {Path('/root', 'secret', 'rows.json')}") == "in rows.json"
     (place / "tokenizer.json").write_text('{"vocab": {"/root": 1}}')
     assert machine.look("tokenizer.json", place / "tokenizer.json") is None
 

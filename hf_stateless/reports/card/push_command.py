@@ -8,9 +8,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..command_line import Parser, first_line, one_line
+from ..run_facts import is_hub_id
 from .contents import Contents, collect, listing, whole_checkpoints
 from .hub_client import limit_waits
 from .private import Machine
@@ -86,10 +86,8 @@ def _contents(args: Namespace) -> Contents:
 
 
 def _check_name(repository: str) -> None:
-    try:
-        validate_repo_id(repository)
-    except ValueError as error:
-        raise ValueError(f"got {repository!r}, expected NAME or OWNER/NAME on the Hub: {first_line(error)}") from None
+    if not is_hub_id(repository):
+        raise ValueError(f"got {repository!r}, expected NAME or OWNER/NAME on the Hub")
 
 
 def _push(args: Namespace, contents: Contents) -> str:
