@@ -23,6 +23,7 @@ from hf_stateless import (
     create_optimizer,
 )
 from hf_stateless.optimizer.options import embeddings
+from hf_stateless.optimizer.partitioned import PartitionedOptimizer
 from hf_stateless.trainer.handler import handle
 from hf_stateless.trainer.optim_args import optimizer_names
 from hf_stateless.trainer.partition import partition_parameters
@@ -388,3 +389,39 @@ def test_a_rate_that_is_no_finite_number_is_refused_in_one_line(make_model, what
 def test_a_numpy_rate_becomes_a_plain_float(make_model):
     optimizer = create_optimizer(make_model("llama"), "sinkgd", lr=np.float64(1e-3), weight_decay=np.float32(0.5))
     assert {type(group[key]) for group in optimizer.param_groups for key in ("lr", "weight_decay")} == {float}
+
+
+ZERO_1 = {"zero_optimization": {"stage": 1}}
+REFUSED = [
+    ({"zero_optimization": {"stage": 3}}, "set zero_optimization.stage to 2"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer to cpu"),
+    ({"zero_optimization": {"stage": 1, "offload_param": {"device": "nvme"}}}, "offload_param to nvme"),
+    ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "leave it out of zero_optimization"),
+    ({**ZERO_1, "fp16": {"enabled": True}}, "type bf16=True"),
+    ({"bf16": {"enabled": True}}, "set zero_optimization.stage to 1"),
+]
+
+
+@pytest.mark.parametrize(("config", "told"), REFUSED)
+def test_a_deepspeed_config_that_is_not_exact_is_refused_with_what_to_type(make_model, config, told):
+    message = refusal(
+        ask, make_model("llama"), deepspeed=config, deepspeed_plugin=SimpleNamespace(deepspeed_config=config)
+    )
+    assert told in message
+    assert "fsdp_version: 2" in message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        ZERO_1,
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
+        {**ZERO_1, "bf16": {"enabled": True}},
+    ],
+)
+def test_a_deepspeed_config_that_is_exact_gets_the_optimizer_of_parts(make_model, config):
+    plugin = SimpleNamespace(deepspeed_config=config)
+    assert ask(make_model("llama"), deepspeed=config, deepspeed_plugin=plugin)[0] is PartitionedOptimizer
+    message = refusal(ask, make_model("llama"), name="sinkgd_layerwise", deepspeed=config, deepspeed_plugin=plugin)
+    assert "leave out _layerwise" in message

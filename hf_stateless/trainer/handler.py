@@ -18,8 +18,9 @@ from ..weights.int8.weight import HeldWeight
 from .clipping import clips_mixed_meshes
 from .factory import optimizer_arguments
 from .optim_args import is_layerwise, refuse_repeated_keys
-from .partition import convert_command, refuse_fsdp1
+from .partition import refuse_fsdp1
 from .table import trainer_prints
+from .zero import optimizer_class
 
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
     """Answer the Trainer for `optim=name`: the optimizer class and its groups, as transformers' own handlers do.
 
     Raises:
-        ValueError: what `create_optimizer` refuses, a missing model, FSDP1, or DeepSpeed ZeRO.
+        ValueError: what `create_optimizer` refuses, a missing model, FSDP1, or a DeepSpeed config that is not exact.
     """
     if ctx.model is None:
         raise ValueError(
@@ -40,6 +41,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
             "makes its own parameter groups asks so. Leave out what makes them (LLaMA-Factory: loraplus_lr_ratio, "
             "use_badam), or type Trainer.get_optimizer_cls_and_kwargs(args, model)."
         )
+    made = optimizer_class(ctx.args, name, ctx.model)
     _refuse_partitioning(ctx.args)
     _refuse_sharded_int8(ctx.args, ctx.model)
     _refuse_int8_head(ctx.args, ctx.model)
@@ -64,7 +66,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
             group["split_whitening"] = True
     if is_layerwise(name) and ctx.args.gradient_accumulation_steps > 1:
         _warn_of_accumulation(name, arguments["params"], ctx.args.gradient_accumulation_steps)
-    return StatelessOptimizer, {**arguments, **ctx.optimizer_kwargs}
+    return made, {**arguments, **ctx.optimizer_kwargs}
 
 
 def _warn_of_accumulation(name: str, groups: Sequence[Mapping[str, Any]], steps: int) -> None:
@@ -105,20 +107,10 @@ def _refuse_beside_release(args: Any, model: nn.Module, release: str) -> None:
 
 
 def _refuse_partitioning(args: Any) -> None:
-    """Refuse what hands the optimizer flattened or partitioned matrices: it would train something else, silently.
+    """Refuse what hands the optimizer flattened matrices: it would train something else, silently.
 
     It is announced by the training arguments, or by `accelerate launch` through the environment.
     """
-    announced = [getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")]
-    if any(announced) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        # The Trainer takes a path or the values themselves; `accelerate launch` tells the path of a JSON.
-        told = [announced[0], os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")]
-        file = next((name for name in told if isinstance(name, (str, os.PathLike)) and str(name)), None)
-        raise ValueError(
-            "DeepSpeed ZeRO hands the optimizer flat partitions, so row norms, column norms and whitening are "
-            "undefined: leave out --deepspeed, or set distributed_type: FSDP and fsdp_version: 2 in the accelerate "
-            f"config to shard with FSDP2 ({convert_command(file)} writes it)."
-        )
     plugin = getattr(args, "fsdp_plugin_args", None)
     # An Accelerator sets ACCELERATE_USE_FSDP without a version, `accelerate launch` always with one.
     version = os.environ.get("FSDP_VERSION") if parse_flag_from_env("ACCELERATE_USE_FSDP") else None

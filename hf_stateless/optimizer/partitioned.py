@@ -1,0 +1,148 @@
+"""`PartitionedOptimizer`: the same updates where DeepSpeed has put flat float32 parts in the place of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ranks.flat import FlatCut, flat_cut
+from .momentum import has_momentum
+from .optimizer import StatelessOptimizer
+from .rule import Entry, counter
+
+
+_RULES = ("multinorm", "adamw")
+
+
+class PartitionedOptimizer(StatelessOptimizer):
+    r"""`StatelessOptimizer` under ZeRO-1 and -2: each rank updates the matrices of its part of the float32 weights.
+
+    DeepSpeed averages, accumulates, unscales and clips, leaves out steps that overflow, and then calls `step()` with
+    its parts. A matrix that lies across two parts has its gradient put together by the ranks that hold it. AdamW works
+    on parts as they are. At the first step, and after loading a checkpoint, parts are compared with the model.
+
+    Args:
+        params: groups with `param_names`, of whole parameters.
+        settings: those of `StatelessOptimizer`.
+
+    Raises:
+        ValueError: a rule that needs more than a gradient, or parts that are not those of ZeRO-1 and -2.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float = 1e-3, **settings: Any) -> None:
+        super().__init__(params, lr, **settings)
+        refuse_rules(self.param_groups)
+        self._whole: dict[str, Tensor] = {
+            str(name): p
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
+        self._numbers = {name: index for index, name in enumerate(self._whole)}
+        self._cuts: dict[int, FlatCut] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update what this rank holds; DeepSpeed calls this on all ranks, for one group after the other or for all."""
+        if closure is not None or not any(self._is_part(group) for group in self.param_groups):
+            return super().step(closure)
+        refuse_rules(self.param_groups)  # a checkpoint may have chosen others
+        entries: list[Entry] = []
+        pieces: list[tuple[Tensor, Tensor]] = []
+        for group in self.param_groups:
+            if self._is_part(group) and group["algorithm"] == "multinorm":
+                entries += self._matrices(group, pieces)
+            else:
+                entries += self._as_they_are(group)
+        self._update(entries)
+        for held, updated in pieces:
+            held.copy_(updated)
+        self.hear()
+        self.workspace.free()
+        return None
+
+    def name_of(self, index: int) -> str:
+        """Return the name of a parameter for messages; DeepSpeed shows `step()` some of the groups only."""
+        return list(self._whole)[index]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this rank's parts; they are compared with the model again at the next step."""
+        super().load_state_dict(state_dict)
+        self._cuts.clear()
+
+    def _is_part(self, group: Mapping[str, Any]) -> bool:
+        whole = [self._whole[name].shape for name in group["param_names"]]
+        return [p.shape for p in group["params"]] != whole
+
+    def _as_they_are(self, group: dict[str, Any]) -> list[Entry]:
+        """Return entries of what is not cut, or is updated entry by entry."""
+        numbers = [self._numbers[name] for name in group["param_names"]]
+        return [
+            Entry(numbers[i], p, group, self.state_of(p, group), in_backward=True, position=i)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None and p.numel()
+        ]
+
+    def _matrices(self, group: dict[str, Any], pieces: list[tuple[Tensor, Tensor]]) -> list[Entry]:
+        """Return entries of the matrices that this rank holds something of; fill in which pieces to write back."""
+        part, names = group["params"][0], group["param_names"]
+        cut = self._cut_of(part, names)
+        if part.grad is None:
+            return []
+        if group["lr"] != 0:
+            self.state_of(part, group)["step"].add_(1)
+        entries = []
+        for i, grad in cut.exchanged(part.grad).items():
+            whole = piece = cut.piece(part.detach(), i)
+            if piece.numel() != grad.numel():
+                start = cut.held(i)[0] - cut.spans[i][0]
+                whole = torch.zeros_like(grad)
+                updated = whole[start : start + piece.numel()]
+                updated.copy_(piece)
+                pieces.append((piece, updated))
+            param = whole.view(self._whole[names[i]].shape)
+            param.grad = grad.view(param.shape)
+            # The counter of the part stands for those of its matrices.
+            entries.append(Entry(self._numbers[names[i]], param, group, {"step": counter(param)}, True, i))
+        return entries
+
+    def _cut_of(self, part: Tensor, names: Sequence[str]) -> FlatCut:
+        if id(part) not in self._cuts:
+            cut = flat_cut(part, [self._whole[name] for name in names])
+            if cut is None or part.dtype != torch.float32:
+                raise ValueError(
+                    f"DeepSpeed hands the optimizer {tuple(part.shape)} {part.dtype} for {names[0]} and others, "
+                    "expected an equal float32 part of them on each rank: set zero_optimization.stage to 1 or 2 "
+                    "without offload, tensor, pipeline or expert parallelism and low-precision masters, or shard "
+                    "with FSDP2."
+                )
+            self._cuts[id(part)] = cut
+        return self._cuts[id(part)]
+
+
+def refuse_rules(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what keeps or needs more than a gradient of each matrix.
+
+    Raises:
+        ValueError: with what to type.
+
+    Example:
+        >>> from hf_stateless.optimizer.partitioned import refuse_rules
+        >>> refuse_rules([{"algorithm": "row_moment"}])
+        Traceback (most recent call last):
+            ...
+        ValueError: Under DeepSpeed algorithm=row_moment works on whole tables or pairs: leave it out, or use FSDP2.
+    """
+    for group in groups:
+        rule = group["algorithm"]
+        if rule not in _RULES:
+            raise ValueError(
+                f"Under DeepSpeed algorithm={rule} works on whole tables or pairs: leave it out, or use FSDP2."
+            )
+        for name, is_set in (("momentum", has_momentum(group)), ("min_signal", bool(group.get("min_signal")))):
+            if is_set:
+                raise ValueError(
+                    f"Under DeepSpeed {name}={group[name]} is not supported: leave {name} out, or shard with FSDP2."
+                )
