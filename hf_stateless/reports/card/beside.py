@@ -59,7 +59,7 @@ def beside_section(facts: CardFacts, report: MemoryReport | None) -> list[dict[s
     """Return the rows of the table of runs, one column for this run and one for each beside it."""
     own = {"evaluation": facts.evaluation, "hyperparameters": facts.hyperparameters, "took": {}}
     runs = [{**own, "took": took(report)} if report else own, *facts.beside]
-    rows = [("learning rate", [number(run["hyperparameters"].get("learning_rate")) for run in runs], "")]
+    rows = [("learning rate", [plain(run["hyperparameters"].get("learning_rate", "")) for run in runs], "")]
     for entry in facts.evaluation:
         found = [_metric(run["evaluation"], entry["type"]) for run in runs]
         rows.append((f"{plain(entry['name']).lower()} at the end", [number(value) for value in found], "measured"))
