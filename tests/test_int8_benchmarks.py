@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import expert_formats
 import finetuning
 import gpu_table
 import memory
@@ -108,6 +109,22 @@ def test_8_bits_with_stochastic_rounding_end_within_2_percent_of_bf16_and_neares
     same = {key: {record[key] for record in records} for key in ("model", "steps", "learning_rate", "layers")}
     assert all(len(values) == 1 for values in same.values())
     assert page_with(finetuning.weights_table(records))
+
+
+def test_the_table_of_experts_in_8_bits_is_the_measurement_and_their_means_hold_the_limit():
+    records = results("expert-formats-cpu.json")["records"]
+    assert page_with(expert_formats.table(records))
+    losses = {(r["optimizer"], r["format"], r["seed"]): r["eval_loss"] for r in records}
+    assert len(losses) == 12
+    for optimizer in expert_formats.OPTIMIZERS:
+        bf16, int8 = (sum(losses[optimizer, form, seed] for seed in (0, 1, 2)) for form in expert_formats.FORMATS)
+        assert int8 < 1.003 * bf16
+
+
+@pytest.mark.parametrize("form", expert_formats.FORMATS)
+def test_a_mixture_of_experts_learns_in_both_formats(form):
+    before, after = (expert_formats.train("sinkgd", form, seed=0, steps=steps) for steps in (1, 12))
+    assert after < 0.95 * before
 
 
 def test_the_tables_of_gpus_on_the_pages_are_the_predictions():
