@@ -399,6 +399,7 @@ REFUSED = [
     ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "leave it out of zero_optimization"),
     ({**ZERO_1, "fp16": {"enabled": True}}, "type bf16=True"),
     ({"bf16": {"enabled": True}}, "set zero_optimization.stage to 1"),
+    ({}, "set zero_optimization.stage to 1"),
 ]
 
 
@@ -414,7 +415,6 @@ def test_a_deepspeed_config_that_is_not_exact_is_refused_with_what_to_type(make_
 @pytest.mark.parametrize(
     "config",
     [
-        {},
         ZERO_1,
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
         {**ZERO_1, "bf16": {"enabled": True}},

@@ -15,7 +15,7 @@ CASES = {
     "sinkgd, stage 2": ("sinkgd", 2, {}),
     "swan, stage 1": ("swan", 1, {"optim_args": "lr_scale=0.2"}),
     "sinkgd, stage 1, accumulated": ("sinkgd", 1, {"gradient_accumulation_steps": 2}),
-    "sinkgd, stage 0": ("sinkgd", 0, {}),
+    "sinkgd, stage 1, not clipped": ("sinkgd", 1, {"max_grad_norm": 0.0}),
 }
 
 

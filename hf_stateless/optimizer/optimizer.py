@@ -131,18 +131,20 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
         Returns:
             The loss of the closure, if there is one.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         if self.release:
             self.release.finish()
         align_gradients_([p for _, p, _ in self._located()])
         entries = [self.entry(index) for index, p, _ in self._located() if p.grad is not None and p.numel()]
-        self._update(without_weak_gradients(entries, self))
+        self.apply(without_weak_gradients(entries, self))
+        return loss
+
+    def apply(self, entries: list[Entry]) -> None:
+        """Update parameters by their rules, and warn of gradients that were not finite: what is left of a step."""
+        self._update(entries)
         self.hear()
         self.workspace.free()
-        return loss
 
     def _update(self, entries: list[Entry]) -> None:
         """Update parameters by their rules, all of one rule together: ranks meet in as few collectives as possible."""

@@ -56,11 +56,9 @@ class PartitionedOptimizer(StatelessOptimizer):
                 entries += self._matrices(group, pieces)
             else:
                 entries += self._as_they_are(group)
-        self._update(entries)
+        self.apply(entries)
         for held, updated in pieces:
             held.copy_(updated)
-        self.hear()
-        self.workspace.free()
         return None
 
     def name_of(self, index: int) -> str:
