@@ -136,7 +136,7 @@ def test_scales_of_8_bit_weights_are_no_parameters(tmp_path):
 
 @pytest.mark.parametrize("name", [r"$\frac$", "$x", "a_b^c$$", "\\"])
 def test_names_in_a_picture_are_no_formulas(name, tmp_path):
-    report = MemoryReport.load(ROOT / "hub_cards" / "llama-tiny-pretrain-swan")
+    report = MemoryReport.load(ROOT / "hub_cards" / "llama-10m-pretrain-swan")
     report.setup.model = report.setup.optimizer = report.setup.device = name
     draw(report, tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 1000

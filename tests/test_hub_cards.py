@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from hf_stateless.reports.card.curves import CURVES_FILE
 from hf_stateless.reports.card.facts import CARD_FILE, DATA_FILE, CardFacts
 from hf_stateless.reports.card.render import render_folder
+from hf_stateless.reports.card.table import cards_table
 from hf_stateless.reports.measured.schema import PICTURE_FILE, REPORT_FILE, MemoryReport
 
 
@@ -76,6 +77,18 @@ def test_nothing_private_is_told(card):
         data = file.read_bytes()
         assert not re.search(rb"hf_[A-Za-z0-9]{20,}", data)
         assert not re.search(rb"""["'\s(=](/|[A-Z]:\\)[\w.-]+[/\\]""", data if file.suffix != ".png" else b"")
+
+
+def test_the_table_is_made_from_the_json_files():
+    assert cards_table([ROOT / "hub_cards" / card for card in CARDS]) in read("hub_cards/README.md")
+
+
+def test_pretraining_has_adamw_beside_it_that_was_measured():
+    facts = CardFacts.load(ROOT / "hub_cards" / "llama-10m-pretrain-swan")
+    (other,) = facts.beside
+    assert (other["optimizer"], other["parameters"], other["data"]) == ("adamw_torch", facts.parameters, facts.data)
+    assert other["hyperparameters"]["steps"] == facts.hyperparameters["steps"] > 500
+    assert facts.evaluation[0]["value"] < other["evaluation"][0]["value"], "or the page has to say so"
 
 
 @pytest.mark.parametrize("card", CARDS)
