@@ -1,7 +1,10 @@
 """What stacks of experts take in 8 bits: bytes counted, and the prediction against a real step."""
 
+import re
+
 import pytest
 import torch
+from documents import read
 from memory_models import measured_peak
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
@@ -43,6 +46,34 @@ def test_a_weight_takes_a_byte_and_its_share_of_a_scale(name):
     others = sum(p.numel() for p in inside if not isinstance(p, Int8Weight))
     tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     assert others - tables < 0.002 * sum(p.numel() for p in inside)  # routers, biases of experts
+
+
+WHOLE = {
+    "GPT-OSS-20B": lambda: GptOssConfig(num_hidden_layers=24, num_local_experts=32),
+    "Qwen3-30B-A3B": lambda: Qwen3MoeConfig(
+        hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        moe_intermediate_size=768, num_experts=128,
+    ),
+    "Mixtral-8x7B": lambda: MixtralConfig(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_weights_on_the_page_are_those_of_the_whole_models(name):
+    sizes = [
+        weight_bytes_of_rank(build_model(WHOLE[name](), Settings(dtype=dtype))) / 2**30 for dtype in ("bf16", "int8")
+    ]
+    told = re.search(rf"\| {name} \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|", read("hf_stateless/weights/README.md"))
+    assert [float(size) for size in told.groups()] == pytest.approx(sizes, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_peak_on_the_page_is_predicted():
+    settings, options = Settings(dtype="int8", checkpointing=True), {"embeddings": "row_moment", "release": "all"}
+    name = "GPT-OSS-20B"
+    (found,) = estimate(build_model(WHOLE[name](), settings), ["sinkgd_layerwise"], settings, options)
+    told = re.search(rf"\| {name} \|.* ([\d.]+) \|\n", read("hf_stateless/weights/README.md"))[1]
+    assert found.peak / 2**30 == pytest.approx(float(told), rel=0.03)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
