@@ -151,8 +151,9 @@ class HeldWeight(Int8Weight):
     """
 
     not_cut = (
-        "experts, embeddings and heads in 8 bits cannot be sharded by FSDP. Type distributed_type: MULTI_GPU in the "
-        "accelerate config (DDP), or load the model without quantization_config."
+        "experts, embeddings and heads in 8 bits cannot be sharded by FSDP. Leave them in float by "
+        "Int8TrainingConfig(modules_to_not_convert=['experts']) without embeddings=True, or type distributed_type: "
+        "MULTI_GPU in the accelerate config (DDP)."
     )
 
     def new_zeros(self, *size: Any, **kwargs: Any) -> Tensor:
