@@ -19,7 +19,7 @@ from hf_stateless.reports.card.pushing import is_transient
 
 
 PUSHED = {"README.md", "card_data.json", "config.json", "generation_config.json", "memory_report.json"}
-PUSHED |= {"memory.png", "model.safetensors", "trainer_state.json"}
+PUSHED |= {"loss.png", "memory.png", "model.safetensors", "trainer_state.json"}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_failing_network_is_waited_for(hub, worker):
     hub.fail("POST", "/commit/main", status=503)
     uploads = hub.requests("PUT", "/_lfs/")
     assert worker.train_and_push("runs/rough", push_to_hub=True, waits=[0.1, 0.1, 0.1], learning_rate=0.01) is None
-    assert hub.requests("PUT", "/_lfs/") - uploads == 3, "weights, picture, and one of them again"
+    assert hub.requests("PUT", "/_lfs/") - uploads == 4, "weights, two pictures, and one of them again"
     assert set(hub.repository("tester/rough").files) == PUSHED
     assert worker.equal_to_disk("tester/rough", "runs/rough")
 
