@@ -1,4 +1,4 @@
-"""8-bit weights through the Trainer and `accelerate launch` with FSDP2, on two processes and on four."""
+"""8-bit weights through the Trainer and `accelerate launch` with FSDP2, on two processes."""
 
 import json
 
@@ -43,8 +43,8 @@ def saving(kind):
     return job_of(every, folder=kind, saved=f"{kind} end", environment={"FSDP_STATE_DICT_TYPE": kind})
 
 
-def resuming(kind, folder=""):
-    checkpoint = f"{folder}{kind}/checkpoint-{SAVED_AT}"
+def resuming(kind):
+    checkpoint = f"{kind}/checkpoint-{SAVED_AT}"
     return job_of({"optim": "sinkgd"}, resume=checkpoint, environment={"FSDP_STATE_DICT_TYPE": kind})
 
 
@@ -60,12 +60,6 @@ def two(folder):
         jobs |= {kind: saving(kind), f"{kind} resumed": resuming(kind)}
     odd_llama(torch.bfloat16).save_pretrained(folder / "two" / "plain")
     return launch("fsdp2.yaml", folder / "two", jobs, 2)
-
-
-@pytest.fixture(scope="module")
-def four(folder, two):
-    jobs = {kind: resuming(kind, f"{folder}/two/") for kind in STATE_DICTS}
-    return launch("fsdp2.yaml", folder / "four", jobs, 4)
 
 
 def assert_equal(actual, expected):
@@ -106,14 +100,6 @@ def test_a_checkpoint_resumes_to_the_same_bytes(kind, two):
     for of_rank in two:
         assert_equal(of_rank[f"{kind} resumed"]["weights"], of_rank[kind]["weights"])
         assert_equal(of_rank[kind]["weights"], of_rank["FULL_STATE_DICT"]["weights"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", STATE_DICTS)
-def test_a_checkpoint_of_two_processes_resumes_on_four(kind, two, four):
-    for of_rank in four:
-        assert of_rank[kind]["world"] == 4
-        assert_near(of_rank[kind]["weights"], two[0][kind]["weights"])
 
 
 def test_the_saved_folder_is_that_of_one_process(two, folder, tmp_path):

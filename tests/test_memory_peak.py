@@ -109,7 +109,6 @@ print(peak * 1024 - before)
     ("sizes", "batch"),
     [
         pytest.param((384, 1024, 6, 16000), 2, id="23M"),
-        pytest.param((512, 1376, 8, 32000), 2, id="58M"),
         pytest.param((768, 2048, 8, 32000), 1, id="106M"),
     ],
 )

@@ -121,7 +121,6 @@ FAULTS = {
     "too-large": ("PUT", "/_lfs/", {"status": 413}),
     "cut": ("PUT", "/_lfs/", {"cut_after": 1000}),
     "silent": ("PUT", "/_lfs/", {"silent_for": 60.0}),
-    "unverified": ("POST", "/verify", {"status": 500}),
     "refused": ("POST", "/commit/main", {"status": 403}),
     "half": ("POST", "/commit/main", {"half_answer": True}),
 }

@@ -40,21 +40,17 @@ ON_TWO = {
     "llama, tp, swan": ("llama", TP, "swan", 3),
     "llama, tp, sinkgd_layerwise": ("llama", TP, "sinkgd_layerwise", 3),
     "qwen3_moe, tp, sinkgd": ("qwen3_moe", TP, "sinkgd", 3),
-    "qwen3_moe, tp, swan": ("qwen3_moe", TP, "swan", 3),
     "qwen3_moe, ep, sinkgd": ("qwen3_moe", EP, "sinkgd", 20),
     "qwen3_moe, ep, swan": ("qwen3_moe", EP, "swan", 3),
     "qwen3_moe, ep, sinkgd_layerwise": ("qwen3_moe", EP, "sinkgd_layerwise", 3),
     "qwen3_moe, ep and fsdp, swan": ("qwen3_moe", EP_FSDP, "swan", 3),
     "gpt_oss, tp, sinkgd": ("gpt_oss", TP, "sinkgd", 3),
-    "gpt_oss, tp, sinkgd_layerwise": ("gpt_oss", TP, "sinkgd_layerwise", 3),
     "gpt_oss, ep, sinkgd": ("gpt_oss", EP, "sinkgd", 3),
     "gpt_oss, ep, swan_layerwise": ("gpt_oss", EP, "swan_layerwise", 3),
-    "gpt_oss, ep and fsdp, sinkgd": ("gpt_oss", EP_FSDP, "sinkgd", 3),
 }
 FSDP_TP = {"fsdp_size": 2, "tp_size": 2}
 ON_FOUR = {
     "llama, fsdp and tp, sinkgd": ("llama", FSDP_TP, "sinkgd", 20),
-    "llama, fsdp and tp, swan": ("llama", FSDP_TP, "swan", 3),
     "llama, fsdp and tp, swan_layerwise": ("llama", FSDP_TP, "swan_layerwise", 3),
     "llama, replicas and tp, sinkgd": ("llama", {"dp_replicate_size": 2, "tp_size": 2}, "sinkgd", 3),
     "qwen3_moe, fsdp and tp, sinkgd": ("qwen3_moe", FSDP_TP, "sinkgd", 3),
