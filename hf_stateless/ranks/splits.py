@@ -45,7 +45,7 @@ class Split:
     @property
     def members(self) -> tuple[int, ...]:
         """The ranks of the group: groups of two meshes that have the same members are one for us."""
-        return tuple(sorted(dist.get_process_group_ranks(self.group)))
+        return _members(self.group)
 
     def part(self, rank: int) -> tuple[int, ...]:
         """Return the shape of the part of one rank: cut as `torch.chunk` does, missing chunks are empty."""
@@ -143,10 +143,14 @@ def groups_of(tensors: Sequence[Tensor]) -> Iterator[dist.ProcessGroup]:
         for i, placement in enumerate(tensor.placements):
             if placement.is_replicate() or mesh.size(i) == 1:
                 continue
-            members = tuple(sorted(dist.get_process_group_ranks(mesh.get_group(i))))
-            if members not in seen:
-                seen.add(members)
-                yield mesh.get_group(i)
+            group = mesh.get_group(i)
+            if _members(group) not in seen:
+                seen.add(_members(group))
+                yield group
+
+
+def _members(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:

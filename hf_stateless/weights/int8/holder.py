@@ -26,6 +26,8 @@ class Int8Holder(nn.Module):
     """
 
     float_class: type[nn.Module]
+    family: type[Int8Holder]
+    """What `mix` was asked for: this class, or one that is for some kinds of modules."""
     _purses: dict[str, Purse]
     _expected: tuple[str, ...] = ()
     """Weights of which a file is being read."""
@@ -54,7 +56,12 @@ class Int8Holder(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
-        return _blank, (self.float_class,), *made[2:]
+        return _blank, (self.family, self.float_class), *made[2:]
+
+    @classmethod
+    def bases(cls, kind: type[nn.Module]) -> tuple[type, ...]:
+        """Return the bases of the class that a module of some kind gets."""
+        return cls, kind
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Holder:
         held = {name: p for name, p in self._parameters.items() if isinstance(p, Int8Weight | Scale)}
@@ -169,7 +176,9 @@ def hold(module: nn.Module, name: str, group_size: int | None) -> Int8Weight:
     if isinstance(weight, Int8Weight):
         return weight
     assert weight is not None
-    return put(_mixed(module), name, *quantize_stack(weight.detach(), group_size), weight.dtype, weight.requires_grad)
+    return put(
+        mix(module, Int8Holder), name, *quantize_stack(weight.detach(), group_size), weight.dtype, weight.requires_grad
+    )
 
 
 def release(module: nn.Module, dtype: torch.dtype, made: dict[int, nn.Parameter]) -> None:
@@ -195,7 +204,7 @@ def expect(module: nn.Module, name: str, group_size: int | None) -> None:
     """Make room, without memory, for what a file names, until `adopt`."""
     weight = module._parameters[name]
     assert weight is not None
-    holder: nn.Module = _mixed(module)
+    holder: nn.Module = mix(module, Int8Holder)
     assert isinstance(holder, Int8Holder)
     shape, length = weight.shape, stored_length(weight.shape[-1], group_size)
     grouped = (*shape[:-1], shape[-1] // length)
@@ -259,25 +268,29 @@ def put(
     return weight
 
 
-def _mixed(module: nn.Module) -> Int8Holder:
-    """Turn a module into one that holds weights, in place."""
-    if not isinstance(module, Int8Holder):
+def mix(module: nn.Module, family: Any) -> Any:
+    """Turn a module into one of a family that holds weights, in place.
+
+    Args:
+        module: a plain one, or one of that family already.
+        family: `Int8Holder` or a class of it.
+    """
+    if not isinstance(module, family):
         module.__dict__["_purses"] = {}
-        module.__class__ = _mixed_class(type(module))  # type: ignore[arg-type]  # classes have hashes
-    assert isinstance(module, Int8Holder)
+        module.__class__ = _mixed_class(family, type(module))  # type: ignore[arg-type]  # classes have hashes
     return module
 
 
 @cache
-def _mixed_class(kind: Any) -> type[Int8Holder]:
+def _mixed_class(family: Any, kind: Any) -> Any:
     # Code asks for names of classes, as for `...Experts`.
-    body = {"float_class": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (Int8Holder, kind), body)
+    body = {"float_class": kind, "family": family, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, family.bases(kind), body)
 
 
-def _blank(kind: type[nn.Module]) -> Int8Holder:
+def _blank(family: Any, kind: Any) -> Any:
     """Return a module without contents, for who reads or copies one."""
-    mixed = _mixed_class(kind)  # type: ignore[arg-type]  # classes have hashes
+    mixed = _mixed_class(family, kind)
     return mixed.__new__(mixed)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .codes import checked_codes, dequantize_matrix, quantize_stack, stored_length
-from .holder import Int8Holder, put, scale_name
+from .holder import Int8Holder, mix, put, scale_name
 from .weight import Int8Weight
 
 
@@ -30,9 +29,11 @@ class Int8Table(Int8Holder):
         """Return the name of the weight."""
         return name
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made = super().__reduce_ex__(protocol)
-        return _blank, (self.float_class,), *made[2:]
+    @classmethod
+    def bases(cls, kind: type[nn.Module]) -> tuple[type, ...]:
+        """Return the class for embeddings or heads; behind a class of its own, whose code calls the plain table's."""
+        mixin = Int8Embedding if issubclass(kind, nn.Embedding) else Int8Head
+        return (mixin,) if kind in (nn.Embedding, nn.Linear) else (kind, mixin)
 
 
 class Int8Embedding(Int8Table, nn.Embedding):
@@ -124,29 +125,6 @@ def _is_plain(table: Any) -> bool:
     return (looked_up or type(table) is nn.Linear) and min(table.weight.shape) > 1
 
 
-def mix_table(table: nn.Module) -> Int8Table:
-    """Turn an embedding or a head into one that can have a weight in 8 bits, in place."""
-    if not isinstance(table, Int8Table):
-        table.__dict__["_purses"] = {}
-        table.__class__ = _mixed_class(type(table))  # type: ignore[arg-type]  # classes have hashes
-    assert isinstance(table, Int8Table)
-    return table
-
-
-@cache
-def _mixed_class(kind: Any) -> type[Int8Table]:
-    mixin: Any = Int8Embedding if issubclass(kind, nn.Embedding) else Int8Head
-    # Behind a class of its own, whose code calls that of the plain table; in place of the plain table's.
-    bases = (mixin,) if kind in (nn.Embedding, nn.Linear) else (kind, mixin)
-    body = {"float_class": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, bases, body)
-
-
-def _blank(kind: Any) -> Int8Table:
-    mixed = _mixed_class(kind)
-    return mixed.__new__(mixed)
-
-
 def quantize_table(table: nn.Module, group_size: int | None) -> Int8Weight:
     """Store an embedding or a head in 8 bits, in place; nothing is done where it is stored so already.
 
@@ -158,7 +136,7 @@ def quantize_table(table: nn.Module, group_size: int | None) -> Int8Weight:
         return weight
     assert weight is not None
     stored = quantize_stack(weight.detach(), group_size)
-    return put(mix_table(table), "weight", *stored, weight.dtype, weight.requires_grad)
+    return put(mix(table, Int8Table), "weight", *stored, weight.dtype, weight.requires_grad)
 
 
 def finish_tables(tables: Mapping[str, nn.Module], group_size: int | None) -> None:
@@ -181,7 +159,7 @@ def finish_tables(tables: Mapping[str, nn.Module], group_size: int | None) -> No
             raise ValueError(f"{name}: {error}") from None
         for other in tables.values():
             if other is not table and other._parameters["weight"] is before:
-                mix_table(other)._parameters["weight"] = weight
+                mix(other, Int8Table)._parameters["weight"] = weight
 
 
 def expect_tables(tables: Mapping[str, nn.Module], group_size: int | None) -> None:
@@ -189,7 +167,7 @@ def expect_tables(tables: Mapping[str, nn.Module], group_size: int | None) -> No
     for table in tables.values():
         weight = table._parameters["weight"]
         assert weight is not None
-        (tokens, features), holder = weight.shape, mix_table(table)
+        (tokens, features), holder = weight.shape, mix(table, Int8Table)
         groups = features // stored_length(features, group_size)
         holder.__dict__["_float_dtype"] = weight.dtype
         sizes = {"weight": (tokens, groups, features // groups), scale_name("weight"): (tokens, groups)}
