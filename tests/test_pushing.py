@@ -11,34 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 from documents import ROOT
-from hub_server import TOKEN, HubServer
-from push_worker import Worker
+from hub_server import TOKEN
 
 from hf_stateless.reports.card.hub_client import LONGEST_WAIT, _bound_waits, seconds_asked
 from hf_stateless.reports.card.pushing import is_transient
 
 
+pytest_plugins = ["push_places"]
+
 PUSHED = {"README.md", "card_data.json", "config.json", "generation_config.json", "memory_report.json"}
 PUSHED |= {"loss.png", "memory.png", "model.safetensors", "trainer_state.json"}
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the worker runs, so that its output folders are relative."""
-    return tmp_path_factory.mktemp("work")
-
-
-@pytest.fixture(scope="module")
-def worker(hub, folder):
-    worker = Worker(hub, folder)
-    yield worker
-    worker.close()
 
 
 @pytest.fixture(autouse=True)

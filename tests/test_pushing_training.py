@@ -5,31 +5,15 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN
 from push_worker import Worker
 
+
+pytest_plugins = ["push_places"]
 
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "trainer_state.json"}
 STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 SAVING = {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True, "push_to_hub": True}
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("work")
-
-
-@pytest.fixture(scope="module")
-def worker(hub, folder):
-    worker = Worker(hub, folder)
-    yield worker
-    worker.close()
 
 
 @pytest.fixture(autouse=True)
