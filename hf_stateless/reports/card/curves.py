@@ -50,8 +50,8 @@ def draw_curves(facts: CardFacts, path: str | Path) -> bool:
         return False
     figure = new_figure(figsize=(7, 3.4))
     axes = figure.subplots()
-    for number_, (label, points) in enumerate(lines.items()):
-        colour, style = _STYLES[number_ % len(_STYLES)]
+    for position, (label, points) in enumerate(lines.items()):
+        colour, style = _STYLES[position % len(_STYLES)]
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=colour, linestyle=style, marker="o", markersize=3.5, label=literal(label, most=40))
     axes.set_xlabel("steps")

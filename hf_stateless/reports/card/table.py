@@ -20,7 +20,7 @@ _HEADINGS = ("Card", "Optimizer", "Measure", "Before", "After", "Peak", "State",
 def cards_table(folders: Sequence[Path]) -> str:
     """Return one table in Markdown; each cell of a run that has another beside it says both, parted by a stroke."""
     rows = [_row(folder) for folder in folders]
-    lines = [_HEADINGS, tuple("---:" if number_ > 2 else "---" for number_ in range(len(_HEADINGS))), *rows]
+    lines = [_HEADINGS, tuple("---:" if position > 2 else "---" for position in range(len(_HEADINGS))), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
