@@ -76,13 +76,19 @@ def build_model(config: Any, settings: Settings) -> nn.Module:
             model = quantize(model) if settings.dtype == "int8" else model
             model = _with_lora(model, settings.lora) if settings.lora else model
             if settings.checkpointing:
-                base_of(model).activation_checkpointing_enable()
+                checkpoint_activations(base_of(model))
             check_sizes(model)
     except Exception as error:  # of a model's own code, on whatever the config says
         kind = getattr(config, "model_type", "")
         raise ValueError(f"The model of this config (type {shown(kind)}) cannot be built: {_why(error)}") from None
     trained: nn.Module = model.train()
     return trained
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Turn activation checkpointing on; transformers before 5.23 calls it gradient checkpointing."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    getattr(model, names[0] if hasattr(model, names[0]) else names[1])()
 
 
 def _maker(config: Any) -> Callable[..., Any]:
