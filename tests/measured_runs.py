@@ -57,8 +57,8 @@ def padded(rows):
 def new_trainer(folder, optim="sinkgd", model="llama", kind=Trainer, callbacks=(), optimizers=None, **options):
     torch.manual_seed(0)
     defaults = {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
-    defaults["report_to"] = []
-    args = TrainingArguments(folder, optim=optim, use_cpu=True, disable_tqdm=True, **{**defaults, **options})
+    defaults |= {"report_to": [], "use_cpu": True}
+    args = TrainingArguments(folder, optim=optim, disable_tqdm=True, **{**defaults, **options})
     return kind(
         model=TINY_MODELS[model]() if isinstance(model, str) else model,
         args=args,

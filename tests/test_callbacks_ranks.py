@@ -59,7 +59,7 @@ def test_the_report_of_two_ranks_is_of_the_one_with_the_higher_peak(ranks):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("optim", ["sinkgd", "adamw_torch"])
+@pytest.mark.parametrize("optim", ["sinkgd", "adamw_torch_fused"])
 def test_a_gpu_run_reports_what_its_allocator_says(optim, tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8192))
@@ -73,7 +73,7 @@ def test_a_gpu_run_reports_what_its_allocator_says(optim, tmp_path):
     held = sum(vars(report.counted).values())
     assert held <= report.measured.peak.max < 1.5 * held
     assert 0 < report.cost.optimizer_share < 1
-    if optim == "adamw_torch":
+    if optim == "adamw_torch_fused":
         assert report.predicted["adamw_torch"].peak == pytest.approx(report.measured.peak.max, rel=0.1)
 
 
