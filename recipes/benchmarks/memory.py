@@ -138,7 +138,10 @@ def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
         "peak": torch.cuda.max_memory_allocated() if args.device == "cuda" else resident(),
         "libraries": libraries,
         "weights": sum(t.nbytes for t in model.state_dict().values()),
-        "state": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
+        # bitsandbytes counts steps in a plain number.
+        "state": sum(
+            t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)
+        ),
         "gradients": max(gradients),
         "gradients_of_adamw": sum(p.nbytes for params in groups for p in params),
         "largest_gradient": max(p.nbytes for p in model.parameters()),
