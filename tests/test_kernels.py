@@ -9,12 +9,15 @@ import torch
 from conftest import dense, relative_error
 from updates import multinorm_update_
 
-from hf_stateless import StatelessOptimizer
+from hf_stateless import PRESETS, StatelessOptimizer
+from hf_stateless.ranks import alone
 from hf_stateless.update import reads
 from hf_stateless.update.kernels import int8 as int8_update
 from hf_stateless.update.kernels import launch
+from hf_stateless.update.kernels import plain as plain_update
 from hf_stateless.update.kernels import sinkgd as sinkgd_update
 from hf_stateless.update.layout import LAYOUTS as KINDS
+from hf_stateless.update.layout import layout_of
 from hf_stateless.update.write import write_update_
 from hf_stateless.weights.int8.codes import quantize_matrix
 from hf_stateless.weights.int8.sharded import Int8Shard, Place
@@ -348,6 +351,52 @@ def test_a_flag_on_the_device_keeps_every_byte_whatever_the_update_holds(value, 
             assert usable or torch.equal(after[-1], before[-1])
 
 
+@each_layout
+@pytest.mark.parametrize("rate", ["number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_updates_of_plain_weights_are_written_together_as_torch_writes_each(layout, shape, dtype, rate):
+    kind = layout_of(layout)
+    weights = [random(*shape, dtype=dtype, seed=i) for i in range(18)]
+    directions = torch.stack([kind.as_matrix(random(*shape, seed=100 + i)) for i in range(18)])
+    keys = [key_of(i) for i in range(18)] if dtype == torch.bfloat16 else None
+    usable = torch.arange(18, device=DEVICE) % 3 != 1
+    factors = (0.1, 0.9) if rate == "number" else torch.tensor([0.1, 0.9], device=DEVICE).unbind()
+    directions[0 if usable.logical_not()[0] else 1] = math.nan  # what is held back may hold anything
+    twins, before = [w.clone() for w in weights], [w.clone() for w in weights]
+    assert plain_update.fits_plain(weights, directions, kind)
+    plain_update.plain_update_(weights, directions, usable, keys, step_size=factors[0], decay=factors[1], layout=kind)
+    for i, (weight, twin) in enumerate(zip(weights, twins, strict=True)):
+        if usable[i]:
+            write_update_(twin, kind.back(directions[i].clone(), shape), *factors, keys[i] if keys else None)
+            # With a multiply-add torch rounds once less.
+            torch.testing.assert_close(weight, twin, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+            assert not torch.equal(weight, before[i])
+        else:
+            assert torch.equal(weight, before[i])
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (3, 5, 8)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_whitened_step_is_written_by_one_kernel_for_all(shape, dtype, launches, monkeypatch):
+    def step(choice):
+        monkeypatch.setenv("HF_STATELESS_KERNELS", choice)
+        monkeypatch.setattr(reads, "_READ_AT_ONCE", ())
+        monkeypatch.setattr(alone, "BATCH_BYTES", 1 << 20)
+        params = [torch.nn.Parameter(random(*shape, dtype=dtype, seed=i)) for i in range(5)]
+        group = {"params": params, "algorithm": "multinorm", **PRESETS["swan"].group(), "weight_decay": 0.1}
+        for i, p in enumerate(params):
+            p.grad = random(*shape, dtype=dtype, seed=100 + i) * (math.nan if i == 3 else i != 1)
+        optimizer = StatelessOptimizer([group], lr=0.05)
+        optimizer.step()
+        return params, [optimizer.state[p]["step"].item() for p in params], optimizer.updates_not_finite
+
+    ours, twins = step("triton"), step("torch")
+    assert launches.count("apply_update") >= 1
+    assert ours[1:] == twins[1:] == ([1, 1, 1, 0, 1], 1)
+    for one, twin in zip(ours[0], twins[0], strict=True):
+        torch.testing.assert_close(one, twin, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_what_min_signal_holds_back_on_the_device_is_no_work_for_kernels(held, monkeypatch):
     """The kernel knows of no flag: its factors are 0 and 1 where nothing may move."""
@@ -403,7 +452,7 @@ def launches(monkeypatch):
         launched(kernel, programs, *args, **options)
 
     launched = launch.start
-    for module in (launch, sinkgd_update, int8_update):
+    for module in (launch, sinkgd_update, int8_update, plain_update):
         monkeypatch.setattr(module, "start", start)
     return names
 
@@ -419,5 +468,5 @@ def test_launches_grow_with_chunks_and_not_with_matrices(launches):
         counts.append(len(launches))
         assert launches.count("write_pointers") == 2
         assert launches.count("pass_whole_rows") == launches.count("finish_columns") == 5
-        assert launches.count("apply_scaled") == 1
+        assert launches.count("apply_update") == 1
     assert counts == [13, 13]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from ..norms.scale import factor_of_scaled
 from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
 from ..update.batches import BATCH_BYTES, alike, bounded
-from ..update.kernels.choice import Kernel, choose
+from ..update.kernels.choice import Kernel, choose, plain_kernel
+from ..update.reads import both
 from ..update.write import Workspace, judged, key_of_part
 from ..weights.stored import StoredWeight
 from .matrix_update import MatrixUpdate
@@ -27,30 +30,31 @@ class Alone:
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         """Apply the updates; `finite` is set."""
         for same in alike(updates, _class_of):
-            for batch in self._batches(same):
-                self._update(batch, workspace)
+            for batch, kernel in self._batches(same):
+                self._update(batch, kernel, workspace)
                 for update in batch:
                     update.forget_direction()
 
-    def _batches(self, same: list[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
+    def _batches(self, same: list[MatrixUpdate]) -> Iterator[tuple[list[MatrixUpdate], Kernel | None]]:
         """Cut updates of one shape into batches: kernels take any number, torch on a GPU stacks up to a limit.
 
-        With momentum directions are copies, of which only some may be there at once, so no kernel is asked here.
+        With momentum directions are copies, of which only some may be there at once: a kernel is asked for each batch.
         """
         first = same[0]
-        if not first.average and choose([u.weight for u in same], [u.part for u in same], first.chain, first.layout):
-            yield same
-        else:
-            limit = 0 if first.weight.device.type == "cpu" else BATCH_BYTES
-            yield from bounded(same, lambda update: update.param.nbytes, limit)
+        kernel = None if first.average else _kernel_of(same)
+        if kernel:
+            yield same, kernel
+            return
+        limit = 0 if first.weight.device.type == "cpu" else BATCH_BYTES
+        for batch in bounded(same, lambda update: update.param.nbytes, limit):
+            yield batch, _kernel_of(batch) if first.average else None
 
-    def _update(self, batch: list[MatrixUpdate], workspace: Workspace) -> None:
+    def _update(self, batch: list[MatrixUpdate], kernel: Kernel | None, workspace: Workspace) -> None:
         first = batch[0]
         if isinstance(first.weight, StoredWeight) and first.weight.ndim > 2:
             for update in batch:
                 self._by_parts(update, workspace)
             return
-        kernel = choose([u.weight for u in batch], [u.part for u in batch], first.chain, first.layout)
         # A kernel may leave weights to torch: those that its arithmetic cannot hold.
         left = self._by_kernel(kernel, batch) if kernel else batch
         one_by_one = kernel or len(left) == 1
@@ -66,7 +70,7 @@ class Alone:
         grads, finite = update.part.flatten(0, -3), cast(Any, True)
         for i, matrix in enumerate(update.weight.matrices()):
             part = replace(update, param=matrix, gradient=grads[i], average=None, key=key_of_part(update.key, i))
-            self._update([part], workspace)
+            self._update([part], _kernel_of([part]), workspace)
             finite = finite & part.finite
         update.finite = finite
 
@@ -104,13 +108,41 @@ class Alone:
         """Normalise matrices of one shape as one batch."""
         matrices = [update.matrix for update in batch]
         stacked = matrices[0].unsqueeze(0) if len(batch) == 1 else torch.stack(matrices)
-        normalized = batch[0].chain.normalize(stacked)
+        first, normalized = batch[0], batch[0].chain.normalize(stacked)
         # One norm for each, or for each of the blocks that it is made of.
-        blocks = normalized.flatten(0, 1) if batch[0].layout.blocks > 1 else normalized
+        blocks = normalized.flatten(0, 1) if first.layout.blocks > 1 else normalized
         norms = torch.linalg.vector_norm(blocks.flatten(1), dim=1).view(len(batch), -1)
-        verdicts = judged(norms, batch[0].weight.device)
+        kernel = plain_kernel([update.weight for update in batch], normalized, first.layout)
+        if kernel:
+            self._by_plain_kernel(kernel, batch, normalized, norms.squeeze(1))
+            return
+        verdicts = judged(norms, first.weight.device)
         for update, matrix, verdict in zip(batch, normalized, verdicts, strict=True):
             update.write(update.layout.back(matrix, update.part.shape), verdict)
+
+    def _by_plain_kernel(
+        self, kernel: Callable[..., None], batch: list[MatrixUpdate], normalized: Tensor, norms: Tensor
+    ) -> None:
+        """Write the updates of a batch together, where the norms allow it."""
+        first, keys = batch[0], [update.key for update in batch]
+        finite, (step_size, decay) = norms < math.inf, first.factors()
+        usable = both(finite & (norms > 0), first.allowed)
+        kernel(
+            [update.weight for update in batch],
+            normalized,
+            usable,
+            None if None in keys else keys,
+            step_size=step_size,
+            decay=decay,
+            layout=first.layout,
+        )
+        for update, flag in zip(batch, finite.unbind(), strict=True):
+            update.finite = flag
+
+
+def _kernel_of(batch: list[MatrixUpdate]) -> Kernel | None:
+    first = batch[0]
+    return choose([update.weight for update in batch], [update.part for update in batch], first.chain, first.layout)
 
 
 def _class_of(update: MatrixUpdate) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from ...norms.scale import UPDATE_SCALES
 from ...weights.stored import StoredWeight
 from ..layout import Layout
 from ..reads import reads_at_once
-from . import cpu_sinkgd, int8, sinkgd
+from . import cpu_sinkgd, int8, plain, sinkgd
 from .on_hub import HUB, chosen_on_hub
 
 
@@ -93,6 +93,19 @@ def int8_kernel(weight: StoredWeight, update: Tensor, row: Tensor | None = None)
     if not fits or (row is not None and row.dtype != torch.float32) or not use_triton((weight, update)):
         return None
     return int8.int8_update_
+
+
+def plain_kernel(weights: Sequence[Tensor], updates: Tensor, layout: Layout) -> Callable[..., None] | None:
+    """Return the kernel that writes updates into plain weights of one shape, or None where torch writes each.
+
+    Args:
+        weights: of one shape.
+        updates: X of each, stacked.
+        layout: how the weights are stored.
+    """
+    if not use_triton((weights[0], updates)) or not plain.fits_plain(weights, updates, layout):
+        return None
+    return plain.plain_update_
 
 
 def use_triton(tensors: Iterable[Tensor]) -> bool:

@@ -15,11 +15,13 @@ from ..batches import alike
 from ..layout import Layout
 from .int8 import launch_int8
 from .launch import DTYPES, aligned, element, on_device, pointer_table, power_of_two, start
+from .plain import as_stack, is_stack, launch_update
 
 
-# Bytes of gradient that go through all iterations before the next ones start: they stay in a GPU's level-2 cache
-# (50 MB on H100) beside partial sums and weights.
-CHUNK_BYTES = 20 << 20
+# Bytes of gradient that go through all iterations before the next ones start. Less would stay in a GPU's second cache,
+# but then a launch takes the host longer than the GPU: with 20 MiB steps of 1.3B shapes on an H100 took three to five
+# times as long.
+CHUNK_BYTES = 512 << 20
 # Elements of gradient that a program takes (160 programs for a chunk in bfloat16), that a tile of it has, and that the
 # longest row has which is one tile.
 _PROGRAM, _TILE, _LONGEST_ROW = 1 << 16, 8192, 16384
@@ -33,7 +35,7 @@ def fits(weights: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, num
         layout.scales
         and num_iterations == round(num_iterations) >= 1
         and grads[0].numel() > 0
-        and all(g.dtype in DTYPES and _stacked(g, layout) for g in grads)
+        and all(g.dtype in DTYPES and is_stack(g, layout) for g in grads)
         and all(_writable(w, layout) for w in weights)
     )
 
@@ -91,22 +93,7 @@ def _writable(weight: Tensor, layout: Layout) -> bool:
             and weight.ndim == 2
             and all(t.is_contiguous() for t in weight.stored)
         )
-    return weight.dtype in DTYPES and _stacked(weight, layout)
-
-
-def _stacked(tensor: Tensor, layout: Layout) -> bool:
-    """Tell whether a tensor is a stack of matrices at equal distances."""
-    if layout.any_length:
-        return tensor.is_contiguous()
-    return tensor.ndim in (2, 3) or (tensor.ndim > 3 and tensor.is_contiguous())
-
-
-def _as_stack(tensor: Tensor, layout: Layout) -> Tensor:
-    """View a tensor as (matrices, m, n), m = out_features."""
-    if layout.any_length:
-        return tensor.view(1, 1, -1)
-    stack = tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(0, -3)
-    return layout.as_matrix(stack)
+    return weight.dtype in DTYPES and is_stack(weight, layout)
 
 
 class _Batch:
@@ -116,8 +103,8 @@ class _Batch:
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, num_iterations: int
     ) -> None:
         self.weights, self.layout, self.num_iterations = weights, layout, num_iterations
-        self.grads, self.grad_table = [_as_stack(grad, layout) for grad in grads], pointer_table(grads)
-        self.stack, self.m, self.n = self.grads[0].shape
+        self.grads, self.grad, self.grad_table = grads, as_stack(grads[0], layout), pointer_table(grads)
+        self.stack, self.m, self.n = self.grad.shape
         new, count = grads[0].new_empty, len(weights) * self.stack
         self.row = new(count, self.m, dtype=torch.float32)
         self.column = new(count, self.n, dtype=torch.float32)
@@ -126,7 +113,7 @@ class _Batch:
 
     def update_(self, keys: Tensor | None, step_size: float | Tensor, decay: float | Tensor) -> Tensor:
         """Update all weights, a chunk at a time; the matrices of a tensor that exceeds one are taken in parts."""
-        at_once = max(1, CHUNK_BYTES // self.grads[0][0].nbytes)
+        at_once = max(1, CHUNK_BYTES // self.grad[0].nbytes)
         chunk, total = self.stack * max(1, at_once // self.stack), len(self.row)
         for first in range(0, total, chunk):
             end = min(first + chunk, total)
@@ -139,7 +126,7 @@ class _Batch:
         """Compute r and c of some matrices, and the state of their gradients."""
         from .triton_sinkgd import finish_columns, pass_tiled, pass_whole_rows
 
-        grad, m, n = self.grads[0], self.m, self.n
+        grad, m, n = self.grad, self.m, self.n
         turned = grad.stride(-1) != 1 and grad.stride(-2) == 1
         whole = not turned and n <= _LONGEST_ROW
         if whole:
@@ -176,28 +163,12 @@ class _Batch:
         self, first: int, count: int, keys: Tensor | None, step_size: float | Tensor, decay: float | Tensor
     ) -> None:
         """Write the weights of some matrices."""
-        from .triton_sinkgd import apply_scaled
-
-        stored = [weight for weight in self.weights if isinstance(weight, StoredWeight)]
+        stored, vectors = [w for w in self.weights if isinstance(w, StoredWeight)], (self.row, self.column)
         if stored:
-            vectors, part = (self.row, self.column, self.states), slice(first, first + count)
-            launch_int8(stored, self.grad_table, self.grads[0][0], vectors, keys, step_size, decay, part)
+            part = slice(first, first + count)
+            launch_int8(stored, self.grad_table, self.grad[0], (*vectors, self.states), keys, step_size, decay, part)
             return
-        weights = [_as_stack(weight, self.layout) for weight in self.weights]
-        grad, weight, m, n = self.grads[0], weights[0], self.m, self.n
-        if weight.stride(-1) != 1 and weight.stride(-2) == 1:
-            block_m, block_n = power_of_two(m, _TURNED[0]), power_of_two(n, _TURNED[1])
-        else:
-            block_n = power_of_two(n, 1024)
-            block_m = power_of_two(m, _TILE // 2 // block_n)
-        tiles_m, tiles_n = -(-m // block_m), -(-n // block_n)
-        start(
-            apply_scaled, count * tiles_m * tiles_n,
-            self.grad_table, pointer_table(self.weights), self.row, self.column, self.states, keys, step_size, decay,
-            first, self.stack, grad.stride(0), weight.stride(0), *grad.stride()[1:], *weight.stride()[1:], m, n,
-            self.stack * self.states.shape[1], tiles_m, tiles_n,
-            GRAD=element(grad.dtype), WEIGHT=element(weight.dtype), ALIGNED=aligned(self.grads) and aligned(weights),
-            HYPER_ON_DEVICE=isinstance(step_size, Tensor),
-            STOCHASTIC=keys is not None and weight.dtype == torch.bfloat16, TURNED=self.layout.turned,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+        launch_update(
+            self.weights, self.grads, self.grad, self.grad_table, vectors, self.states, keys, (step_size, decay),
+            range(first, first + count), self.layout,
         )  # fmt: skip

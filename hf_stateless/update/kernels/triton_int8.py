@@ -60,12 +60,13 @@ def apply_int8(
             r = tl.load(row + matrix.to(tl.int64) * m + rows, mask=rows < m, other=0.0)
             x = x * r[:, None] * tl.load(column + matrix.to(tl.int64) * n + columns, mask=mask, other=0.0)
         if HYPER_ON_DEVICE:
-            step_size = tl.load(step_size)
-            decay = tl.load(decay)
+            size, kept = tl.load(step_size), tl.load(decay)
+        else:
+            size, kept = step_size, decay
         codes = matrix_at(codes_at, matrix, 1, 0, tl.int8, False) + rows.to(tl.int64)[:, None] * n + columns
         scales = matrix_at(scales_at, matrix, 1, 0, tl.bfloat16, False) + group
         old = tl.load(scales, mask=rows < m, other=1.0).to(tl.float32)
-        exact = tl.load(codes, mask=mask, other=0).to(tl.float32) * old[:, None] * decay - step_size * x
+        exact = tl.load(codes, mask=mask, other=0).to(tl.float32) * old[:, None] * kept - size * x
         noise = tl.zeros((BLOCK_GROUPS, BLOCK_LENGTH), tl.int32)
         if STOCHASTIC:
             key = tl.load(keys + matrix)

@@ -153,13 +153,14 @@ def state_of(states, weight, count, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first"])
-def apply_scaled(
+def apply_update(
     grads, weights, row, column, states, keys, step_size, decay, first, stack, grad_stack_stride, weight_stack_stride,
     grad_m, grad_n, weight_m, weight_n, m, n, count, tiles_m, tiles_n,
-    GRAD: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, HYPER_ON_DEVICE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRAD: tl.constexpr, WEIGHT: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr,
+    HYPER_ON_DEVICE: tl.constexpr, STOCHASTIC: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """W <- decay W - step_size diag(r) G diag(c), rounded as W asks; nothing where the gradient is zero or bad."""
+    """W <- decay W - step_size X, rounded as W asks, X = diag(r) G diag(c) or given; only where the state is 1."""
     program = tl.program_id(0)
     matrix, tile = first + program // (tiles_m * tiles_n), program % (tiles_m * tiles_n)
     if state_of(states, matrix // stack, count, 128) == 1:
@@ -171,13 +172,17 @@ def apply_scaled(
         weight = matrix_at(weights, matrix, stack, weight_stack_stride, WEIGHT, ALIGNED)
         weight += offsets(rows, columns, weight_m, weight_n)
         w = widened(tl.load(weight, mask=mask, other=0.0))
-        r = tl.load(row + matrix.to(tl.int64) * m + rows, mask=rows < m, other=0.0)
-        c = tl.load(column + matrix.to(tl.int64) * n + columns, mask=columns < n, other=0.0)
+        # Other names than the arguments': a name may not turn from an address into a number.
         if HYPER_ON_DEVICE:
-            step_size = tl.load(step_size)
-            decay = tl.load(decay)
-        # diag(r) G first: of order one whatever the scale of G, unlike G diag(c).
-        exact = w * decay - step_size * (x * r[:, None]) * c[None, :]
+            size, kept = tl.load(step_size), tl.load(decay)
+        else:
+            size, kept = step_size, decay
+        if SCALED:  # by r first: of order one whatever the scale of G, unlike G diag(c)
+            r = tl.load(row + matrix.to(tl.int64) * m + rows, mask=rows < m, other=0.0)
+            c = tl.load(column + matrix.to(tl.int64) * n + columns, mask=columns < n, other=0.0)
+            exact = w * kept - size * (x * r[:, None]) * c[None, :]
+        else:
+            exact = w * kept - size * x
         noise = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
         if STOCHASTIC:
             key = tl.load(keys + matrix // stack)
