@@ -315,6 +315,13 @@ PRIVATE_PARTS = (
         until="torch gives them public names",
     ),
     PrivatePart(
+        part="torch:_foreach_norm",
+        used_by=("ranks/placement.py",),
+        why="many tensors in one launch",
+        upstream=_FOREACH,
+        until="torch gives them public names",
+    ),
+    PrivatePart(
         part="torch:_foreach_add_",
         used_by=("optimizer/unread_flags.py",),
         why="many tensors in one launch",

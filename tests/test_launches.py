@@ -1,11 +1,14 @@
 """How many operations a whole optimizer step issues: a bounded number for each matrix, few for each norm vector."""
 
+import math
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from hf_stateless import StatelessOptimizer
 from hf_stateless.optimizer.adamw import adamw_state, adamw_update_
+from hf_stateless.ranks.placement import _finite_and_zero, _finite_and_zero_of_all
 from hf_stateless.weights.noise import rounding_key
 from hf_stateless.weights.rounding import round_vectors, stochastic_round_
 
@@ -93,3 +96,13 @@ def test_vectors_side_by_side_are_updated_as_each_alone():
         assert not torch.equal(p, before)
     for state, other in zip(states, single_states, strict=True):
         assert all(torch.equal(state[name], other[name]) for name in state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_flags_of_many_gradients_are_those_of_each(dtype):
+    smallest = torch.finfo(dtype).smallest_normal / 4
+    kinds = ([1.0, -2.0], [0.0, -0.0], [0.0, math.nan], [math.inf, 1.0], [-math.inf, math.nan], [smallest, 0.0])
+    grads = [torch.tensor(kind, dtype=dtype) for kind in kinds]
+    together = _finite_and_zero_of_all(grads)
+    assert together.tolist() == [_finite_and_zero(grad).tolist() for grad in grads]
+    assert together.unbind(1)[0].tolist() == [True, True, False, False, False, True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ class Chain:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Chain:
         """Take the fields of a chain out of other options, such as those of a parameter group."""
-        return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
+        names = [name for name in _FIELDS if name in options]
+        values = [tuple(options[name]) if name == "norms" else options[name] for name in names]
+        return _made(tuple(names), tuple(values))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norms", tuple(self.norms))
@@ -83,6 +86,15 @@ class Chain:
         while self.norms[2 * pairs : 2 * pairs + 2] == ("row_l2", "col_l2"):
             pairs += 1
         return pairs
+
+
+_FIELDS = tuple(field.name for field in fields(Chain))
+
+
+@cache
+def _made(names: tuple[str, ...], values: tuple[Any, ...]) -> Chain:
+    """Make a chain once: a step asks for that of each matrix."""
+    return Chain(**dict(zip(names, values, strict=True)))
 
 
 def multi_normalize(

@@ -136,8 +136,7 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
         if self.release:
             self.release.finish()
         align_gradients_([p for _, p, _ in self._located()])
-        entries = [self.entry(index) for index, p, _ in self._located() if p.grad is not None and p.numel()]
-        self.apply(without_weak_gradients(entries, self))
+        self.apply(without_weak_gradients(list(self._entries()), self))
         return loss
 
     def apply(self, entries: list[Entry]) -> None:
@@ -217,6 +216,15 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
         # Allocating fresh pages is slow on CPU, so its buffers last until `step()`; a GPU's allocator keeps them.
         if all(entry.param.device.type != "cpu" for entry in entries):
             self.workspace.free()
+
+    def _entries(self) -> Iterator[Entry]:
+        """Yield all parameters with a gradient."""
+        index = 0
+        for group in self.param_groups:
+            for position, p in enumerate(group["params"]):
+                if p.grad is not None and p.numel():
+                    yield Entry(index, p, group, self.state_of(p, group), position=position)
+                index += 1
 
     def entry(self, index: int, *, in_backward: bool = False) -> Entry:
         """Return a parameter by its position, with its state, made where there is none.

@@ -205,9 +205,24 @@ def gradient_flags(params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """
     # A group may mix plain tensors with DTensors, and devices.
     one = next((p for p in params if isinstance(p, DTensor)), params[0])
-    flags = torch.stack([_finite_and_zero(local_shard(p.grad)).to(one.device) for p in params])  # type: ignore[arg-type]
+    flags = torch.stack(_flags([local_shard(p.grad) for p in params], one.device))  # type: ignore[arg-type]
     finite, zero = _on_all_ranks(flags, params).bool().unbind(1)
     return finite, zero.logical_not()
+
+
+def _flags(grads: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return for each gradient whether it is finite and whether it is zero; those of a GPU in a few launches for all."""
+    together = [i for i, g in enumerate(grads) if g.device.type == "cuda" and g.is_floating_point() and g.numel()]
+    flags: dict[int, Tensor] = {}
+    for same in alike(together, lambda i: (grads[i].device, grads[i].dtype)):
+        flags.update(zip(same, _finite_and_zero_of_all([grads[i] for i in same]).to(device).unbind(), strict=True))
+    return [flags[i] if i in flags else _finite_and_zero(grad).to(device) for i, grad in enumerate(grads)]
+
+
+def _finite_and_zero_of_all(grads: list[Tensor]) -> Tensor:
+    """Return a line of both flags for each of some gradients that are not empty."""
+    largest = torch.stack(torch._foreach_norm(grads, float("inf")))
+    return torch.stack([torch.isfinite(largest), largest == 0], 1)
 
 
 def _finite_and_zero(grad: Tensor) -> Tensor:
