@@ -55,6 +55,9 @@ ROWS: dict[str, tuple[str, str | None]] = {
     "sinkgd, lr_scale=0.2": ("sinkgd", "lr_scale=0.2,embeddings=adamw"),
     "sinkgd, lr_scale=0.8": ("sinkgd", "lr_scale=0.8,embeddings=adamw"),
     "sinkgd, lr_scale=0.4, row moments": ("sinkgd", "lr_scale=0.4,embeddings=row_moment"),
+    "sinkgd, lr_scale=0.8, row moments": ("sinkgd", "lr_scale=0.8,embeddings=row_moment"),
+    "sinkgd_polar, lr_scale=1": ("sinkgd_polar", "lr_scale=1,embeddings=adamw"),
+    "sinkgd_polar, lr_scale=1, row moments": ("sinkgd_polar", "lr_scale=1,embeddings=row_moment"),
     "sinkgd_polar by operator, lr_scale=1": ("sinkgd_polar", "scale=operator,lr_scale=1,embeddings=adamw"),
     "sinkgd_polar by operator, lr_scale=4": ("sinkgd_polar", "scale=operator,lr_scale=4,embeddings=adamw"),
     "sinkgd_polar by operator, lr_scale=8": ("sinkgd_polar", "scale=operator,lr_scale=8,embeddings=adamw"),
@@ -65,6 +68,10 @@ ROWS: dict[str, tuple[str, str | None]] = {
     "swan, product, lr_scale=0.2": ("swan", "lora=product,lr_scale=0.2"),
     "sinkgd, bf16": ("sinkgd", "lr_scale=0.2"),
     "sinkgd, int8": ("sinkgd", "lr_scale=0.2"),
+    "swan, bf16": ("swan", "lr_scale=2,embeddings=row_moment"),
+    "swan, int8": ("swan", "lr_scale=2,embeddings=row_moment"),
+    "sinkgd, row moments, bf16": ("sinkgd", "lr_scale=0.8,embeddings=row_moment"),
+    "sinkgd, row moments, int8": ("sinkgd", "lr_scale=0.8,embeddings=row_moment"),
     "sinkgd, int8 nearest": ("sinkgd", "lr_scale=0.2,stochastic_rounding=false"),
 }
 LORAPLUS_RATIO = 8

@@ -291,6 +291,8 @@ VARIANTS = {
     "swan, row moments, head by columns": ("swan:embeddings=row_moment,heads=column_moment", 4e-3),
     "swan, momentum 0.9": ("swan:momentum=0.9", 2e-3),
     "sinkgd, momentum 0.9": ("sinkgd:momentum=0.9", 5e-4),
+    "sinkgd_polar, momentum 0.9": ("sinkgd_polar:momentum=0.9", 1e-3),
+    "sinkgd_polar, row_moment tables": ("sinkgd_polar:embeddings=row_moment", 2e-3),
 }
 ROWS |= {of_kinds(name, k): ours(*chain, kinds=k) for name, chain in VARIANTS.items() for k in KINDS}
 ROWS |= {at_constant_rate(name): replace(ROWS[name], training=CONSTANT) for name in MAIN}
