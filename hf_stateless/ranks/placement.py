@@ -211,7 +211,7 @@ def gradient_flags(params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _flags(grads: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return for each gradient whether it is finite and whether it is zero; those of a GPU in a few launches for all."""
+    """Return for each gradient whether it is finite and whether it is zero; on a GPU in a few launches for all."""
     together = [i for i, g in enumerate(grads) if g.device.type == "cuda" and g.is_floating_point() and g.numel()]
     flags: dict[int, Tensor] = {}
     for same in alike(together, lambda i: (grads[i].device, grads[i].dtype)):
