@@ -111,6 +111,20 @@ def test_the_page_is_that_of_the_results():
     assert ("No run on a GPU has been [measured]" in read("README.md")) == (not results)
 
 
+def test_a_long_table_is_folded_and_figures_of_older_code_are_named():
+    results = results_of("memory, 1b", "step time, 1b", "two processes")
+    for name, code, at in (("memory, 1b", "old", 1), ("step time, 1b", "new", 2), ("two processes", "new", 3)):
+        results["stages"][name] |= {"code": code, "at": at}
+    text = gpu_report.section(results)
+    assert "Measured before the last change of the code: memory, 1b.\n" in text
+    assert "<details>" not in text
+    results["stages"]["memory, 1b"]["code"] = "new"
+    results["stages"]["step time, 1b"]["records"] *= gpu_report.MOST_LINES
+    text = gpu_report.section(results)
+    assert "before the last change" not in text
+    assert text.count("<details>") == text.count("</details>") == 1
+
+
 def test_a_report_takes_the_file_over_and_renews_the_page(tmp_path, monkeypatch):
     page, kept, file = (tmp_path / name for name in ("README.md", "results.json", "gpu.json"))
     page.write_text("before\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nafter\n")

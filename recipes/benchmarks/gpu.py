@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_figures import figures, options_of
-from gpu_place import ROOT, environment_of, facts, fill, obstacle, prepare
+from gpu_place import ROOT, code, environment_of, facts, fill, obstacle, prepare
 from gpu_process import PLACE, Ended, alone, run, telling_line
 from gpu_report import summary, with_section
 from gpu_stages import STAGES, Stage
@@ -110,6 +110,7 @@ def perform(stage: Stage, left: float, args: argparse.Namespace) -> dict[str, An
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         records, setup, status, why = [], {}, "failed", f"its figures cannot be read: {type(error).__name__}: {error}"
     entry = {"status": status, "why": why, "seconds": ended.seconds, "lines": ended.lines if why else []}
+    entry |= {"code": code(), "at": round(time.time())}
     # No folders of this machine.
     found: dict[str, Any] = json.loads(PLACE.sub("", json.dumps({**entry, "setup": setup, "records": records})))
     return found

@@ -12,6 +12,8 @@ from gpu_stages import STAGES, Stage
 Record = Mapping[str, Any]
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 NOT_MEASURED = "not measured"
+# Of a table that is open on the page.
+MOST_LINES = 12
 
 
 def number(form: str) -> Callable[[Any], str]:
@@ -125,7 +127,10 @@ def tables(stages: Mapping[str, Record]) -> str:
     for kind, (heading, columns) in TABLES.items():
         head = f"| Stage | {' | '.join(title for title, *_ in columns)} |"
         lines = [line for stage in STAGES if stage.kind == kind for line in rows(stage, stages.get(stage.name))]
-        parts.append("\n".join([f"### {heading}", "", head, "|---|" + "---|" * len(columns), *lines]))
+        table = [head, "|---|" + "---|" * len(columns), *lines]
+        if len(lines) > MOST_LINES:
+            table = [f"<details><summary>{len(lines)} lines</summary>", "", *table, "", "</details>"]
+        parts.append("\n".join([f"### {heading}", "", *table]))
     return "\n\n".join(parts)
 
 
@@ -136,7 +141,15 @@ def section(results: Record) -> str:
     setup = results["setup"]
     facts = ", ".join(f"{key} {setup[key]}" for key in ("torch", "transformers", "cuda") if setup.get(key))
     first = f"Measured on one {setup['device']} ({facts}); file `gpu.json` in `recipes/benchmarks/results/`."
-    return f"{first}\n\n{tables(results['stages'])}"
+    return "\n\n".join(filter(None, [first, of_older_code(results["stages"]), tables(results["stages"])]))
+
+
+def of_older_code(stages: Mapping[str, Record]) -> str:
+    """Say which stages have figures of other code than the last one has that has any, or nothing."""
+    codes = {name: entry.get("code") for name, entry in stages.items() if records_of(entry)}
+    newest = max(codes, key=lambda name: stages[name].get("at", 0), default=None)
+    older = [name for name, its_code in codes.items() if its_code != codes[newest]] if newest else []
+    return f"Measured before the last change of the code: {'; '.join(older)}." if older else ""
 
 
 def with_section(page: str, results: Record) -> str:

@@ -25,6 +25,7 @@ import json
 import math
 import platform
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,32 @@ from hf_stateless.reports.files import write_text
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pretraining_data import load_blocks
-from pretraining_text import DataArguments
+from pretraining_text import NOT_TEXT, DataArguments, standard_library_files
 
 
 EVAL_TOKENS = 65_536
 _BLOCKS: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
 
+def installed_sources(most: int = 120 << 20) -> list[str]:
+    """Return the .py files of the standard library and of installed packages up to some bytes, in a fixed order."""
+    root = Path(sysconfig.get_path("purelib"))
+    packages = sorted(file for file in root.rglob("*.py") if NOT_TEXT.isdisjoint(file.relative_to(root).parts))
+    files, size = standard_library_files(), 0
+    for file in packages:
+        size += file.stat().st_size
+        if size > most:
+            break
+        files.append(str(file))
+    return files
+
+
 def text_blocks(study: Study, args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Return train and held-out blocks and the tokenizer, made once per process."""
     key = (study.text, study.vocab, study.block)
     if key not in _BLOCKS:
-        files = args.train_files if study.text == "english" else None
+        files = installed_sources() if study.text == "packages" else None
+        files = args.train_files if study.text == "english" else files
         data = DataArguments(
             train_files=files, vocab_size=study.vocab, block_size=study.block, max_eval_tokens=EVAL_TOKENS
         )

@@ -18,7 +18,8 @@ class Study:
     """One comparison: every optimizer trains this model on this text with these batches for so many steps."""
 
     text: str = "python"
-    """`python` is the text that every Python installation holds, `english` what `--train_files` names."""
+    """`python` is the text that every Python installation holds, `packages` the same with all packages that are
+    installed, and `english` what `--train_files` names."""
     hidden: int = 128
     layers: int = 4
     vocab: int = 2048
@@ -57,8 +58,8 @@ STUDIES = {
     "small, tied": Study(tied=True),
     "longest": Study(steps=2400),
     # For a GPU, and the tiny one that rehearses them.
-    "60M": Study(hidden=512, layers=8, vocab=32000, sequences=128, block=256, steps=240),
-    "130M": Study(hidden=768, layers=12, vocab=32000, sequences=128, block=256, steps=240),
+    "60M": Study(text="packages", hidden=512, layers=8, vocab=32000, sequences=128, block=256, steps=240),
+    "130M": Study(text="packages", hidden=768, layers=12, vocab=32000, sequences=128, block=256, steps=240),
     "rehearsal": Study(text="english", hidden=32, layers=1, vocab=300, sequences=2, block=32, steps=2),
 }
 
