@@ -352,8 +352,7 @@ def test_a_flag_on_the_device_keeps_every_byte_whatever_the_update_holds(value, 
 
 
 @each_layout
-@pytest.mark.parametrize("rate", ["number", "tensor"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, "tensor"), (torch.float32, "number")], ids=str)
 def test_updates_of_plain_weights_are_written_together_as_torch_writes_each(layout, shape, dtype, rate):
     kind = layout_of(layout)
     weights = [random(*shape, dtype=dtype, seed=i) for i in range(18)]
