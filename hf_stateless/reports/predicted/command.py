@@ -23,6 +23,7 @@ from .limits import bounded
 from .model import DTYPES, build_model, load_config
 from .state import is_ours, known_optimizers
 from .table import GPUS, Settings, as_json, as_table, plot
+from .zero import check_zero, known_under_zero
 
 
 _DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch"
@@ -47,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpointing", action="store_true", help="activation checkpointing")
     add("--lora", type=_count, metavar="R", help="train LoRA adapters of rank R on all linear layers")
     add("--fsdp", type=_count, default=1, metavar="N", help="shard with FSDP2 over N GPUs")
+    add(
+        "--zero", type=int, choices=(1, 2, 3), default=0, metavar="STAGE", help="shard with DeepSpeed ZeRO-1, -2 or -3"
+    )
+    add("--ranks", type=_count, default=1, metavar="N", help="the GPUs of --zero")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where it would run (default cuda)")
     add("--gpus", help=f"their sizes in GiB joined by commas (default {','.join(f'{gib:g}' for gib in GPUS)})")
     add("--trust-remote-code", action="store_true", help="let a model of the Hub run its own code")
@@ -95,6 +100,9 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         names = _of_int8(names, args)
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     settings = Settings(**{**given, "seq": args.seq or Settings.seq})
+    if settings.zero and args.optim == _DEFAULT_OPTIMIZERS:
+        names = known_under_zero(names, settings)
+    check_zero(names, settings)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     model = build_model(config, settings)
     if settings.fsdp > 1 and any(isinstance(p, HeldWeight) for p in model.parameters()):
@@ -144,6 +152,8 @@ def _facts(
     notes = []
     if settings.fsdp > 1:
         notes.append("gathered: the layers that FSDP2 puts together, from a formula; step temporaries are of one GPU.")
+    if settings.zero:
+        notes.append("State has the float32 masters of ZeRO; its buckets (reduce_bucket_size) come on top.")
     if getattr(config, "quantization_config", None) and settings.dtype != "int8":
         notes.append(f"The quantization that the config names is left out: weights are taken in {settings.dtype}.")
     base, batch = base_of(model), example_batch(model, settings)

@@ -22,6 +22,7 @@ from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trai
 from .table import Estimate, Settings
 from .trace import LiveBytes, Peak, Timeline, trace_training
 from .wire import fsdp_bytes, optimizer_bytes
+from .zero import zero_bytes, zero_optimizer_bytes, zero_state, zero_temporary
 
 
 # Forward and backward where gradients are released: by the identities of their parameters, the bytes of each update.
@@ -63,8 +64,8 @@ def estimate(
         return _timeline(model, batch, settings)
 
     def trace(released: Mapping[int, int]) -> Peak:
-        sharded = settings.fsdp > 1
-        kept = {id(p): (tensor_bytes([p], settings.fsdp), 0) for p in model.parameters()} if sharded else {}
+        ranks = settings.parts[1]
+        kept = {id(p): (tensor_bytes([p], ranks), 0) for p in model.parameters()} if ranks > 1 else {}
         return timeline().peak({**kept, **{key: (0, size) for key, size in released.items()}})
 
     try:
@@ -92,7 +93,7 @@ def _timeline(model: nn.Module, batch: Batch, settings: Settings) -> Timeline:
 def _estimate(
     model: nn.Module, name: str, settings: Settings, optim_args: Mapping[str, Any], trace: _Trace
 ) -> Estimate:
-    ranks, device = settings.fsdp, settings.device
+    (ranks, of_gradients), device = settings.parts, settings.device
     groups = optimizer_groups(model, name, optim_args) if is_ours(name) else []
     release = optim_args.get("release", "matrices")
     layerwise = [g for g in groups if is_layerwise(name) and is_released(g["algorithm"], release)]
@@ -101,10 +102,15 @@ def _estimate(
     if groups:
         temporary = _step_temporary(kept, device)
     else:
-        temporary = RULES[name].temporary(trained_parameters(model, ranks), device)
+        held = trained_parameters(model, max(settings.fsdp, settings.ranks))
+        temporary = RULES[name].temporary(held, device)
     backward = trace(released)
-    gradients = tensor_bytes([p for p in model.parameters() if p.requires_grad and id(p) not in released], ranks)
+    unreleased = [p for p in model.parameters() if p.requires_grad and id(p) not in released]
+    gradients = tensor_bytes(unreleased, of_gradients)
     weights, state = weight_bytes_of_rank(model, ranks), optimizer_state_bytes(model, name, optim_args, ranks)
+    if settings.zero:
+        state = zero_state(model, name, optim_args, settings.ranks)
+        temporary = zero_temporary(model, temporary, settings.ranks)
     gathered = _gathered(model) if ranks > 1 else 0
     trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
     always = {"weights": weights, "optimizer_state": state}
@@ -122,8 +128,8 @@ def _estimate(
         gradients=max(gradients, backward.gradients) if released else gradients,
         activations=trace({}).activations,
         temporary=max(temporary, *released.values(), 0),
-        sent=_sent(model, name, optim_args, ranks),
-        sent_by_fsdp=fsdp_bytes(tensor_bytes(model.parameters()), trained, ranks),
+        sent=_sent(model, name, optim_args, settings),
+        sent_by_fsdp=_sent_by_sharding(tensor_bytes(model.parameters()), trained, settings),
         gathered=gathered,
         peak=sum(at_peak.values()),
         moment=moment,
@@ -131,12 +137,20 @@ def _estimate(
     )
 
 
-def _sent(model: nn.Module, name: str, optim_args: Mapping[str, Any], ranks: int) -> int | None:
+def _sent_by_sharding(weights: int, trained: int, settings: Settings) -> int:
+    if settings.zero:
+        return zero_bytes(weights, trained, settings.zero, settings.ranks)
+    return fsdp_bytes(weights, trained, settings.fsdp)
+
+
+def _sent(model: nn.Module, name: str, optim_args: Mapping[str, Any], settings: Settings) -> int | None:
     """Return what an optimizer sends: those of transformers that update each entry by itself send nothing."""
-    if ranks == 1:
+    if settings.zero:
+        return zero_optimizer_bytes(model, name, optim_args, settings.ranks)
+    if settings.fsdp == 1:
         return None
     if is_ours(name):
-        return optimizer_bytes(model, name, optim_args, ranks)
+        return optimizer_bytes(model, name, optim_args, settings.fsdp)
     return None if name in ("galore_adamw", "adafactor") else 0
 
 

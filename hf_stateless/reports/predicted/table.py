@@ -54,8 +54,19 @@ class Settings:
     """Rank of LoRA adapters on all linear layers; None trains every weight."""
     fsdp: int = 1
     """Number of GPUs over which FSDP2 shards weights, gradients and state."""
+    zero: int = 0
+    """Stage of DeepSpeed's ZeRO; 0 without it."""
+    ranks: int = 1
+    """Number of GPUs over which ZeRO shards."""
     device: str = "cuda"
     """`cuda` or `cpu`: what attention and optimizers need on top differs."""
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Into how many parts the weights are cut, and into how many the gradients."""
+        if self.zero:
+            return self.ranks if self.zero == 3 else 1, self.ranks if self.zero > 1 else 1
+        return self.fsdp, self.fsdp
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Estimate:
     temporary: int
     """What the update needs on top."""
     gathered: int
-    """Whole layers that FSDP2 puts together; 0 on one GPU."""
+    """Whole layers that FSDP2 or ZeRO-3 puts together; 0 where weights are whole."""
     peak: int
     moment: str
     """When the peak is reached: in `backward` or in the optimizer's `step`."""
@@ -81,7 +92,7 @@ class Estimate:
     sent: int | None = None
     """What a GPU sends in a step of the optimizer; None on one GPU, and where it is not known."""
     sent_by_fsdp: int = 0
-    """What FSDP2 itself sends in a step without accumulation; 0 on one GPU."""
+    """What FSDP2 or ZeRO itself sends in a step without accumulation; 0 on one GPU."""
 
 
 def usable(gib: float) -> float:
@@ -118,7 +129,7 @@ def as_json(
 
 def as_table(report: Mapping[str, Any]) -> str:
     """Render what `as_json` returned for a terminal, in one unit, with the origin of every column."""
-    columns = [key for key in ORIGINS if key != "gathered" or report["settings"]["fsdp"] > 1]
+    columns = [key for key in ORIGINS if key != "gathered" or any(row["gathered"] for row in report["estimates"])]
     unit = unit_of(max(row["peak"] for row in report["estimates"]))
     rows = [[unit[0], *(key.removeprefix("optimizer_") for key in columns), "fits", "GPUs"]]
     rows.append(["", *(ORIGINS[key] for key in columns), "", ""])
@@ -150,6 +161,7 @@ def headline(report: Mapping[str, Any]) -> list[str]:
     ]
     parts += [f"LoRA of rank {run['lora']}"] if run["lora"] else []
     parts += [f"FSDP2 over {run['fsdp']} GPUs, figures for one of them"] if run["fsdp"] > 1 else []
+    parts += [f"ZeRO-{run['zero']} over {run['ranks']} GPUs, figures for one of them"] if run["zero"] else []
     return [*parts, f"on {run['device']}"]
 
 
@@ -158,7 +170,7 @@ def _legend(report: Mapping[str, Any]) -> list[str]:
     return [
         "counted: from the model's own tensors. predicted: nothing was run on a device.",
         "Each column is the most that is held at any time; peak is what is held together at the fullest moment.",
-        *(_wire(report["estimates"]) if report["settings"]["fsdp"] > 1 else []),
+        *_wire(report["estimates"], report["settings"]),
         *(["Gradients of layer-wise optimizers: predicted, the most that is alive at once."] if layerwise else []),
         f"A GPU fits if the peak takes at most {USABLE_SHARE:.0%} of its memory less {CONTEXT_BYTES // GIB} GiB for "
         "the CUDA context.",
@@ -166,12 +178,15 @@ def _legend(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _wire(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line about what a GPU sends in one step."""
+def _wire(rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> list[str]:
+    """Return a line about what a GPU sends in one step, if there are others."""
+    if run["fsdp"] == 1 and not run["zero"]:
+        return []
+    sharding = f"ZeRO-{run['zero']}" if run["zero"] else "FSDP2"
     own = [f"{row['optimizer']} {'unknown' if row['sent'] is None else size_text(row['sent'])}" for row in rows]
     return [
-        f"Sent by one GPU in a step without accumulation, counted: {size_text(rows[0]['sent_by_fsdp'])} by FSDP2 "
-        f"itself; by the optimizers: {', '.join(own)}."
+        f"Sent by one GPU in a step without accumulation, counted: {size_text(rows[0]['sent_by_fsdp'])} by "
+        f"{sharding} itself; by the optimizers: {', '.join(own)}."
     ]
 
 
