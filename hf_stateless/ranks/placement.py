@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..update.batches import alike
-from .splits import groups_of, may_be_empty
+from .splits import groups_of, splits_of
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -68,13 +68,12 @@ def part_of(update: Tensor, param: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def whole_if_tiny(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Give a parameter, its gradient and its state, gathered where a rank holds nothing of them (a collective).
+def whole_if_unknown(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Give a parameter, its gradient and its state, gathered where `splits_of` does not know the cut (a collective).
 
-    DTensor has no rule for some operations on an empty shard; so small a parameter can be updated whole by every
-    rank, which keeps its own part of the parameter and of the state in the end.
+    Every rank then updates it whole, and keeps its own part of the parameter and of the state in the end.
     """
-    if not may_be_empty(param):
+    if splits_of(param) is not None:
         yield param, grad, state
         return
     whole, whole_state = whole_matrix(param), whole_matrix(state)

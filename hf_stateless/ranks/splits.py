@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -122,15 +122,6 @@ def _as_applied(param: DTensor, cut: Sequence[int]) -> list[tuple[int, int, int]
         else:
             order.insert(0, (i, dim, factor))
     return order
-
-
-def may_be_empty(param: Tensor) -> bool:
-    """Tell whether some rank holds nothing of a parameter: the same answer on all ranks."""
-    splits = splits_of(param) or ()
-    shapes = {tuple(param.shape)}
-    for one in reversed(splits):
-        shapes = {replace(one, shape=shape).part(rank) for shape in shapes for rank in range(one.ranks)}
-    return bool(splits) and any(0 in shape for shape in shapes)
 
 
 def groups_of(tensors: Sequence[Tensor]) -> Iterator[dist.ProcessGroup]:
