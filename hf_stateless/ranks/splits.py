@@ -82,16 +82,24 @@ def splits_of(param: Tensor) -> tuple[Split, ...] | None:
         The splits in the order in which they are undone: the first puts this rank's part together with those of other
         ranks, the last makes the whole tensor. None where the cut is of a kind that is not known here.
     """
-    if not isinstance(param, DTensor):
-        return ()
-    grad, mesh, placements = param.grad, param.device_mesh, param.placements
-    if not isinstance(grad, DTensor) or grad.device_mesh != mesh or grad.placements != placements:
+    grad = param.grad if isinstance(param, DTensor) else None
+    if isinstance(param, DTensor) and (
+        not isinstance(grad, DTensor) or grad.device_mesh != param.device_mesh or grad.placements != param.placements
+    ):
         return None
+    return cuts_of(param)
+
+
+def cuts_of(tensor: Tensor) -> tuple[Split, ...] | None:
+    """Describe how any tensor is cut, as `splits_of` does."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements
     cut = [i for i, one in enumerate(placements) if not one.is_replicate() and mesh.size(i) > 1]
     if any(type(placements[i]) not in (Shard, _StridedShard) for i in cut):
         return None
-    splits, shape = [], tuple(param.shape)
-    for i, dim, pieces in _as_applied(param, cut):
+    splits, shape = [], tuple(tensor.shape)
+    for i, dim, pieces in _as_applied(tensor, cut):
         one = Split(
             group=mesh.get_group(i),
             rank=mesh.get_local_rank(i),
@@ -103,7 +111,7 @@ def splits_of(param: Tensor) -> tuple[Split, ...] | None:
         )
         splits.append(one)
         shape = one.part(one.rank)
-    return tuple(reversed(splits)) if shape == tuple(param.to_local().shape) else None
+    return tuple(reversed(splits)) if shape == tuple(tensor.to_local().shape) else None
 
 
 def _as_applied(param: DTensor, cut: Sequence[int]) -> list[tuple[int, int, int]]:
