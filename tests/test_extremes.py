@@ -5,6 +5,7 @@ import statistics
 import numpy
 import pytest
 import torch
+import triton_interpreter  # noqa: F401
 from conftest import dense, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st

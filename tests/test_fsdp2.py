@@ -25,6 +25,7 @@ UNEVEN, ONE_ROW, EXPERTS, KERNELS = (9, 14), (1, 6), (3, 10, 7), (6, 4, 3, 3)
 TABLES = ((3, 8), (9, 14), (31, 6))
 SHARD0, SHARD1, SHARD2 = (Shard(0),), (Shard(1),), (Shard(2),)
 HYBRID, TWO_CUTS = (Replicate(), Shard(0)), (Shard(0), Shard(1))
+CUTS_OF_TABLES = (SHARD0, HYBRID, SHARD1, TWO_CUTS, (Replicate(),))
 CHAINS = {
     **{name: preset.group() for name, preset in PRESETS.items()},
     **{norm: {"norms": (norm,), "num_iterations": 1} for norm in ("sign", "frobenius", "col_l2", "row_standardize")},
@@ -228,7 +229,7 @@ def worker(rank, folder):
             for placements in (SHARD0, SHARD1, HYBRID, TWO_CUTS):
                 for value in (float("nan"), float("inf")):
                     results["spoiled", chain, str(placements), str(value)] = run_spoiled(placements, options, value)
-        results["tables"] = {str(cut): step_tables(place_by(cut)) for cut in (SHARD0, HYBRID)}
+        results["tables"] = {str(cut): step_tables(place_by(cut)) for cut in CUTS_OF_TABLES}
         results["moments"] = table_moments_runs.on_this_rank()
         results["refused"] = {str(cut): refused(cut) for cut in (SHARD1, TWO_CUTS)}
         results["refused"]["another cut"] = refused(SHARD0, SHARD1, MOMENTUM)
@@ -267,7 +268,7 @@ def test_a_matrix_whose_shape_no_other_has_steps_as_on_one_process(chain, result
         torch.testing.assert_close(of_rank["alone"][chain], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("placements", [SHARD0, HYBRID], ids=str)
+@pytest.mark.parametrize("placements", CUTS_OF_TABLES, ids=str)
 def test_tables_with_momentum_step_as_on_one_process_where_ranks_hold_no_row(placements, results):
     expected = step_tables(lambda whole: whole)
     for of_rank in results:

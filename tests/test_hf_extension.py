@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from documents import ROOT, read
+from huggingface_hub import constants
 
 from hf_stateless.run.command import SUBCOMMANDS
 
@@ -32,7 +33,7 @@ def installed(tmp_path, monkeypatch):
     """The extension, installed below a folder of the test, and an `hf-stateless` on PATH."""
     monkeypatch.setattr(extensions, "EXTENSIONS_ROOT", tmp_path / "extensions")
     monkeypatch.setattr(extensions, "_github_request", _github)
-    monkeypatch.setattr(extensions.constants, "HF_HUB_DISABLE_UPDATE_CHECK", True, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_UPDATE_CHECK", True, raising=False)
     extensions._install_extension(owner="somebody", repo_name="hf-stateless", short_name="stateless")
     program = tmp_path / "bin" / "hf-stateless"
     program.parent.mkdir()

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import triton_interpreter  # noqa: F401
 from documents import ROOT
 
 import hf_stateless

@@ -211,7 +211,7 @@ def test_folders_load_with_the_same_bytes_and_export_under_the_names_of_the_floa
         assert torch.equal(dict(loaded.named_parameters())[name], weight.dequantize())
 
 
-@pytest.mark.parametrize("damage", ["missing", "scale", "shape", "nan"])
+@pytest.mark.parametrize("damage", ["missing", "scale", "shape", "shape of scales", "nan"])
 def test_a_damaged_stack_is_refused(damage, tmp_path):
     quantized("mixtral").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -223,6 +223,8 @@ def test_a_damaged_stack_is_refused(damage, tmp_path):
         del tensors[scales]
     elif damage == "shape":
         tensors[codes] = tensors[codes][:, :, :1].contiguous()
+    elif damage == "shape of scales":
+        tensors[scales] = tensors[scales][:, :, :1].contiguous()
     else:
         tensors[scales] = tensors[scales] * float("nan")
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})

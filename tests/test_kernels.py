@@ -6,6 +6,7 @@ import math
 import pytest
 import reference
 import torch
+import triton_interpreter  # noqa: F401
 from conftest import dense, relative_error
 from updates import multinorm_update_
 

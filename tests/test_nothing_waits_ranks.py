@@ -36,8 +36,8 @@ SHARDED = {
     "factored": (UNEVEN, COLUMNS, {"algorithm": "factored"}, KINDS),
     "lora_product": (PAIR, ROWS, {"algorithm": "lora_product"}, KINDS),
 }  # fmt: skip
-# `sinkhorn_momentum` cannot round shards; 19 steps of `min_signal` in one dtype are enough.
-LEFT_OUT = {("sinkhorn_momentum", "bfloat16"), ("sinkgd min_signal", "bfloat16")}
+# 19 steps of `min_signal` in one dtype are enough.
+LEFT_OUT = {("sinkgd min_signal", "bfloat16")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

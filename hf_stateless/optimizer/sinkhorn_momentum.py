@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norms.sinkhorn import sr_sinkhorn
-from ..ranks.placement import local_shard, whole_if_tiny
+from ..ranks.placement import local_shard, sum_over_cut, whole_if_unknown
+from ..ranks.sinkhorn import sinkhorn_of_part
+from ..ranks.splits import splits_of
 from ..update.rate import learning_rate
 from ..update.write import write_update_
 from ..weights.noise import RoundingKey
@@ -41,8 +42,8 @@ def sinkhorn_momentum_update_(
     row has the norm sqrt(d); W <- (1 - lr wd) W - lr lr_scale X. State kept: the buffer, in the parameter's dtype.
 
     Args:
-        param: (V, d) weight, updated in place.
-        grad: its gradient.
+        param: (V, d) weight, updated in place; of a DTensor each rank updates its part (a collective).
+        grad: its gradient, cut as the weight is.
         momentum_buffer: B, updated in place.
         key: rounding key of a bf16 weight, or None.
         lr: learning rate.
@@ -67,22 +68,32 @@ def sinkhorn_momentum_update_(
         The optimizer of embedding tables in the DeepSeek-V4.1-Flash report, after
         https://huggingface.co/papers/2502.06742, Algorithm 3.
     """
-    exact_grad = grad.to(torch.promote_types(param.dtype, torch.float32))
+    # As plain tensors: DTensor of torch 2.11 refuses some of these operations and gets others wrong.
+    weight, kept = local_shard(param), local_shard(momentum_buffer)
+    exact_grad = local_shard(grad).to(torch.promote_types(param.dtype, torch.float32))
     if usable is not None:
         exact_grad = torch.where(usable, exact_grad, 0)
-    buffer = momentum_buffer.to(exact_grad.dtype).lerp(exact_grad, 1 - momentum)
+    buffer = kept.to(exact_grad.dtype).lerp(exact_grad, 1 - momentum)
     direction = exact_grad.lerp(buffer, momentum)
-    momentum_buffer.copy_(buffer if usable is None else torch.where(usable, buffer, momentum_buffer))
-    row_norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-    direction.masked_fill_(row_norms <= row_threshold * row_norms.mean(-2, keepdim=True), 0)
-    update = local_shard(sr_sinkhorn(direction, num_iterations))
-    write_update_(local_shard(param), update, lr * lr_scale, 1 - lr * weight_decay, key, usable)
+    kept.copy_(buffer if usable is None else torch.where(usable, buffer, kept))
+    row_norms, mean_norm = _row_norms(direction, param)
+    direction.masked_fill_(row_norms <= row_threshold * mean_norm, 0)
+    sizes = (param.shape[0], param.shape[1])
+    update = sinkhorn_of_part(direction, splits_of(param) or (), sizes, num_iterations)
+    write_update_(weight, update, lr * lr_scale, 1 - lr * weight_decay, key, usable)
+
+
+def _row_norms(direction: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the norms of this rank's rows, and the mean of those of the whole table."""
+    norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    norms = sum_over_cut(norms.double().square(), param, 1).sqrt().to(norms.dtype)
+    return norms, sum_over_cut(norms.sum(-2, keepdim=True), param, 0) / param.shape[0]
 
 
 def _update(entries: list[Entry], host: Host) -> None:
     for entry, key in zip(entries, keys_of(entries, host.cache), strict=True):
         options = {name: entry.group[name] for name in ("weight_decay", *_OPTIONS)}
-        with whole_if_tiny(entry.param, entry.grad, entry.state["momentum_buffer"]) as (weight, grad, buffer):
+        with whole_if_unknown(entry.param, entry.grad, entry.state["momentum_buffer"]) as (weight, grad, buffer):
             lr = learning_rate(entry.group)
             sinkhorn_momentum_update_(weight, grad, buffer, key, lr=lr, usable=entry.usable, **options)
         entry.step.add_(1 if entry.usable is None else entry.usable)

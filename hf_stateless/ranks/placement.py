@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..update.batches import alike
-from .splits import groups_of, may_be_empty
+from .splits import Split, cuts_of, groups_of, splits_of
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -56,25 +56,44 @@ def whole_matrix(tensor: Tensor) -> Tensor:
         return tensor
     sendable = tensor.to(tensor.device_mesh.device_type)  # what is offloaded to the CPU cannot be sent from there
     assert isinstance(sendable, DTensor)
-    return sendable.full_tensor()
+    splits = cuts_of(sendable) or ()
+    if all(split.pieces == 1 for split in splits):
+        return sendable.full_tensor()
+    whole = sendable.to_local()  # packed projections, which DTensor of torch 2.11 cannot gather
+    for split in splits:
+        whole = split.whole(_parts_of_all(whole, split))
+    return whole
+
+
+def _parts_of_all(part: Tensor, split: Split) -> list[Tensor]:
+    """Return the parts of all ranks; they are sent at one size, though some may be smaller."""
+    shapes = [torch.Size(split.part(rank)) for rank in range(split.ranks)]
+    length = max(shape.numel() for shape in shapes)
+    sent = torch.nn.functional.pad(part.reshape(-1), (0, length - part.numel()))
+    gathered = list(sent.new_empty(split.ranks, length).unbind())
+    dist.all_gather(gathered, sent, group=split.group)
+    return [flat[: shape.numel()].view(shape) for flat, shape in zip(gathered, shapes, strict=True)]
 
 
 def part_of(update: Tensor, param: Tensor) -> Tensor:
     """Return the part of a whole update that belongs to this rank's shard of the parameter, without communication."""
     if not isinstance(param, DTensor):
         return update
+    if (splits := cuts_of(param)) is not None:
+        for split in reversed(splits):
+            update = split.parts(update)[split.rank]
+        return update.to(param.device)
     replicated = DTensor.from_local(update, param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False)
     return replicated.redistribute(placements=param.placements).to_local().to(param.device)
 
 
 @contextlib.contextmanager
-def whole_if_tiny(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Give a parameter, its gradient and its state, gathered where a rank holds nothing of them (a collective).
+def whole_if_unknown(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Give a parameter, its gradient and its state, gathered where `splits_of` does not know the cut (a collective).
 
-    DTensor has no rule for some operations on an empty shard; so small a parameter can be updated whole by every
-    rank, which keeps its own part of the parameter and of the state in the end.
+    Every rank then updates it whole, and keeps its own part of the parameter and of the state in the end.
     """
-    if not may_be_empty(param):
+    if splits_of(param) is not None:
         yield param, grad, state
         return
     whole, whole_state = whole_matrix(param), whole_matrix(state)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..norms.projections import power_of_two_inverse
-from ..norms.sinkhorn import matvec, smallest_sum
+from ..norms.sinkhorn import matvec, scaled, smallest_sum, sr_sinkhorn
 from .splits import Split
 
 
@@ -85,10 +85,14 @@ class ShardedMatrices:
         """
         return torch.float64 if self._over[-1] else self._exact
 
-    def iteration(self, *, last: bool) -> Generator[_Sum, Tensor, None]:
+    def iteration(self, *, last: bool, half: bool = False) -> Generator[_Sum, Tensor, None]:
         """Do one iteration; yield what the ranks have to add up, flat, and take in each sum.
 
         Whether a gradient is zero or not finite may show on one rank only: the sizes travel with the sums.
+
+        Args:
+            last: no whole iteration follows.
+            half: stop after the rows.
         """
         squares = self._square() if self._squares is None else self._squares
         sums = _times(squares, self._v)
@@ -99,6 +103,8 @@ class ShardedMatrices:
             self._row_sums = sums
             self._u = sums.clamp_min(smallest_sum(self.columns)).reciprocal().mul_(self.columns)
             size = _largest(self._row_factors())
+        if half:
+            return
         sums = _times(squares.mT, self._u)
         if self._over[-2]:
             total = yield _Sum(self._over[-2], torch.cat([sums.flatten(), size]))
@@ -140,18 +146,19 @@ class ShardedMatrices:
         return squares.mul_(self._row_scale.unsqueeze(-1)).square_()
 
 
-def iterate(batches: Sequence[ShardedMatrices], num_iterations: Sequence[int]) -> None:
+def iterate(batches: Sequence[ShardedMatrices], num_iterations: Sequence[float]) -> None:
     """Run SR-Sinkhorn, with one all-reduce in each iteration for each mesh dimension that cuts (a collective).
 
     Args:
         batches: the parts of this rank, in an order that is the same on all ranks.
-        num_iterations: L of each.
+        num_iterations: L of each; a half (5.5) adds a last row step.
     """
-    for iteration in range(max(num_iterations)):
+    half_steps = [round(2 * number) for number in num_iterations]
+    for iteration in range((max(half_steps) + 1) // 2):
         asked = [
-            _Asked(batch, batch.iteration(last=iteration + 1 == last))
-            for batch, last in zip(batches, num_iterations, strict=True)
-            if iteration < last
+            _Asked(batch, batch.iteration(last=iteration + 1 == steps // 2, half=2 * iteration + 1 == steps))
+            for batch, steps in zip(batches, half_steps, strict=True)
+            if 2 * iteration < steps
         ]
         while asked := [one for one in asked if one.asks()]:
             _add_up(asked)
@@ -195,6 +202,31 @@ def _add_up(asked: Sequence[_Asked]) -> None:
     for (one, its), total in zip(mine, flat.split_with_sizes([part.numel() for part in parts]), strict=True):
         its.part = total
         del one.groups[members]
+
+
+def sinkhorn_of_part(part: Tensor, splits: Sequence[Split], sizes: tuple[int, int], num_iterations: float) -> Tensor:
+    """Return this rank's part of SR-Sinkhorn of one matrix (a collective where it is cut).
+
+    Args:
+        part: (rows, columns) of the matrix, in at least float32.
+        splits: how it is cut; nothing for what this rank has as a whole.
+        sizes: (m, n) of the whole matrix.
+        num_iterations: L; a half (5.5) adds a last row step.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.ranks.sinkhorn import sinkhorn_of_part
+        >>> sinkhorn_of_part(torch.tensor([[1.0, 2.0], [3.0, -6.0]]), (), (2, 2), 5).round(decimals=4)
+        tensor([[ 1.,  1.],
+                [ 1., -1.]])
+    """
+    if not splits:
+        return sr_sinkhorn(part, num_iterations)
+    batch = ShardedMatrices([part], splits, [split.dim - 2 for split in splits], sizes, keep_squares=True)
+    iterate([batch], [num_iterations])
+    rows, columns = batch.scalings()
+    del batch  # with the squares
+    return scaled(part, rows[0], columns[0])
 
 
 def keep_squares(held: int, grads: Sequence[Tensor]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -82,16 +82,24 @@ def splits_of(param: Tensor) -> tuple[Split, ...] | None:
         The splits in the order in which they are undone: the first puts this rank's part together with those of other
         ranks, the last makes the whole tensor. None where the cut is of a kind that is not known here.
     """
-    if not isinstance(param, DTensor):
-        return ()
-    grad, mesh, placements = param.grad, param.device_mesh, param.placements
-    if not isinstance(grad, DTensor) or grad.device_mesh != mesh or grad.placements != placements:
+    grad = param.grad if isinstance(param, DTensor) else None
+    if isinstance(param, DTensor) and (
+        not isinstance(grad, DTensor) or grad.device_mesh != param.device_mesh or grad.placements != param.placements
+    ):
         return None
+    return cuts_of(param)
+
+
+def cuts_of(tensor: Tensor) -> tuple[Split, ...] | None:
+    """Describe how any tensor is cut, as `splits_of` does."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements
     cut = [i for i, one in enumerate(placements) if not one.is_replicate() and mesh.size(i) > 1]
     if any(type(placements[i]) not in (Shard, _StridedShard) for i in cut):
         return None
-    splits, shape = [], tuple(param.shape)
-    for i, dim, pieces in _as_applied(param, cut):
+    splits, shape = [], tuple(tensor.shape)
+    for i, dim, pieces in _as_applied(tensor, cut):
         one = Split(
             group=mesh.get_group(i),
             rank=mesh.get_local_rank(i),
@@ -103,7 +111,7 @@ def splits_of(param: Tensor) -> tuple[Split, ...] | None:
         )
         splits.append(one)
         shape = one.part(one.rank)
-    return tuple(reversed(splits)) if shape == tuple(param.to_local().shape) else None
+    return tuple(reversed(splits)) if shape == tuple(tensor.to_local().shape) else None
 
 
 def _as_applied(param: DTensor, cut: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -122,15 +130,6 @@ def _as_applied(param: DTensor, cut: Sequence[int]) -> list[tuple[int, int, int]
         else:
             order.insert(0, (i, dim, factor))
     return order
-
-
-def may_be_empty(param: Tensor) -> bool:
-    """Tell whether some rank holds nothing of a parameter: the same answer on all ranks."""
-    splits = splits_of(param) or ()
-    shapes = {tuple(param.shape)}
-    for one in reversed(splits):
-        shapes = {replace(one, shape=shape).part(rank) for shape in shapes for rank in range(one.ranks)}
-    return bool(splits) and any(0 in shape for shape in shapes)
 
 
 def groups_of(tensors: Sequence[Tensor]) -> Iterator[dist.ProcessGroup]:

@@ -234,6 +234,8 @@ def adopt(module: nn.Module, name: str) -> bool:
     read = [getattr(tensor, "_is_hf_initialized", False) for tensor in (codes, scale)]
     if any(read) and not all(read):
         raise ValueError(f"only its {'codes' if read[0] else 'scales'} are there.")
+    if codes.numel() != like.numel():  # as older versions of transformers only report afterwards
+        raise ValueError(f"got codes {tuple(codes.shape)}, expected those of {tuple(like.shape)}: save it again.")
     shown = put(module, name, codes.detach().view(like.shape), scale.detach(), like.dtype, True)
     if all(read):
         _checked(codes.detach(), scale.detach(), shown)
