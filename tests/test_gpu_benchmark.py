@@ -154,6 +154,20 @@ def test_a_resumed_run_skips_what_is_measured_and_tries_last_what_failed(place):
     assert place.begun() == ["a", "raises", "b", "raises"]
 
 
+def test_figures_of_other_code_are_measured_again_after_what_has_none(place, monkeypatch):
+    place.stages("a", "b:1000", "c")
+    place.run("--minutes", "1")
+    monkeypatch.setattr(gpu, "code", lambda: "other")
+    place.stages("a", "b", "c:1000")
+    _, entries = place.run("--minutes", "1")
+    assert place.begun() == ["a", "c", "b", "a"]
+    assert [entries[name]["code"] == "other" for name in "abc"] == [True, True, False]
+    assert entries["c"]["status"] == "measured"  # what is not reached again keeps its figures
+    assert entries["c"]["records"]
+    place.run("--minutes", "1")
+    assert place.begun() == ["a", "c", "b", "a"]
+
+
 def test_a_stage_whose_command_has_changed_is_measured_again(place):
     (stage,) = place.stages("a")
     place.run()

