@@ -81,7 +81,7 @@ def state_bytes(optimizer):
 def measured_peak(model, inputs, optim, **options):
     """Bytes alive at the fullest moment of the second step on the CPU, counted from real tensors."""
     if optim in RULES:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=optim == "adamw_torch_fused")
     else:
         optimizer = hf_stateless.create_optimizer(model, optim, lr=1e-3, **options)
     model.config.use_cache = False

@@ -59,15 +59,16 @@ def test_the_parts_add_up_to_the_peak(optim, tmp_path):
     assert min(parts) >= 0
 
 
-@pytest.mark.parametrize("optim", ["sinkgd", "sinkgd_layerwise", "adamw_torch"])
+@pytest.mark.parametrize("optim", ["sinkgd", "sinkgd_layerwise", "adamw_torch", "adamw_torch_fused"])
 def test_the_state_of_adamw_is_predicted_for_the_same_run(optim, tmp_path):
     trainer, report = run(tmp_path, optim)
-    for name in ("adamw_torch", "adamw_bnb_8bit"):
+    assert list(report.predicted) == ["adamw_torch_fused", "adamw_bnb_8bit"]
+    for name in report.predicted:
         predicted = report.predicted[name]
         assert predicted.optimizer_state == optimizer_state_bytes(trainer.model, name)
         assert predicted.gradients == bytes_of(trainer.model.parameters())
-    if optim == "adamw_torch":
-        assert report.counted.optimizer_state == report.predicted["adamw_torch"].optimizer_state
+    if optim.startswith("adamw_torch"):
+        assert report.counted.optimizer_state == report.predicted["adamw_torch_fused"].optimizer_state
 
 
 def test_every_training_log_has_the_numbers_once(tmp_path):

@@ -74,7 +74,7 @@ def test_a_gpu_run_reports_what_its_allocator_says(optim, tmp_path):
     assert held <= report.measured.peak.max < 1.5 * held
     assert 0 < report.cost.optimizer_share < 1
     if optim == "adamw_torch_fused":
-        assert report.predicted["adamw_torch"].peak == pytest.approx(report.measured.peak.max, rel=0.1)
+        assert report.predicted["adamw_torch_fused"].peak == pytest.approx(report.measured.peak.max, rel=0.1)
 
 
 PREDICTED_AGAINST_REAL = """
@@ -94,13 +94,13 @@ trainer.train()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["sinkgd", "sinkgd_layerwise", "adamw_torch"])
+@pytest.mark.parametrize("optim", ["sinkgd", "sinkgd_layerwise", "adamw_torch_fused"])
 def test_the_predicted_peak_of_adamw_is_within_a_tenth_of_a_real_run(optim, tmp_path):
     """Each in a process of its own: what the first leaves behind would count for the second."""
-    for name in {optim, "adamw_torch"}:
+    for name in {optim, "adamw_torch_fused"}:
         command = [sys.executable, "-c", PREDICTED_AGAINST_REAL, name, str(tmp_path / name)]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}  # freed blocks go back
         subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300, capture_output=True)
-    predicted = MemoryReport.load(tmp_path / optim).predicted["adamw_torch"]
-    measured = MemoryReport.load(tmp_path / "adamw_torch").measured
+    predicted = MemoryReport.load(tmp_path / optim).predicted["adamw_torch_fused"]
+    measured = MemoryReport.load(tmp_path / "adamw_torch_fused").measured
     assert predicted.peak == pytest.approx(measured.peak.max, rel=0.1)

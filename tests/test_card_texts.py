@@ -89,11 +89,31 @@ def test_names_and_texts_of_a_card_are_text(text, facts):
     values.update(hyperparameters={text: [text, text], "a": text, "b": {text: text}}, results=[{text: 1.0}])
     values["metadata"] = {**facts.metadata, "tags": [text], "model-index": [{"name": text}]}
     report = MemoryReport.from_dict(hostile(MemoryReport.load(EXAMPLE).to_dict(), text))
-    report.predicted[text] = report.predicted["adamw_torch"]
+    report.predicted[text] = report.predicted["adamw_torch_fused"]
     for repository in (text, "a/b", None):
         changed = CardFacts(**{**values, "repository": repository})
         like = CardFacts(**{**asdict(facts), "optimizer": "adamw_torch", "repository": repository and "a/b"})
         assert_harmless(render(changed, report, "memory.png"), render(like, MemoryReport.load(EXAMPLE), "memory.png"))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["adamw_torch_fused", "adamw_bnb_8bit"], "With `adamw_torch_fused`, the default of transformers, the state"),
+        (["adamw_torch", "adamw_bnb_8bit"], "(predicted); `adamw_torch_fused`, the default of transformers, needs no"),
+        (["adamw_torch", "adamw_torch_fused"], "With `adamw_torch_fused`, the default of transformers, the state"),
+        (["adamw_bnb_8bit"], ""),
+        ([], ""),
+    ],
+)
+def test_a_card_says_what_adamw_takes_and_which_one(names, said, facts):
+    report = MemoryReport.load(EXAMPLE)
+    report.predicted = dict.fromkeys(names, report.predicted["adamw_torch_fused"])
+    text = render(facts, report, "memory.png")
+    headline = next(line for line in text.splitlines() if line.startswith("The state of"))
+    assert said in headline
+    assert ("the default of transformers" in headline) == bool(said)
+    assert f"| | this run, `sinkgd` |{''.join(f' `{name}` |' for name in names)} how |" in text
 
 
 @pytest.mark.parametrize("text", HOSTILE)

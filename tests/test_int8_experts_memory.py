@@ -55,8 +55,11 @@ def test_the_weights_on_the_page_are_those_of_the_whole_models(name):
         weight_bytes_of_rank(build_model(PUBLISHED[name](), Settings(dtype=dtype))) / 2**30
         for dtype in ("bf16", "int8")
     ]
-    told = re.search(rf"\| {name} \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|", read("hf_stateless/weights/README.md"))
-    assert [float(size) for size in told.groups()] == pytest.approx(sizes, rel=0.01)
+    told = re.search(rf"\| {name} \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", read("hf_stateless/weights/README.md"))
+    adamw, *weights = (float(size) for size in told.groups())
+    assert weights == pytest.approx(sizes, rel=0.01)
+    # The step of `adamw_torch_fused`: weights, gradients and two moments, and no temporary.
+    assert adamw == pytest.approx(4 * sizes[0], rel=0.01)
 
 
 @pytest.mark.slow

@@ -6,9 +6,12 @@ import sys
 import time
 
 import pytest
+from documents import read
 from memory_models import LLAMA_7B, small_llama
+from transformers import TrainingArguments
 
 from hf_stateless.reports.files import GIB
+from hf_stateless.reports.measured.build import COMPARED
 from hf_stateless.reports.predicted import Settings, main
 from hf_stateless.reports.predicted.table import GPUS, SCHEMA_VERSION, Estimate, as_json, as_table
 
@@ -130,6 +133,36 @@ def test_layerwise_is_applied_to_ours_only(config_file, capsys):
     report = json.loads(capsys.readouterr().out)
     assert [row["optimizer"] for row in report["estimates"]] == ["sinkgd_layerwise", "sgd"]
     assert [row["origin"]["gradients"] for row in report["estimates"]] == ["predicted", "counted"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--checkpointing", "--layerwise"], ["--fsdp", "4"], ["--device", "cpu"]])
+def test_adamw_is_the_default_of_transformers_and_the_other_one_takes_more(flags, config_file, tmp_path, capsys):
+    assert main([str(config_file), "--json", *flags]) == 0
+    default = {row["optimizer"]: row for row in json.loads(capsys.readouterr().out)["estimates"]}
+    fused = TrainingArguments(str(tmp_path)).optim
+    assert list(default)[-2:] == ["adamw_bnb_8bit", fused] == list(reversed(COMPARED))
+    assert main([str(config_file), "--json", "--optim", "adamw_torch", *flags]) == 0
+    (foreach,) = json.loads(capsys.readouterr().out)["estimates"]
+    same = ("weights", "gradients", "optimizer_state", "activations", "gathered")
+    assert [foreach[part] for part in same] == [default[fused][part] for part in same]
+    assert default[fused]["temporary"] == 0 < foreach["temporary"]
+    if "cpu" not in flags:
+        assert foreach["temporary"] == foreach["gradients"]
+        assert foreach["peak"] >= default[fused]["peak"]
+
+
+def test_the_table_on_the_page_is_what_is_predicted(tmp_path, capsys):
+    page = read("hf_stateless/reports/README.md")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    names = ["adamw_bnb_8bit", "adamw_torch_fused", "adamw_torch"]
+    assert main([str(tmp_path), "--json", "--checkpointing", "--optim", ",".join(names)]) == 0
+    *rows, foreach = json.loads(capsys.readouterr().out)["estimates"]
+    keys = ("weights", "gradients", "optimizer_state", "activations", "temporary", "peak")
+    for row in rows:
+        told = re.search(rf"^{row['optimizer']} +([\d. ]+) ", page, re.MULTILINE)[1].split()[:6]
+        assert [float(size) for size in told] == pytest.approx([row[key] / GIB for key in keys], rel=0.02, abs=0.005)
+    told = re.search(r"one more copy of the weights as a temporary on a GPU: ([\d.]+) GiB here", page)[1]
+    assert float(told) == pytest.approx(foreach["peak"] / GIB, rel=0.02)
 
 
 @pytest.mark.parametrize("options", [[], ["--checkpointing", "--layerwise"], ["--lora", "16"], ["--fsdp", "8"]])

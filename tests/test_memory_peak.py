@@ -22,9 +22,12 @@ from hf_stateless.reports.predicted.model import checkpoint_activations
 from hf_stateless.reports.predicted.state import RULES
 
 
+PLAIN = ["sinkgd", "swan", "adamw_torch", "adamw_torch_fused"]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("optim", ["sinkgd", "swan", "adamw_torch", "sinkgd_layerwise", "swan_layerwise"])
+@pytest.mark.parametrize("optim", [*PLAIN, "sinkgd_layerwise", "swan_layerwise"])
 @pytest.mark.parametrize("model", SMALL)
 def test_the_predicted_peak_is_what_is_alive_in_a_real_step(model, optim, dtype, checkpointing):
     settings = Settings(dtype=dtype, batch=2, seq=64, checkpointing=checkpointing, device="cpu")
@@ -82,8 +85,10 @@ import hf_stateless
 def train(batch, seq, **sizes):
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=dtype).train()
     model.config.use_cache = False
-    make = torch.optim.AdamW if optim == "adamw_torch" else None
-    optimizer = make(model.parameters()) if make else hf_stateless.create_optimizer(model, optim, lr=1e-3)
+    if optim.startswith("adamw"):
+        optimizer = torch.optim.AdamW(model.parameters(), fused=optim == "adamw_torch_fused")
+    else:
+        optimizer = hf_stateless.create_optimizer(model, optim, lr=1e-3)
     tokens = torch.randint(0, sizes["vocab_size"], (batch, seq))
     for _ in range(2):
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -105,7 +110,7 @@ print(peak * 1024 - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the resident set from /proc")
-@pytest.mark.parametrize("optim", ["sinkgd", "swan", "adamw_torch"])
+@pytest.mark.parametrize("optim", PLAIN)
 @pytest.mark.parametrize(
     ("sizes", "batch", "dtype"),
     [
@@ -128,7 +133,7 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_resident_set(sizes, batch, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("optim", ["sinkgd", "swan", "adamw_torch"])
+@pytest.mark.parametrize("optim", PLAIN)
 def test_the_predicted_peak_is_within_a_tenth_of_the_allocated_memory(optim):
     config = small_llama(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16)
     settings = Settings(batch=2, seq=1024)
@@ -137,7 +142,8 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_allocated_memory(optim):
     before = torch.cuda.memory_allocated()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).cuda().train()
     model.config.use_cache = False
-    make = torch.optim.AdamW(model.parameters()) if optim in RULES else None
+    fused = optim == "adamw_torch_fused" or None  # None: torch takes foreach on a GPU
+    make = torch.optim.AdamW(model.parameters(), fused=fused) if optim in RULES else None
     optimizer = make or hf_stateless.create_optimizer(model, optim, lr=1e-3)
     tokens = torch.randint(3, 300, (2, 1024), device="cuda")
     for _ in range(2):

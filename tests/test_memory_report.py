@@ -76,7 +76,10 @@ def test_sizes_are_whole_bytes(report):
         (lambda v: v["setup"].update(device_capacity="80"), "'setup.device_capacity' is '80', expected int"),
         (lambda v: v.update(groups={}), "'groups' is {}, expected list"),
         (lambda v: v["groups"][0].update(role=3), "'groups.0.role' is 3, expected str"),
-        (lambda v: v["predicted"].update(adamw_torch=[]), "'predicted.adamw_torch' is [], expected an object"),
+        (
+            lambda v: v["predicted"].update(adamw_torch_fused=[]),
+            "'predicted.adamw_torch_fused' is [], expected an object",
+        ),
         (lambda v: v["setup"]["dtypes"].update(float32="many"), "'setup.dtypes.float32' is 'many', expected int"),
     ],
 )
@@ -231,8 +234,8 @@ def test_the_bars_are_as_long_as_the_peaks(report):
     run, *others = bars(report).values()
     assert sum(run.values()) == report.measured.peak.max
     assert [sum(other.values()) for other in others] == [prediction.peak for prediction in report.predicted.values()]
-    report.setup.optimizer = "adamw_torch"
-    assert [label.split("\n")[0] for label in bars(report)] == ["adamw_torch", "adamw_bnb_8bit"]
+    report.setup.optimizer = "adamw_torch_fused"
+    assert [label.split("\n")[0] for label in bars(report)] == ["adamw_torch_fused", "adamw_bnb_8bit"]
 
 
 @pytest.mark.parametrize("capacity", [None, 2 * GIB, 80 * GIB])

@@ -173,7 +173,7 @@ def test_the_base_model_and_licence_that_are_given_win(adapter_run):
 
 def test_the_table_has_the_numbers_of_the_report_and_says_how(plain_run):
     text, report = card(plain_run[1]), MemoryReport.load(plain_run[1])
-    adamw = report.predicted["adamw_torch"]
+    adamw = report.predicted["adamw_torch_fused"]
     state = table(text, "optimizer state")
     assert [in_bytes(state[0]), in_bytes(state[1])] == pytest.approx(
         [report.counted.optimizer_state, adamw.optimizer_state], rel=6e-3

@@ -53,11 +53,22 @@ def _headline(report: MemoryReport) -> str:
     state, peak, own = report.counted.optimizer_state, report.measured.peak.max, report.setup.optimizer
     text = f"The state of {code(own)} took {size_text(state)} (counted), "
     text += f"the run at its peak {size_text(peak)} (measured)."
-    other = report.predicted.get("adamw_torch")
-    if other and not own.startswith("adamw"):
-        text += f" With `adamw_torch` the state would take {size_text(other.optimizer_state)} and the peak "
-        text += f"{size_text(other.peak)} (predicted)."
+    if not own.startswith("adamw"):
+        text += _of_adamw(report)
     return text if report.complete else f"{text} Training was not finished when this was written."
+
+
+def _of_adamw(report: MemoryReport) -> str:
+    """Return the sentence on AdamW: on the fused one, or on `adamw_torch`, whose step needs more, in older reports."""
+    default = "`adamw_torch_fused`, the default of transformers,"
+    for name, said, limit in (
+        ("adamw_torch_fused", default, ""),
+        ("adamw_torch", "`adamw_torch`", f"; {default} needs no more than that"),
+    ):
+        if other := report.predicted.get(name):
+            state, peak = size_text(other.optimizer_state), size_text(other.peak)
+            return f" With {said} the state would take {state} and the peak {peak} (predicted){limit}."
+    return ""
 
 
 def _rows(report: MemoryReport) -> list[dict[str, Any]]:

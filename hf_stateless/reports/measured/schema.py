@@ -181,7 +181,7 @@ class MemoryReport:
     residual: Residual
     groups: list[Group]
     predicted: dict[str, Prediction]
-    """By the name of the optimizer: `adamw_torch`, `adamw_bnb_8bit`."""
+    """By the name of the optimizer: `adamw_torch_fused`, `adamw_bnb_8bit`; older reports have `adamw_torch`."""
     cost: Cost
     provenance: Provenance
     complete: bool = True

@@ -26,7 +26,7 @@ from .table import GPUS, Settings, as_json, as_table, plot
 from .zero import check_zero, known_under_zero
 
 
-_DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch"
+_DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch_fused"
 
 
 def _count(text: str) -> int:

@@ -51,10 +51,10 @@ def estimate(
         >>> from hf_stateless.reports.predicted import Settings, build_model, estimate
         >>> settings = Settings(batch=1, seq=16)
         >>> model = build_model(LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"]), settings)
-        >>> for row in estimate(model, ["sinkgd", "adamw_torch"], settings):
+        >>> for row in estimate(model, ["sinkgd", "adamw_torch_fused"], settings):
         ...     print(f"{row.optimizer}: weights {row.weights >> 20} MiB, state {row.optimizer_state >> 20} MiB")
         sinkgd: weights 1272 MiB, state 1000 MiB
-        adamw_torch: weights 1272 MiB, state 2544 MiB
+        adamw_torch_fused: weights 1272 MiB, state 2544 MiB
     """
     per_name = _share_out(optimizers, optim_args or {})
     batch = example_batch(model, settings)

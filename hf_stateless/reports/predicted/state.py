@@ -177,7 +177,7 @@ def optimizer_state_bytes(
         >>> import torch
         >>> from hf_stateless.reports.predicted.state import optimizer_state_bytes
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False))
-        >>> optimizer_state_bytes(model, "sinkgd"), optimizer_state_bytes(model, "adamw_torch")
+        >>> optimizer_state_bytes(model, "sinkgd"), optimizer_state_bytes(model, "adamw_torch_fused")
         (4, 1028)
     """
     optim_args = optim_args or {}
