@@ -17,6 +17,7 @@ FAMILIES = {
     "AdamW": "adamw, rates apart",
     "Muon": "muon",
     "`swan`": "swan",
+    "`swan`, `momentum=0.9`": "swan, momentum 0.9",
     "`swan`, `newton_schulz`": "swan, newton_schulz",
     "`sinkgd_polar`": "sinkgd 1, polar 1",
     "`sinkgd`": "sinkgd",
