@@ -1,5 +1,6 @@
 """Tiny models that transformers cuts by tensor and expert parallelism, and steps over them; for several processes."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -80,12 +81,36 @@ def backward(model, step, share=(0, 1), **kind):
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def train(model, name, steps, share=(0, 1), first=0, optimizer=None, one_token=False, **options):
-    """Take steps of a loop of one's own; return the optimizer."""
+@contextlib.contextmanager
+def without_sync(model, optimizer):
+    """Let gradients accumulate, as `no_sync` does."""
+    sync = getattr(model, "set_requires_gradient_sync", lambda _: None)
+    sync(False)
+    with optimizer.hold():
+        yield
+    sync(True)
+
+
+def train(
+    model,
+    name,
+    steps,
+    share=(0, 1),
+    first=0,
+    optimizer=None,
+    one_token=False,
+    passes=1,
+    change=lambda _: None,
+    **options,
+):
+    """Take steps of a loop of one's own, each of some backward passes; return the optimizer."""
     optimizer = optimizer or create_optimizer(model, name, **RATES, **options)
     for step in range(first, first + steps):
-        optimizer.train()
-        backward(model, step, share, one_token=one_token)
+        for number in range(passes):
+            optimizer.train()
+            with contextlib.nullcontext() if number + 1 == passes else without_sync(model, optimizer):
+                backward(model, step + 100 * number, share, one_token=one_token)
+        change(step)
         optimizer.step()
         optimizer.zero_grad()
     return optimizer

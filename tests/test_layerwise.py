@@ -142,7 +142,7 @@ def test_the_latest_optimizer_has_the_model_to_itself(successor):
     take_steps(model, create_optimizer(model, successor, lr=1e-2))
     take_steps(plain, create_optimizer(plain, "sinkgd", lr=1e-2))
     assert_same(model, plain)
-    assert not first.release.hooks_any({id(p) for p in model.parameters()})
+    assert not first.release.hooked & {id(p) for p in model.parameters()}
 
 
 def test_an_optimizer_that_was_thrown_away_is_freed_and_updates_nothing():
@@ -153,7 +153,7 @@ def test_an_optimizer_that_was_thrown_away_is_freed_and_updates_nothing():
     loss_of(model).backward()
     torch.testing.assert_close(weights_of(model), before, rtol=0, atol=0)
     assert all(p.grad is not None for p in model.parameters())
-    assert not [each for each in gc.get_objects() if type(each) is Release and each.hooks_any(ids_of(model))]
+    assert not [each for each in gc.get_objects() if type(each) is Release and each.hooked & ids_of(model)]
 
 
 def ids_of(model):

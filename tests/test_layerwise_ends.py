@@ -92,7 +92,7 @@ def test_after_training_a_backward_is_nobodys_and_training_goes_on(release, tmp_
             trainer.evaluate()
             assert_left_alone(trainer.model)
         trained.append(trainer)
-    assert trained[0].optimizer.optimizer.release.hooks_any({id(p) for p in trained[0].model.parameters()})
+    assert trained[0].optimizer.optimizer.release.hooked & {id(p) for p in trained[0].model.parameters()}
     assert_same(trained[0].model, trained[1].model)
 
 

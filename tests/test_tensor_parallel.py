@@ -59,21 +59,50 @@ ON_FOUR = {
     "qwen3_moe, fsdp, tp and ep, sinkgd": ("qwen3_moe", {**FSDP_TP, "ep_size": 2}, "sinkgd", 3),
     "qwen3_moe, fsdp, tp and wide ep, swan": ("qwen3_moe", {**FSDP_TP, "ep_size": 4}, "swan", 3),
 }
+PLANS = {"llama": TP, "qwen3_moe": EP}
+# The same with two backward passes a step.
+ACCUMULATED = {
+    case: {**ON_TWO, **ON_FOUR}[case]
+    for case in (
+        "llama, tp, sinkgd_layerwise",
+        "llama, tp, swan",
+        "qwen3_moe, ep and fsdp, swan",
+        "llama, fsdp and tp, swan_layerwise",
+    )
+}
+# The model, the optimizer with its options, and the parameters that have no gradient on one rank, or on none.
+TO_MATRICES = ("layers.0.mlp.up_proj.weight", "layers.1.self_attn.o_proj.weight")
+ABSENT = {
+    "rows and columns, sinkgd": ("llama", "sinkgd", {}, TO_MATRICES),
+    "rows and columns, swan": ("llama", "swan", {}, TO_MATRICES),
+    "rows and columns, momentum": ("llama", "sinkgd", {"momentum": 0.9, "momentum_dtype": "float32"}, TO_MATRICES),
+    "experts, sinkgd": ("qwen3_moe", "sinkgd", {}, ("layers.0.mlp.experts.gate_up_proj",)),
+    "experts, multinorm": ("qwen3_moe", "multinorm", {}, ("layers.0.mlp.experts.gate_up_proj", "embed_tokens.weight")),
+    **{
+        f"a table, {name}": ("llama", "sinkgd", {"embeddings": name}, ("embed_tokens.weight",))
+        for name in ("adamw", "row_moment")
+    },
+    "frozen on all": ("llama", "sinkgd", {}, ("layers.0.mlp.up_proj.weight", "embed_tokens.weight")),
+}
 TABLES = ("adamw", "row_moment", "factored", "sinkhorn_momentum", "stateless")
 # What a sinkgd step sends: five iterations for each mesh dimension, and flags of AdamW's gradients.
 COUNTED = {"llama, tp, sinkgd": 5 + 1, "qwen3_moe, tp, sinkgd": 5 + 1, "qwen3_moe, ep, sinkgd": 5 + 1}
 COUNTED |= {"llama, fsdp and tp, sinkgd": 2 * (5 + 1), "qwen3_moe, fsdp and tp, sinkgd": 2 * (5 + 1)}
-PLANS = {"llama": TP, "qwen3_moe": EP}
 TRAINED = {
     "plain": ("llama", "sinkgd", {}),
     "layerwise": ("llama", "sinkgd_layerwise", {}),
     "swan": ("llama", "swan", {}),
     "experts": ("qwen3_moe", "sinkgd", {}),
     "experts, layerwise": ("qwen3_moe", "sinkgd_layerwise", {}),
+    "accumulated": ("llama", "swan", {"gradient_accumulation_steps": 2}),
+    "accumulated, layerwise": ("llama", "sinkgd_layerwise", {"gradient_accumulation_steps": 2}),
+    "experts, accumulated": ("qwen3_moe", "sinkgd_layerwise", {"gradient_accumulation_steps": 2}),
     "not clipped": ("llama", "sinkgd_layerwise", {"max_grad_norm": 0.0, "optim_args": "release=all"}),
 }
 if not NEWER:
     ON_TWO, ON_FOUR = {case: given for case, given in ON_TWO.items() if given[1] == TP}, {}
+    ACCUMULATED = {case: given for case, given in ACCUMULATED.items() if case in ON_TWO}
+    ABSENT = {case: given for case, given in ABSENT.items() if PLANS[given[0]] == TP}
     COUNTED = {case: count for case, count in COUNTED.items() if case in ON_TWO}
     TRAINED = {case: given for case, given in TRAINED.items() if PLANS[given[0]] == TP}
 
@@ -84,10 +113,34 @@ def share_of(plan, rank, world):
     return rank * shares // world, shares
 
 
-def run(folder, case, cases, rank=0, world=1):
+def run(folder, case, cases, rank=0, world=1, **options):
     kind, plan, name, steps = cases[case]
     model = load(folder, kind, plan if world > 1 else None)
-    train(model, name, steps, share_of(plan, rank, world) if world > 1 else (0, 1))
+    train(model, name, steps, share_of(plan, rank, world) if world > 1 else (0, 1), **options)
+    return weights_of(model)
+
+
+def run_absent(folder, case, rank=None):
+    """Of some parameters the second rank has no gradient in the first step and the last, and none has in the second.
+
+    On one process, with None for a rank, the part that the second rank would hold is zero.
+    """
+    kind, name, options, absent = ABSENT[case]
+    model = load(folder, kind, PLANS[kind] if rank is not None else None)
+    params = [(n, p) for n, p in model.named_parameters() if n.endswith(absent)]
+    for _, p in params:
+        p.requires_grad_("frozen" not in case)
+
+    def change(step):
+        for n, p in params:
+            if step == 1 or rank == 1:
+                p.grad = None
+            elif rank is None and p.grad is not None:
+                dim = 1 if "o_proj" in n else 0
+                part = -(-p.shape[dim] // 2)
+                p.grad.narrow(dim, part, p.shape[dim] - part).zero_()
+
+    train(model, name, 3, change=change, **options)
     return weights_of(model)
 
 
@@ -191,6 +244,9 @@ def on_two(rank, folder):
         results = {case: run(models, case, ON_TWO, rank, 2) for case in ON_TWO}
         results["counts"] = {case: count(models, case, ON_TWO, rank, 2) for case in COUNTED if case in ON_TWO}
         results["tables"] = {name: run_tables(models, name, TP) for name in TABLES}
+        accumulated = [case for case in ACCUMULATED if case in ON_TWO]
+        results["accumulated"] = {case: run(models, case, ON_TWO, rank, 2, passes=2) for case in accumulated}
+        results["absent"] = {case: run_absent(models, case, rank) for case in ABSENT}
         if NEWER:
             results |= on_two_experts(models, rank)
         results["spoiled"] = run_clipped_by_nan(models, TP)
@@ -207,6 +263,8 @@ def on_four(rank, folder):
     with joined(rank, folder, 4) as save:
         results = {case: run(models, case, ON_FOUR, rank, 4) for case in ON_FOUR}
         results["counts"] = {case: count(models, case, ON_FOUR, rank, 4) for case in COUNTED if case in ON_FOUR}
+        accumulated = [case for case in ACCUMULATED if case in ON_FOUR]
+        results["accumulated"] = {case: run(models, case, ON_FOUR, rank, 4, passes=2) for case in accumulated}
         results["splits"] = list(undone_cuts())
         save(results)
 
@@ -244,6 +302,20 @@ def test_a_model_cut_along_two_mesh_dimensions_trains_as_on_one_process(case, fo
     expected = run(models, case, ON_FOUR)
     for of_rank in four:
         assert_same(of_rank[case], expected)
+
+
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_passes_without_sync_add_up_to_one_step_of_one_process(case, request, models):
+    expected = run(models, case, ACCUMULATED, passes=2)
+    for of_rank in request.getfixturevalue("two" if case in ON_TWO else "four"):
+        assert_same(of_rank["accumulated"][case], expected)
+
+
+@pytest.mark.parametrize("case", ABSENT)
+def test_what_has_no_gradient_on_a_rank_steps_as_if_it_were_zero_there(case, two, models):
+    expected = run_absent(models, case)
+    for of_rank in two:
+        assert_same(of_rank["absent"][case], expected)
 
 
 @pytest.mark.parametrize("embeddings", TABLES)

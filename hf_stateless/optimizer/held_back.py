@@ -81,7 +81,7 @@ class SkipCounts:
 
 
 def without_bad_gradients(entries: list[Entry], host: Skips) -> list[Entry]:
-    """Leave out gradients that must not reach a moment: not finite, or under momentum of a matrix, zero.
+    """Leave out gradients that must not reach a moment: not finite, on no rank, or under momentum of a matrix, zero.
 
     On an accelerator they stay, and are marked as not usable.
     """
@@ -92,18 +92,19 @@ def without_bad_gradients(entries: list[Entry], host: Skips) -> list[Entry]:
         marked = {entry.index for entry in unread}
         checked = [entry for entry in checked if entry.index not in marked]
     out = set()
-    for entry, (finite, nonzero) in zip(checked, check_gradients([e.param for e in checked]), strict=True):
+    told = check_gradients([entry.param for entry in checked], [entry.filled for entry in checked])
+    for entry, (finite, nonzero, there) in zip(checked, told, strict=True):
         if not finite:
             host.warn_skipped(entry.index)
-        if not finite or (has_momentum(entry.group) and not nonzero):
+        if not finite or not there or (has_momentum(entry.group) and not nonzero):
             out.add(entry.index)
     return [entry for entry in entries if entry.index not in out]
 
 
 def _mark_bad_gradients(entries: Sequence[Entry], host: Skips) -> None:
-    finite, nonzero = gradient_flags([entry.param for entry in entries])
+    finite, nonzero, there = gradient_flags([entry.param for entry in entries], [entry.filled for entry in entries])
     host.unread.watch([entry.index for entry in entries], finite)
-    for entry, good, some in zip(entries, finite.unbind(), (finite & nonzero).unbind(), strict=True):
+    for entry, good, some in zip(entries, (finite & there).unbind(), (finite & nonzero).unbind(), strict=True):
         flag = some if has_momentum(entry.group) else good
         entry.usable = both(entry.usable, flag.to(local_shard(entry.param).device))
 

@@ -35,7 +35,7 @@ def _on(parameters: Iterable[Tensor]) -> list[Release]:
     """Return what updates some of these parameters in backward."""
     live = list(_LIVE)
     ids = {id(p) for p in parameters} if live else set()
-    return [updates for updates in live if updates.hooks_any(ids)]
+    return [updates for updates in live if ids & updates.hooked]
 
 
 def released_norm(parameters: Iterable[Tensor]) -> Tensor | None:

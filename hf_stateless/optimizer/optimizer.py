@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ranks.placement import align_gradients_
+from ..ranks.placement import align_gradients_, fill_gradients_
 from ..update.batches import alike
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
@@ -135,8 +135,13 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
             loss = None if closure is None else closure()
         if self.release:
             self.release.finish()
-        align_gradients_([p for _, p, _ in self._located()])
-        self.apply(without_weak_gradients(list(self._entries()), self))
+        every = [p for _, p, _ in self._located()]
+        align_gradients_(every)
+        hooked = self.release.hooked if self.release else set()
+        filled = fill_gradients_(p for p in every if id(p) not in hooked)
+        self.apply(without_weak_gradients(list(self._entries(filled)), self))
+        for p in (p for p in every if id(p) in filled):
+            p.grad = None
         return loss
 
     def apply(self, entries: list[Entry]) -> None:
@@ -217,13 +222,13 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
         if all(entry.param.device.type != "cpu" for entry in entries):
             self.workspace.free()
 
-    def _entries(self) -> Iterator[Entry]:
-        """Yield all parameters with a gradient."""
+    def _entries(self, filled: set[int]) -> Iterator[Entry]:
+        """Yield all parameters with a gradient; zero stands for that of some, by identity."""
         index = 0
         for group in self.param_groups:
             for position, p in enumerate(group["params"]):
                 if p.grad is not None and p.numel():
-                    yield Entry(index, p, group, self.state_of(p, group), position=position)
+                    yield Entry(index, p, group, self.state_of(p, group), position=position, filled=id(p) in filled)
                 index += 1
 
     def entry(self, index: int, *, in_backward: bool = False) -> Entry:

@@ -124,9 +124,10 @@ class Release:
         """Whether a backward pass of now is taken for one of training."""
         return bool(self._handles) and not self.asleep and self._optimizer() is not None
 
-    def hooks_any(self, ids: set[int]) -> bool:
-        """Tell whether one of the parameters with these identities is updated in backward."""
-        return any(id(p) in ids for p in self._hooked.values())
+    @property
+    def hooked(self) -> set[int]:
+        """The identities of the parameters that are updated in backward."""
+        return {id(p) for p in self._hooked.values()}
 
     def install(self) -> None:
         """Hook the parameters that are in the groups now; FSDP2 puts others there after the optimizer was made.

@@ -30,6 +30,8 @@ class Entry:
     """Whether it is updated in backward, where replicas cannot share the work on it."""
     position: int = 0
     """Its place in the group."""
+    filled: bool = False
+    """Whether this rank has no gradient, and zero stands for it since other ranks may have one."""
     usable: Tensor | None = None
     """A flag on the device that the host has not read: unless it is set, weight, averages and counter stay as they
     are. None where nothing holds it back, as on CPU, where what is held back is left out."""

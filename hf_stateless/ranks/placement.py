@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..update.batches import alike
+from ..weights.stored import StoredWeight
 from .splits import Split, cuts_of, groups_of, splits_of
 
 
@@ -38,6 +39,21 @@ def align_gradients_(params: Iterable[Tensor]) -> None:
         other = [of_grad for of_grad, of_param in pairs if of_grad != of_param]
         if other and all(placement.is_replicate() or placement.is_partial() for placement in other):
             p.grad = grad.redistribute(placements=p.placements)
+
+
+def fill_gradients_(params: Iterable[Tensor]) -> set[int]:
+    """Give parameters that are cut over ranks a gradient of zero where this rank has none; return their identities.
+
+    Other ranks may have one: experts that no token of a rank took, a branch that it did not use. Ranks that left them
+    out would meet in collectives of other lengths. Where no rank has one, a zero moves nothing.
+    """
+    filled = set()
+    for p in params:
+        cut = isinstance(p, DTensor) and p.grad is None and p.requires_grad
+        if cut and not isinstance(local_shard(p), StoredWeight):
+            p.grad = torch.zeros_like(p.detach())
+            filled.add(id(p))
+    return filled
 
 
 def mesh_of(tensor: Tensor | None) -> DeviceMesh | None:
@@ -189,10 +205,14 @@ def _sum_over_ranks(square: Tensor, grad: Tensor) -> Tensor:
     return shared
 
 
-def check_gradients(params: Sequence[Tensor]) -> list[tuple[bool, bool]]:
-    """Tell for each parameter whether its gradient is finite, and whether it is anything but zero, over all ranks.
+def check_gradients(params: Sequence[Tensor], filled: Sequence[bool] = ()) -> list[tuple[bool, bool, bool]]:
+    """Tell for each parameter whether its gradient is finite, not zero, and there at all, over all ranks.
 
     One synchronisation for all parameters, and a collective if there are DTensors.
+
+    Args:
+        params: with gradients.
+        filled: for each, whether `fill_gradients_` has given it one on this rank; none by default.
 
     Example:
         >>> import torch
@@ -200,19 +220,20 @@ def check_gradients(params: Sequence[Tensor]) -> list[tuple[bool, bool]]:
         >>> W = torch.ones(2)
         >>> W.grad = torch.tensor([1.0, float("inf")])
         >>> check_gradients([W])
-        [(False, True)]
+        [(False, True, True)]
     """
     if not params:
         return []
-    finite, nonzero = gradient_flags(params)
-    return list(zip(finite.tolist(), nonzero.tolist(), strict=True))
+    finite, nonzero, there = (flags.tolist() for flags in gradient_flags(params, filled))
+    return list(zip(finite, nonzero, there, strict=True))
 
 
-def gradient_flags(params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return what `check_gradients` tells as flags on a device, unread: which are finite, and which are not zero.
+def gradient_flags(params: Sequence[Tensor], filled: Sequence[bool] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `check_gradients` tells as flags on a device, unread: which are finite, not zero, and there at all.
 
     Args:
         params: at least one, with gradients.
+        filled: for each, whether `fill_gradients_` has given it one on this rank; none by default.
 
     Example:
         >>> import torch
@@ -220,13 +241,16 @@ def gradient_flags(params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         >>> W = torch.ones(2)
         >>> W.grad = torch.tensor([1.0, float("nan")])
         >>> gradient_flags([W])
-        (tensor([False]), tensor([True]))
+        (tensor([False]), tensor([True]), tensor([True]))
     """
     # A group may mix plain tensors with DTensors, and devices.
     one = next((p for p in params if isinstance(p, DTensor)), params[0])
     flags = torch.stack(_flags([local_shard(p.grad) for p in params], one.device))  # type: ignore[arg-type]
-    finite, zero = _on_all_ranks(flags, params).bool().unbind(1)
-    return finite, zero.logical_not()
+    missing = torch.zeros_like(flags[:, :1])
+    for i in (i for i, is_filled in enumerate(filled) if is_filled):
+        missing[i] = True
+    finite, zero, missing = _on_all_ranks(torch.cat([flags, missing], 1), params).bool().unbind(1)
+    return finite, zero.logical_not(), missing.logical_not()
 
 
 def _flags(grads: Sequence[Tensor], device: torch.device) -> list[Tensor]:
