@@ -96,7 +96,6 @@ TRAINED = {
     "experts, layerwise": ("qwen3_moe", "sinkgd_layerwise", {}),
     "accumulated": ("llama", "swan", {"gradient_accumulation_steps": 2}),
     "accumulated, layerwise": ("llama", "sinkgd_layerwise", {"gradient_accumulation_steps": 2}),
-    "experts, accumulated": ("qwen3_moe", "sinkgd_layerwise", {"gradient_accumulation_steps": 2}),
     "not clipped": ("llama", "sinkgd_layerwise", {"max_grad_norm": 0.0, "optim_args": "release=all"}),
 }
 if not NEWER:
