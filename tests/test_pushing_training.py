@@ -104,7 +104,6 @@ FAULTS = {
     "storage": ("POST", "/objects/batch", {"status": 500}),
     "too-large": ("PUT", "/_lfs/", {"status": 413}),
     "cut": ("PUT", "/_lfs/", {"cut_after": 1000}),
-    "silent": ("PUT", "/_lfs/", {"silent_for": 60.0}),
     "refused": ("POST", "/commit/main", {"status": 403}),
     "half": ("POST", "/commit/main", {"half_answer": True}),
 }

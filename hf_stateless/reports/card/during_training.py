@@ -85,7 +85,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
         self._strategy = HubStrategy.END
         self._api = HfApi()  # one for all: its jobs wait for each other
         self._jobs: list[Future[Any]] = []
-        self._failure: PushError | None = None
+        self._failure: BaseException | None = None
         self._told: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -136,7 +136,8 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]
     def wait(self) -> None:
         """Wait until no push is on its way."""
         for job in self._jobs:
-            job.exception()
+            if error := job.exception():  # of a kind that nobody foresaw
+                self._failure = error
         self._jobs.clear()
         if self._trainer.is_world_process_zero():
             shutil.rmtree(Path(self._trainer.args.output_dir) / STAGE, ignore_errors=True)
