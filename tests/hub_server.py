@@ -107,6 +107,12 @@ class HubServer:
     def repository(self, name):
         return self.repositories[name]
 
+    def forget_large_files(self):
+        """Have none of the large files that were sent so far, so that each is sent once more."""
+        for stored in self.folder.iterdir():
+            if len(stored.name) == 64:
+                stored.unlink()
+
     def received(self, since=0):
         """All bytes that were sent since a number of requests, those of files inside JSON decoded."""
         for body in self.bodies[since:]:
