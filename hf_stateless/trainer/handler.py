@@ -18,6 +18,7 @@ from ..weights.int8.weight import HeldWeight
 from .clipping import clips_mixed_meshes
 from .factory import optimizer_arguments
 from .optim_args import is_layerwise, refuse_repeated_keys
+from .parallel_models import refuse_doubled_gradients
 from .partition import refuse_fsdp1
 from .table import trainer_prints
 from .zero import optimizer_class
@@ -45,6 +46,7 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
     _refuse_partitioning(ctx.args)
     _refuse_sharded_int8(ctx.args, ctx.model)
     _refuse_int8_head(ctx.args, ctx.model)
+    refuse_doubled_gradients(ctx.model, ctx.args.gradient_accumulation_steps)
     refuse_repeated_keys(getattr(ctx.args, "optim_args", None))
     beta1, beta2 = ctx.adam_kwargs["betas"]
     adamw = {"adamw_beta1": beta1, "adamw_beta2": beta2, "adamw_eps": ctx.adam_kwargs["eps"]}
