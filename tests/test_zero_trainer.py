@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_models import assert_close
-from zero_worker import CASES, train
+from zero_worker import CASES, LOADED, save_model, train
 
 
 pytestmark = [
@@ -22,6 +22,7 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
+    save_model(folder / "model")
     paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(WORKER), str(folder)]
@@ -38,7 +39,17 @@ def test_deepspeed_equals_one_process(case, results, tmp_path):
         assert_close(result[case], one, 1e-5)
 
 
-def test_a_resumed_run_of_deepspeed_equals_one_that_never_stopped(results):
+@pytest.mark.parametrize("case", LOADED)
+def test_a_model_that_is_cut_while_it_is_loaded_equals_one_process(case, results, tmp_path):
+    optim, options = LOADED[case]
+    save_model(tmp_path / "model")
+    one = train(tmp_path, optim, batch_size=4, loaded=tmp_path / "model", **options)
     for result in results:
-        assert_close(result["resumed"], result["saved"], 0.0)
-        assert_close(result["saved"], results[0]["sinkgd, stage 2"], 0.0)
+        assert_close(result[case], one, 1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_resumed_run_of_deepspeed_equals_one_that_never_stopped(stage, results):
+    for result in results:
+        assert_close(result[f"resumed, stage {stage}"], result[f"saved, stage {stage}"], 0.0)
+        assert_close(result[f"saved, stage {stage}"], results[0][f"sinkgd, stage {stage}"], 0.0)
