@@ -393,7 +393,8 @@ def test_a_numpy_rate_becomes_a_plain_float(make_model):
 
 ZERO_1 = {"zero_optimization": {"stage": 1}}
 REFUSED = [
-    ({"zero_optimization": {"stage": 4}}, "set zero_optimization.stage to 1"),
+    ({"zero_optimization": {"stage": 4}}, "set zero_optimization.stage to 0, 1, 2 or 3"),
+    ({"zero_optimization": {"stage": "auto"}}, "stage auto is not known"),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param to cpu"),
     ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights is not tested"),
     ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size is not tested"),
@@ -402,8 +403,6 @@ REFUSED = [
     ({"zero_optimization": {"stage": 1, "offload_param": {"device": "nvme"}}}, "offload_param to nvme"),
     ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "leave it out of zero_optimization"),
     ({**ZERO_1, "fp16": {"enabled": True}}, "type bf16=True"),
-    ({"bf16": {"enabled": True}}, "set zero_optimization.stage to 1"),
-    ({}, "set zero_optimization.stage to 1"),
 ]
 
 
@@ -420,6 +419,9 @@ def test_a_deepspeed_config_that_is_not_exact_is_refused_with_what_to_type(make_
     "config",
     [
         ZERO_1,
+        {},
+        {"bf16": {"enabled": True}},
+        {"zero_optimization": {"stage": 0}},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
         {**ZERO_1, "bf16": {"enabled": True}},
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1, "mics_shard_size": -1}},

@@ -16,6 +16,8 @@ CASES = {
     "swan, stage 1": ("swan", 1, {"optim_args": "lr_scale=0.2"}),
     "sinkgd, stage 1, accumulated": ("sinkgd", 1, {"gradient_accumulation_steps": 2}),
     "sinkgd, stage 1, not clipped": ("sinkgd", 1, {"max_grad_norm": 0.0}),
+    "sinkgd, stage 0": ("sinkgd", 0, {}),
+    "swan, stage 0, accumulated": ("swan", 0, {"optim_args": "lr_scale=0.2", "gradient_accumulation_steps": 2}),
     "sinkgd, stage 3": ("sinkgd", 3, {}),
     "swan, stage 3, accumulated": ("swan", 3, {"optim_args": "lr_scale=0.2", "gradient_accumulation_steps": 2}),
     "sinkgd, stage 3, not clipped": ("sinkgd", 3, {"max_grad_norm": 0.0}),

@@ -1,4 +1,4 @@
-"""What of DeepSpeed can be trained with: ZeRO-1, -2 and -3, as its config says."""
+"""What of DeepSpeed can be trained with: ZeRO of every stage, as its config says."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def _refused(config: Mapping[str, Any] | None, name: str, model: nn.Module) -> s
         return "its config is unknown here: leave out --deepspeed"
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
-    if stage not in (1, 2, 3):
-        return f"at stage {stage} not all rules were found to be exact: set zero_optimization.stage to 1"
+    if stage not in (0, 1, 2, 3):
+        return f"stage {stage} is not known: set zero_optimization.stage to 0, 1, 2 or 3"
     if (config.get("fp16") or {}).get("enabled"):
         return "fp16 with its overflows is not tested: type bf16=True in place of fp16=True"
     for key in ("offload_optimizer", "offload_param"):
