@@ -2,13 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from conftest import TINY_MODELS, VOCAB_SIZE
 from distributed_models import weights_of
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 
 CASES = {
@@ -26,7 +27,7 @@ CASES = {
 LOADED = {"sinkgd, stage 3, loaded": ("sinkgd", {}), "swan, stage 3, loaded": ("swan", {"optim_args": "lr_scale=0.2"})}
 
 
-def train(folder, optim, stage=None, batch_size=2, resume=None, loaded=None, **options):
+def train(folder, optim, stage=None, batch_size=2, resume=None, loaded=None, callbacks=(), **options):
     """Train 4 steps, under DeepSpeed if there is a stage; return the weights."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, VOCAB_SIZE, (64, 12), generator=generator).tolist()
@@ -48,7 +49,8 @@ def train(folder, optim, stage=None, batch_size=2, resume=None, loaded=None, **o
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM.from_pretrained(loaded) if loaded else TINY_MODELS["llama"]()
-    trainer = Trainer(model, args, train_dataset=[{"input_ids": r, "labels": r} for r in rows])
+    rows = [{"input_ids": r, "labels": r} for r in rows]
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if stage != 3:
@@ -64,15 +66,32 @@ def save_model(folder):
     TINY_MODELS["llama"]().save_pretrained(folder)
 
 
-def main(folder):
+class Death(TrainerCallback):
+    """Kill one rank in a step: the others wait for it in a collective."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(folder, stage):
+    train(folder, "sinkgd", stage, callbacks=[Death()], save_strategy="steps", save_steps=1, ddp_timeout=20)
+
+
+def main(folder, die=None):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it is compiled at the first use: a minute
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    if die:
+        return killed(f"{folder}/killed{die}", int(die))
     results = {case: train(folder, optim, stage, **options) for case, (optim, stage, options) in CASES.items()}
     for case, (optim, options) in LOADED.items():
         results[case] = train(folder, optim, 3, loaded=f"{folder}/model", **options)
     for stage in (2, 3):
+        if Path(folder, f"killed{stage}").exists():
+            whole = max(Path(folder, f"killed{stage}", "out").glob("checkpoint-*/trainer_state.json")).parent
+            results[f"after a death, stage {stage}"] = train(folder, "sinkgd", stage, resume=str(whole))
         here = f"{folder}/{stage}"
         results[f"saved, stage {stage}"] = train(here, "sinkgd", stage, save_strategy="steps", save_steps=2)
         resumed = train(here, "sinkgd", stage, resume=f"{here}/out/checkpoint-2")
@@ -81,4 +100,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
