@@ -21,6 +21,7 @@ from .batch import example_batch, max_positions
 from .estimate import estimate
 from .limits import bounded
 from .model import DTYPES, build_model, load_config
+from .parallel import check_parallel, whole_numel
 from .state import is_ours, known_optimizers
 from .table import GPUS, Settings, as_json, as_table, plot
 from .zero import check_zero, known_under_zero
@@ -52,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         "--zero", type=int, choices=(1, 2, 3), default=0, metavar="STAGE", help="shard with DeepSpeed ZeRO-1, -2 or -3"
     )
     add("--ranks", type=_count, default=1, metavar="N", help="the GPUs of --zero")
+    add("--tp", type=_count, default=1, metavar="N", help="cut matrices over N GPUs by the tp_plan of transformers")
+    add("--ep", type=_count, default=1, metavar="N", help="spread experts over N of the GPUs of --fsdp and --tp")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where it would run (default cuda)")
     add("--gpus", help=f"their sizes in GiB joined by commas (default {','.join(f'{gib:g}' for gib in GPUS)})")
     add("--trust-remote-code", action="store_true", help="let a model of the Hub run its own code")
@@ -103,6 +106,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     if settings.zero and args.optim == _DEFAULT_OPTIMIZERS:
         names = known_under_zero(names)
     check_zero(names, settings)
+    check_parallel(settings)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     model = build_model(config, settings)
     if settings.fsdp > 1 and any(isinstance(p, HeldWeight) for p in model.parameters()):
@@ -152,6 +156,10 @@ def _facts(
     notes = []
     if settings.fsdp > 1:
         notes.append("gathered: the layers that FSDP2 puts together, from a formula; step temporaries are of one GPU.")
+    if settings.tp > 1:
+        notes.append("Whitening puts whole matrices together: its temporary is that of one GPU.")
+    if settings.ep > 1:
+        notes.append("Activations of experts are those of one GPU that has all: tokens are taken to be spread evenly.")
     if settings.zero:
         notes.append("State has the float32 masters of ZeRO; its buckets (reduce_bucket_size) come on top.")
     if getattr(config, "quantization_config", None) and settings.dtype != "int8":
@@ -163,8 +171,8 @@ def _facts(
         "model": path.parent.name if path.is_file() else path.name if path.is_dir() else source,
         "model_class": type(base).__name__,
         "has_tokens": "input_ids" in batch.inputs,
-        "parameters": sum(p.numel() for p in params),
-        "trained_parameters": sum(p.numel() for p in params if p.requires_grad),
+        "parameters": sum(map(whole_numel, params)),
+        "trained_parameters": sum(whole_numel(p) for p in params if p.requires_grad),
         "optim_args": optim_args,
         "notes": [*notes, *batch.notes],
     }

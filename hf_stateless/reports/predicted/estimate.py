@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...norms.chain import Chain
 from ...optimizer.optimizer import StatelessOptimizer
 from ...optimizer.release import is_released
 from ...trainer.optim_args import is_layerwise
@@ -18,10 +19,12 @@ from ...weights.stored import StoredWeight, stand_in
 from ..command_line import one_line
 from .batch import Batch, example_batch
 from .model import tensor_bytes, weight_bytes_of_rank
+from .parallel import gathered_share, whole_shape
+from .parallel_wire import sent_by_fsdp, sent_by_optimizer, sent_by_plans
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .table import Estimate, Settings
 from .trace import LiveBytes, Peak, Timeline, trace_training
-from .wire import fsdp_bytes, optimizer_bytes
+from .wire import optimizer_bytes
 from .zero import zero_bytes, zero_optimizer_bytes, zero_state, zero_temporary
 
 
@@ -112,7 +115,6 @@ def _estimate(
         state = zero_state(model, name, optim_args, settings.ranks)
         temporary = zero_temporary(model, temporary, settings, groups)
     gathered = _gathered(model) if ranks > 1 else 0
-    trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
     always = {"weights": weights, "optimizer_state": state}
     finished = backward.gradients_then
     in_backward = {"gradients": finished, "activations": backward.total - finished, "gathered": gathered}
@@ -129,7 +131,8 @@ def _estimate(
         activations=trace({}).activations,
         temporary=max(temporary, *released.values(), 0),
         sent=_sent(model, name, optim_args, settings),
-        sent_by_fsdp=_sent_by_sharding(tensor_bytes(model.parameters()), trained, settings),
+        sent_by_fsdp=_sent_by_sharding(model, settings),
+        sent_by_plans=sent_by_plans(model, settings),
         gathered=gathered,
         peak=sum(at_peak.values()),
         moment=moment,
@@ -137,18 +140,21 @@ def _estimate(
     )
 
 
-def _sent_by_sharding(weights: int, trained: int, settings: Settings) -> int:
-    if settings.zero:
-        return zero_bytes(weights, trained, settings.zero, settings.ranks)
-    return fsdp_bytes(weights, trained, settings.fsdp)
+def _sent_by_sharding(model: nn.Module, settings: Settings) -> int:
+    if not settings.zero:
+        return sent_by_fsdp(model, settings)
+    trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
+    return zero_bytes(tensor_bytes(model.parameters()), trained, settings.zero, settings.ranks)
 
 
 def _sent(model: nn.Module, name: str, optim_args: Mapping[str, Any], settings: Settings) -> int | None:
     """Return what an optimizer sends: those of transformers that update each entry by itself send nothing."""
     if settings.zero:
         return zero_optimizer_bytes(model, name, optim_args, settings)
-    if settings.fsdp == 1:
+    if settings.fsdp * settings.tp == 1:
         return None
+    if is_ours(name) and settings.tp * settings.ep > 1:
+        return sent_by_optimizer(model, name, optim_args, settings)
     if is_ours(name):
         return optimizer_bytes(model, name, optim_args, settings.fsdp)
     return None if name in ("galore_adamw", "adafactor") else 0
@@ -162,15 +168,28 @@ def _gathered(model: nn.Module) -> int:
     inside = {id(p) for layer in layers for p in layer}
     outside = [p for p in model.parameters() if id(p) not in inside]
     largest = max(layers, key=tensor_bytes, default=[])
-    gradients = tensor_bytes(p for p in [*largest, *outside] if p.requires_grad)
+    gradients = sum(_gathered_bytes(p, p) for p in [*largest, *outside] if p.requires_grad)
     whole = [*largest, *largest, *outside]  # what is stored of them: of a weight in 8 bits its codes
-    return tensor_bytes(p.detach() for p in whole) + gradients
+    return sum(_gathered_bytes(p, p.detach()) for p in whole) + gradients
+
+
+def _gathered_bytes(p: Tensor, stored: Tensor) -> int:
+    return int(gathered_share(p) * tensor_bytes([stored]))
+
+
+def _whole(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a group with whole matrices in the place of parts, if their owners put them together."""
+    if group["algorithm"] != "multinorm" or not Chain.of(group).whitens:
+        return group
+    cut = {id(p): torch.empty(whole_shape(p), dtype=p.dtype, device="meta") for p in group["params"]}
+    return {**group, "params": [cut[id(p)] if hasattr(p, "whole_shape") else p for p in group["params"]]}
 
 
 def _step_temporary(groups: Sequence[Mapping[str, Any]], device: str) -> int:
     """Predict the bytes that a step of `StatelessOptimizer` needs on top, by running it on tensors without memory."""
     if not groups:
         return 0
+    groups = [_whole(group) for group in groups]
     needed = [{**g, "params": _at_once(g["params"], _place(g, device))} for g in groups]
     key = (device, *(_key_of(group) for group in needed))
     if key not in _KNOWN_STEPS:

@@ -27,6 +27,7 @@ from ...weights.int8.hf_quantizer import quantize
 from ..command_line import one_line
 from ..run_facts import base_of
 from .limits import check_config, check_sizes
+from .parallel import cut_by_plans
 from .state import shard
 from .table import Settings
 from .trace import LiveBytes
@@ -67,8 +68,8 @@ def build_model(config: Any, settings: Settings) -> nn.Module:
     """Build the model of a config on the meta device, ready to be trained as the settings say.
 
     Raises:
-        ValueError: the config names no model class that can be built, LoRA without peft, or no checkpointing in this
-            model.
+        ValueError: the config names no model class that can be built, LoRA without peft, no checkpointing in this
+            model, or no plan for the parallelism that is asked for.
     """
     try:
         with torch.device("meta"), LiveBytes():  # lets a model read numbers from tensors without contents
@@ -81,6 +82,7 @@ def build_model(config: Any, settings: Settings) -> nn.Module:
     except Exception as error:  # of a model's own code, on whatever the config says
         kind = getattr(config, "model_type", "")
         raise ValueError(f"The model of this config (type {shown(kind)}) cannot be built: {_why(error)}") from None
+    cut_by_plans(model, settings)
     trained: nn.Module = model.train()
     return trained
 

@@ -54,6 +54,10 @@ class Settings:
     """Rank of LoRA adapters on all linear layers; None trains every weight."""
     fsdp: int = 1
     """Number of GPUs over which FSDP2 shards weights, gradients and state."""
+    tp: int = 1
+    """Number of GPUs that share each matrix by tensor parallelism, and see the same tokens."""
+    ep: int = 1
+    """Number of GPUs over which experts are spread; they are among those of `fsdp` and `tp`."""
     zero: int = 0
     """Stage of DeepSpeed's ZeRO; 0 without it."""
     ranks: int = 1
@@ -83,7 +87,7 @@ class Estimate:
     temporary: int
     """What the update needs on top."""
     gathered: int
-    """Whole layers that FSDP2 or ZeRO-3 puts together; 0 where weights are whole."""
+    """Layers that FSDP2 or ZeRO-3 puts together; 0 where neither cuts the weights."""
     peak: int
     moment: str
     """When the peak is reached: in `backward` or in the optimizer's `step`."""
@@ -93,6 +97,8 @@ class Estimate:
     """What a GPU sends in a step of the optimizer; None on one GPU, and where it is not known."""
     sent_by_fsdp: int = 0
     """What FSDP2 or ZeRO itself sends in a step without accumulation; 0 on one GPU."""
+    sent_by_plans: int = 0
+    """What tensor and expert parallelism send of activations in such a step; 0 without them."""
 
 
 def usable(gib: float) -> float:
@@ -160,7 +166,9 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         "activation checkpointing" if run["checkpointing"] else "no activation checkpointing",
     ]
     parts += [f"LoRA of rank {run['lora']}"] if run["lora"] else []
-    parts += [f"FSDP2 over {run['fsdp']} GPUs, figures for one of them"] if run["fsdp"] > 1 else []
+    ways = {"FSDP2": run["fsdp"], "tensor parallelism": run["tp"], "expert parallelism": run["ep"]}
+    told = [f"{way} over {gpus} GPUs" for way, gpus in ways.items() if gpus > 1]
+    parts += [f"{' and '.join(told)}, figures for one of them"] if told else []
     parts += [f"ZeRO-{run['zero']} over {run['ranks']} GPUs, figures for one of them"] if run["zero"] else []
     return [*parts, f"on {run['device']}"]
 
@@ -180,13 +188,15 @@ def _legend(report: Mapping[str, Any]) -> list[str]:
 
 def _wire(rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> list[str]:
     """Return a line about what a GPU sends in one step, if there are others."""
-    if run["fsdp"] == 1 and not run["zero"]:
+    if run["fsdp"] * run["tp"] == 1 and not run["zero"]:
         return []
     sharding = f"ZeRO-{run['zero']}" if run["zero"] else "FSDP2"
     own = [f"{row['optimizer']} {'unknown' if row['sent'] is None else size_text(row['sent'])}" for row in rows]
+    by = [f"{size_text(rows[0]['sent_by_fsdp'])} by {sharding} itself"] if run["fsdp"] > 1 or run["zero"] else []
+    by += [f"{size_text(rows[0]['sent_by_plans'])} of activations by the plans"] if run["tp"] * run["ep"] > 1 else []
     return [
-        f"Sent by one GPU in a step without accumulation, counted: {size_text(rows[0]['sent_by_fsdp'])} by "
-        f"{sharding} itself; by the optimizers: {', '.join(own)}."
+        f"Sent by one GPU in a step without accumulation, counted: {', '.join(by)}; by the optimizers: "
+        f"{', '.join(own)}."
     ]
 
 

@@ -53,16 +53,17 @@ def optimizer_bytes(model: nn.Module, name: str, optim_args: Mapping[str, Any], 
     return int(sent)
 
 
-def sinkhorn_bytes(shapes: Mapping[Shape, int], ranks: int, iterations: int) -> float:
-    """Return the bytes of SR-Sinkhorn: sums of columns and a flag of each matrix, in float32, once an iteration.
+def sinkhorn_bytes(shapes: Mapping[Shape, int], ranks: int, iterations: int, itemsize: int = 4) -> float:
+    """Return the bytes of SR-Sinkhorn: sums of columns and a flag of each matrix, once an iteration.
 
     Args:
         shapes: of the matrices that are cut between rows, with how many there are of each.
         ranks: the number of GPUs that share them.
         iterations: L.
+        itemsize: bytes of a sum.
     """
     numbers = sum(count * (columns + 1) for (_, columns), count in shapes.items())
-    return iterations * 2 * (ranks - 1) / ranks * 4 * numbers
+    return iterations * 2 * (ranks - 1) / ranks * itemsize * numbers
 
 
 def exchanges(shapes: Mapping[Shape, int], ranks: int, itemsize: int = 2) -> Iterator[tuple[Shape, list[int] | None]]:
