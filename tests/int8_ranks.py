@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_stateless import PRESETS, StatelessOptimizer
 from hf_stateless.ranks import ways
 from hf_stateless.weights.int8.linear import Int8Linear
-from hf_stateless.weights.int8.sharded_layer import shard_of
+from hf_stateless.weights.int8.sharded import shard_of
 from hf_stateless.weights.int8.weight import Int8Weight
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .holder import Int8Holder, hold, release
+from .holder import Int8Holder, held_scales, hold, release
 from .kinds import computed_by_modules, routers
 from .linear import Int8Linear, sizes_of
 from .packed import pack
@@ -124,8 +124,9 @@ def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear]]:
 
 
 def without_scales(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a model but for the scales of its 8-bit layers, which FSDP2 makes plain parameters."""
+    """Yield the parameters of a model but for the scales of its 8-bit weights, which FSDP2 makes plain parameters."""
     scales = {id(layer.weight_scale) for _, layer in int8_layers(model)}
+    scales |= {id(scale) for module in model.modules() for scale in held_scales(module)}
     yield from (p for p in model.parameters() if id(p) not in scales)
 
 

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from .convert import int8_layers
-from .sharded_layer import shard_of
+from .sharded import shard_of
 
 
 def is_cut(model: nn.Module) -> bool:
     """Tell whether 8-bit weights of a model are cut over ranks."""
-    return any(shard_of(layer.weight) is not None for _, layer in int8_layers(model))
+    return any(shard_of(p) is not None for p in model.parameters())
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, Any]:
