@@ -128,6 +128,8 @@ class Int8Shard(StoredWeight):
         first = args[0] if args else None
         if func is _aten.copy_.default and isinstance(first, cls):
             return first._copied_from(args[1])
+        if func is _aten.set_.source_Tensor and args[1] is first:
+            return first  # to itself, as a parametrization begins
         if not isinstance(first, cls):
             raise NotImplementedError(_refusal(func))
         codes, others = first.codes, args[1:]
@@ -144,6 +146,10 @@ class Int8Shard(StoredWeight):
             return func(codes, *others, **{**kwargs, "dtype": kwargs.get("dtype") or first.dtype})
         if func is _aten.is_pinned.default:
             return func(codes, *others, **kwargs)
+        if first.place.beside:  # gathered it is NaN, as a whole weight is: PEFT tries its adapters on it
+            return func(
+                torch.full((), float("nan"), dtype=first.dtype).to(codes.device).expand(first.shape), *others, **kwargs
+            )
         raise NotImplementedError(_refusal(func))
 
     def _copied_from(self, source: Tensor) -> Int8Shard:

@@ -21,12 +21,15 @@ def is_cut(model: nn.Module) -> bool:
 def whole_state(model: PreTrainedModel) -> dict[str, Any]:
     """Return the state of a model that is cut over ranks: what `save_pretrained` was given, or all ranks gather it.
 
-    The first rank has it, on the host; the others may have nothing.
+    The first rank has it, on the host; the others may have nothing. What is tied is there once, so that it is written
+    once.
     """
     given: dict[str, Any] | None = getattr(model.hf_quantizer, "given_state", None)
     if given is None:
         given = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return given
+    names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    first = {key: name for name, key in reversed(names.items())}
+    return {name: given.get(first.get(names.get(name, 0), name), tensor) for name, tensor in given.items()}
 
 
 def _noting_state(original: Callable[..., None]) -> Callable[..., None]:
