@@ -1,6 +1,7 @@
-"""What the processes of `test_int8_sharded.py` do with stacks of experts and tables in 8 bits, cut by FSDP2 or whole."""
+"""What the processes of `test_int8_sharded.py` do with stacks of experts and tables in 8 bits, cut or whole."""
 
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_stateless import PRESETS, StatelessOptimizer
-from hf_stateless.weights.int8.convert import int8_weights
+from hf_stateless.weights.int8.codes import stored_length
 from hf_stateless.weights.int8.holder import hold
 from hf_stateless.weights.int8.sharded import shard_of
 from hf_stateless.weights.int8.tables import finish_tables
@@ -37,6 +38,7 @@ CASES = {
     "swan, factored": ("swan", torch.float32, "factored", {}, True),
     "sinkgd, rows": ("sinkgd", torch.float32, "row_moment", {}, False),
     "bfloat16, columns": ("swan", torch.bfloat16, "column_moment", {}, True),
+    "not finite": ("sinkgd", torch.float32, "factored", {}, True),
     "momentum, stateless": ("swan", torch.float32, "multinorm", MOMENTUM, False),
 }
 RELEASED = {"layer-wise": ("sinkgd", torch.float32, "factored", {"release": "all"}, True)}
@@ -78,17 +80,23 @@ class Held(nn.Module):
         return loss + (self.embedding(tokens) * of_rows).sum() + (self.head(x) * y).sum()
 
 
-def batch(step, rank=0, ranks=1, dtype=torch.float32):
-    """Return this rank's part of the samples of one step; the last expert of each stack gets nothing now and then."""
+def batch(step, rank=0, ranks=1, dtype=torch.float32, spoilt=False):
+    """Return this rank's part of the samples of one step; the last expert of each stack gets nothing now and then.
+
+    Where they are spoilt, the gradient of one expert is once not finite.
+    """
     generator = torch.Generator().manual_seed(step)
 
     def whole(*sizes, low=-2, high=3):
         return torch.randint(low, high, (BATCH, *sizes), generator=generator)
 
     made = {name: [whole(e, columns), whole(e, rows)] for name, (e, rows, columns) in STACKS.items()}
-    for x, y in made.values():
+    for x, _ in made.values():
         x[:, -1] *= step % 2
     tokens = whole(3, low=0, high=TOKENS)
+    if spoilt and step == 1:
+        made["uneven"][0] = made["uneven"][0].float()
+        made["uneven"][0][:, 0] = math.inf
     made["tables"] = [tokens, whole(3, FEATURES), whole(FEATURES), whole(TOKENS)]
     part = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
     return {n: [t[part] if t is tokens else t[part].to(dtype) for t in tensors] for n, tensors in made.items()}
@@ -109,11 +117,11 @@ def optimizer_of(model, name, table, options):
     return StatelessOptimizer(groups, lr=0.1, release=release)
 
 
-def steps(model, optimizer, first=0, last=STEPS, rank=0, ranks=1, averaged_over=1):
+def steps(model, optimizer, first=0, last=STEPS, rank=0, ranks=1, averaged_over=1, spoilt=False):
     dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
     optimizer.train()
     for step in range(first, last):
-        (model(batch(step, rank, ranks, dtype)) / averaged_over).backward()
+        (model(batch(step, rank, ranks, dtype, spoilt)) / averaged_over).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -130,7 +138,8 @@ def alone(case, world, before=None):
     name, dtype, table, options, tied = {**CASES, **RELEASED}[case]
     model = Held(dtype, tied)
     optimizer = optimizer_of(model, name, table, options)
-    steps(model, optimizer, last=SAVED_AT, averaged_over=before or world)
+    spoilt = case == "not finite"
+    steps(model, optimizer, last=SAVED_AT, averaged_over=before or world, spoilt=spoilt)
     steps(model, optimizer, first=SAVED_AT, averaged_over=world)
     return copy.deepcopy(model.state_dict())
 
@@ -139,17 +148,58 @@ def whole_state(model):
     return {name: t.clone() for name, t in get_model_state_dict(model, options=FULL).items()}
 
 
-def held(shared, rank, world):
-    """Return what stacks and tables have become, by case."""
-    results = {}
+def part_bytes(world):
+    """Count the bytes of a rank's part of the codes and scales: parts are as long as the longest."""
+    stacks = sum(-(-experts // world) * weight_bytes(rows, columns) for experts, rows, columns in STACKS.values())
+    return stacks + table_bytes(world)
+
+
+def weight_bytes(rows, columns):
+    """Count the bytes of two matrices that lie in both ways, with a bfloat16 scale for each group of a row."""
+    groups = rows * (columns // stored_length(columns, GROUP)) + columns * (rows // stored_length(rows, GROUP))
+    return 2 * rows * columns + 2 * groups
+
+
+def table_bytes(world):
+    return -(-TOKENS // world) * (FEATURES + FEATURES // GROUP * 2)
+
+
+def gathered_bytes(world):
+    """Count what a rank gives to the all-gathers of a step: twice, but for what the root holds; biases in float32."""
+    of_stacks = {
+        name: -(-experts // world) * (weight_bytes(rows, columns) + 4 * rows)
+        for name, (experts, rows, columns) in STACKS.items()
+    }
+    kept = of_stacks.pop(list(STACKS)[-1]) + table_bytes(world)
+    return 2 * sum(of_stacks.values()) + kept
+
+
+def held(shared, rank, world, sent):
+    """Return what stacks and tables have become, by case.
+
+    Args:
+        shared: a folder of all ranks.
+        rank: of this process.
+        world: how many there are.
+        sent: a context that counts the bytes of collectives.
+    """
+    model = sharded(Held())
+    shards = {id(p): shard_of(p) for p in model.parameters() if shard_of(p) is not None}
+    scales = [p.to_local() for n, p in model.named_parameters() if "scales-of" in n]
+    parts = [*scales, *(shard.codes for shard in shards.values())]
+    results = {"kept": sum(part.untyped_storage().nbytes() for part in parts)}
+    with sent() as counted:
+        model(batch(0, rank, world)).backward()
+    results["gathered"] = counted.bytes["gathered"]
     for case, (name, dtype, table, options, tied) in {**CASES, **RELEASED}.items():
         model = sharded(Held(dtype, tied))
-        steps(model, optimizer_of(model, name, table, options), rank=rank, ranks=world)
+        optimizer = optimizer_of(model, name, table, options)
+        steps(model, optimizer, rank=rank, ranks=world, spoilt=case == "not finite")
         results[case] = whole_state(model)
     for case, (name, dtype, table, options, tied) in CASES.items():
         model = Held(dtype, tied)
         optimizer = optimizer_of(model, name, table, {**options, "split_whitening": True})
-        steps(DistributedDataParallel(model), optimizer, rank=rank, ranks=world)
+        steps(DistributedDataParallel(model), optimizer, rank=rank, ranks=world, spoilt=case == "not finite")
         results[f"DDP {case}"] = copy.deepcopy(model.state_dict())
     return results | checkpoints(Path(shared), rank, world)
 

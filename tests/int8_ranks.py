@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from int8_held_ranks import held
 from rank_processes import joined
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -129,6 +130,7 @@ def worker(world, shared, rank, folder):
         results["memory"] = memory()
         results["traffic"] = traffic(rank, world)
         results["refusals"] = refusals()
+        results["held"] = held(shared, rank, world, Sent)
         if world == 4:
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
             model = sharded(Parallel(), mesh)
@@ -224,7 +226,8 @@ def refusals():
     half = MixedPrecisionPolicy(param_dtype=torch.float16)
     stack = nn.Module()
     stack.experts = Int8Weight(torch.zeros(4, 6, 8, dtype=torch.int8), torch.ones(4, 6, 1, dtype=torch.bfloat16))
-    attempt("stack", lambda: fully_shard(stack, mesh=init_device_mesh("cpu", (dist.get_world_size(),))))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    attempt("stack", lambda: fully_shard(stack, mesh=mesh, shard_placement_fn=lambda p: Shard(1)))
     attempt("float16", lambda: sharded(Parallel(), mp_policy=half)(batch(0)))
     model = sharded(Parallel())
     attempt("not gathered", lambda: model.layers["even"](torch.ones(1, 32)))
