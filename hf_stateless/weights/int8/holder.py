@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .codes import checked_codes, quantize_stack
 from .lent import Loan, Purse, Uses, before_backward_of
@@ -57,7 +58,7 @@ class Int8Holder(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # torch.distributed.checkpoint asks for what a state dict names.
-        codes = dict(self._cut_codes()).get(name) if name.startswith(_CODES) else None
+        codes = dict(self._codes()).get(name) if name.startswith(_CODES) else None
         return super().__getattr__(name) if codes is None else codes
 
     def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
@@ -68,12 +69,14 @@ class Int8Holder(nn.Module):
         """
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
         if not recurse:
-            yield from ((f"{prefix}.{name}".lstrip("."), codes) for name, codes in self._cut_codes())
+            cut = [(name, codes) for name, codes in self._codes() if isinstance(codes, DTensor)]
+            yield from ((f"{prefix}.{name}".lstrip("."), codes) for name, codes in cut if name.startswith(_CODES))
 
-    def _cut_codes(self) -> Iterator[tuple[str, Tensor]]:
+    def _codes(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in held_weights(self).items():
-            if shard_of(weight) is not None and self.codes_name(name) != name:
-                yield self.codes_name(name), codes_of(weight)
+            if not isinstance(weight, Int8Shard):
+                codes = weight.detach() if isinstance(weight, Int8Weight) else codes_of(weight)
+                yield self.codes_name(name), codes
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
