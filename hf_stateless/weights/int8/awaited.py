@@ -25,7 +25,7 @@ def expect(module: nn.Module, name: str, group_size: int | None) -> None:
     for part, (size, dtype) in rooms.items():
         room = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
         holder._parameters[part] = room
-    holder._expected = (*holder._expected, name)
+    holder.awaited_in_8_bits = (*holder.awaited_in_8_bits, name)
 
 
 def adopt(module: nn.Module, name: str) -> bool:
@@ -39,7 +39,7 @@ def adopt(module: nn.Module, name: str) -> bool:
     codes, scale = module._parameters.pop(codes_name(name)), module._parameters[scale_name(name)]
     assert codes is not None
     assert scale is not None
-    module._expected = tuple(other for other in module._expected if other != name)
+    module.awaited_in_8_bits = tuple(other for other in module.awaited_in_8_bits if other != name)
     read = [getattr(tensor, "_is_hf_initialized", False) for tensor in (codes, scale)]
     if any(read) and not all(read):
         raise ValueError(f"only its {'codes' if read[0] else 'scales'} are there.")
@@ -53,4 +53,4 @@ def adopt(module: nn.Module, name: str) -> bool:
 
 def is_expected(module: nn.Module, name: str) -> bool:
     """Tell whether `expect` has made room for a weight."""
-    return isinstance(module, Int8Holder) and name in module._expected
+    return isinstance(module, Int8Holder) and name in module.awaited_in_8_bits

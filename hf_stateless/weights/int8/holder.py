@@ -32,7 +32,7 @@ class Int8Holder(nn.Module):
     family: type[Int8Holder]
     """What `mix` was asked for: this class, or one that is for some kinds of modules."""
     _purses: dict[str, Purse]
-    _expected: tuple[str, ...] = ()
+    awaited_in_8_bits: tuple[str, ...] = ()
     """Weights of which a file is being read."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

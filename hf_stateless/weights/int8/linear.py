@@ -20,7 +20,7 @@ from .codes import (
     stored_length,
 )
 from .packed import unpack, words
-from .sharded import check_gathered, shard_of
+from .sharded import check_gathered, refuse_to_float, shard_of
 from .sharded_layer import codes_of, load_sharded, move_sharded
 from .weight import Int8Weight, Scale
 
@@ -184,10 +184,7 @@ class Int8Linear(nn.Linear):
 
     def to_float(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
         """Return the plain layer with the dequantised weight, of the kind that it was made from."""
-        if shard_of(self.weight) is not None:
-            raise ValueError(
-                "The weights are cut over ranks: save the model, and load the folder in one process to have floats."
-            )
+        refuse_to_float(self.weight)
         weight, sizes = self.weight.dequantize(dtype), (self.in_features, self.out_features)
         linear: nn.Linear | Conv1D
         with torch.device("meta"):

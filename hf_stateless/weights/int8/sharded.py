@@ -264,6 +264,18 @@ def local_of(tensor: DTensor) -> Tensor:
     return local
 
 
+def refuse_to_float(weight: Tensor) -> None:
+    """Refuse to make a float weight of one that is cut over ranks.
+
+    Raises:
+        ValueError: it is.
+    """
+    if shard_of(weight) is not None:
+        raise ValueError(
+            "The weights are cut over ranks: save the model, and load the folder in one process to have floats."
+        )
+
+
 def check_gathered(weight: Tensor) -> None:
     """Refuse to compute with a weight that is not here as a whole.
 
