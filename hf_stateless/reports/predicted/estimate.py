@@ -129,7 +129,7 @@ def _estimate(
         activations=trace({}).activations,
         temporary=max(temporary, *released.values(), 0),
         sent=_sent(model, name, optim_args, settings),
-        sent_by_fsdp=_sent_by_sharding(tensor_bytes(model.parameters()), trained, settings),
+        sent_by_fsdp=_sent_by_sharding(tensor_bytes(p.detach() for p in model.parameters()), trained, settings),
         gathered=gathered,
         peak=sum(at_peak.values()),
         moment=moment,
