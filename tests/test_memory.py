@@ -1,5 +1,7 @@
 """Memory that is predicted from a config: states, weights, gradients, and what an estimate is made of."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY_MODELS
@@ -176,7 +178,7 @@ def test_sharded_weights_in_8_bits_are_gathered_in_8_bits():
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "mixtral"])
 def test_experts_in_8_bits_are_counted_as_fsdp2_cuts_and_sends_them(kind, ranks):
-    """Stacks between experts, everything else between rows; codes and scales are gathered twice, as they are stored."""
+    """Stacks between experts, all else between rows; codes and scales are gathered twice, as they are stored."""
     settings = Settings(seq=8, fsdp=ranks, dtype="int8")
     model = build_model(CONFIGS[kind](), settings)
     row = estimate(model, ["sinkgd"], settings)[0]
@@ -188,7 +190,12 @@ def test_experts_in_8_bits_are_counted_as_fsdp2_cuts_and_sends_them(kind, ranks)
     trained = sum(p.numel() * 2 for p in model.parameters() if p.requires_grad)
     assert row.sent_by_fsdp == (2 * sum(t.nbytes for t in stored) + trained) * (ranks - 1) // ranks
     layer = sum(t.nbytes for t in model.model.layers[0].state_dict().values())
-    assert row.gathered >= 2 * layer + 2 * sum(p.numel() for p in model.model.layers[0].parameters())
+    gradients = 2 * sum(p.numel() for p in model.model.layers[0].parameters())
+    assert row.gathered >= 2 * layer + gradients
+    # Those of the layer before are being reduced while the floats of the next one are there.
+    checkpointed = replace(settings, checkpointing=True)
+    assert estimate(model, ["sinkgd"], checkpointed)[0].gathered == row.gathered
+    assert estimate(model, ["sinkgd_layerwise"], checkpointed)[0].gathered == row.gathered + gradients
 
 
 def test_an_estimate_says_what_its_peak_is_made_of():
