@@ -142,7 +142,8 @@ def in_8_bits(model, job, folder):
     """Store a model in 8 bits; with `loaded` as who has a folder does it, with `lora` below adapters."""
     config = hf_stateless.Int8TrainingConfig(job["group_size"], embeddings=job.get("tables", False))
     if "loaded" in job:
-        model = AutoModelForCausalLM.from_pretrained(folder / job["loaded"], quantization_config=config)
+        kind = {"experts_implementation": "eager"} if "experts" in job else {}  # which takes sizes that are odd
+        model = AutoModelForCausalLM.from_pretrained(folder / job["loaded"], quantization_config=config, **kind)
     else:
         hf_stateless.quantize(model, config)
     if "lora" in job:

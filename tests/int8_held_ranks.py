@@ -41,6 +41,7 @@ CASES = {
     "not finite": ("sinkgd", torch.float32, "factored", {}, True),
     "momentum, stateless": ("swan", torch.float32, "multinorm", MOMENTUM, False),
 }
+REPLICATED = ["swan, factored", "bfloat16, columns"]
 RELEASED = {"layer-wise": ("sinkgd", torch.float32, "factored", {"release": "all"}, True)}
 
 
@@ -58,6 +59,13 @@ class OwnExperts(nn.Module):
         return (up * y).sum() + (torch.einsum("bec,ecr->ber", x, self.down) * y).sum()
 
 
+def hold_all(stack):
+    """Store both stacks of a module in 8 bits."""
+    for name in ("up", "down"):
+        hold(stack, name, GROUP)
+    return stack
+
+
 class Held(nn.Module):
     """Stacks, an embedding and a head side by side, whose gradients are small whole numbers, so exact."""
 
@@ -70,8 +78,7 @@ class Held(nn.Module):
         if tied:
             self.head.weight = self.embedding.weight
         for stack in self.stacks.values():
-            for name in ("up", "down"):
-                hold(stack, name, GROUP)
+            hold_all(stack)
         finish_tables({"embedding": self.embedding, "head": self.head}, GROUP)
 
     def forward(self, batch):
@@ -196,10 +203,11 @@ def held(shared, rank, world, sent):
         optimizer = optimizer_of(model, name, table, options)
         steps(model, optimizer, rank=rank, ranks=world, spoilt=case == "not finite")
         results[case] = whole_state(model)
-    for case, (name, dtype, table, options, tied) in CASES.items():
+    for case in REPLICATED:
+        name, dtype, table, options, tied = CASES[case]
         model = Held(dtype, tied)
         optimizer = optimizer_of(model, name, table, {**options, "split_whitening": True})
-        steps(DistributedDataParallel(model), optimizer, rank=rank, ranks=world, spoilt=case == "not finite")
+        steps(DistributedDataParallel(model), optimizer, rank=rank, ranks=world)
         results[f"DDP {case}"] = copy.deepcopy(model.state_dict())
     return results | checkpoints(Path(shared), rank, world)
 
@@ -229,10 +237,13 @@ def checkpoints(shared, rank, world):
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         steps(model, optimizer, first=SAVED_AT, rank=rank, ranks=world)
         results[f"SHARDED of {before}"] = whole_state(model)
-        for kind, start in {"FULL": Held().to("meta"), "FULL on the device": Held()}.items():
-            model = sharded(start)
-            options_ = StateDictOptions(full_state_dict=True, broadcast_from_rank0=kind == "FULL")
-            empty = kind == "FULL" and rank > 0
+        # Without memory and sent by the first rank, or read by all of them.
+        for kind, sent in {"FULL": True, "FULL on the device": False}.items():
+            if before != world and not sent:
+                continue
+            model = sharded(Held().to("meta") if sent else Held())
+            options_ = StateDictOptions(full_state_dict=True, broadcast_from_rank0=sent)
+            empty = sent and rank > 0
             of_model, of_optimizer = ({}, {}) if empty else torch.load(shared / f"held{before}.pt")
             set_model_state_dict(model, of_model, options=options_)
             optimizer = optimizer_of(model, name, table, options)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from int8_held_ranks import held
+from int8_held_ranks import OwnExperts, held, hold_all
 from rank_processes import joined
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -228,6 +228,9 @@ def refusals():
     stack.experts = Int8Weight(torch.zeros(4, 6, 8, dtype=torch.int8), torch.ones(4, 6, 1, dtype=torch.bfloat16))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     attempt("stack", lambda: fully_shard(stack, mesh=mesh, shard_placement_fn=lambda p: Shard(1)))
+    halves = hold_all(OwnExperts(3, 8, 16, torch.float32))
+    given = torch.ones(1, 3, 16, dtype=torch.float16), torch.ones(1, 3, 8, dtype=torch.float16)
+    attempt("float16 stack", lambda: fully_shard(halves, mesh=mesh, mp_policy=half)(*given))
     attempt("float16", lambda: sharded(Parallel(), mp_policy=half)(batch(0)))
     model = sharded(Parallel())
     attempt("not gathered", lambda: model.layers["even"](torch.ones(1, 32)))

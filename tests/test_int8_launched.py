@@ -35,7 +35,6 @@ OTHERS = {
 # Experts in stacks, and the embedding that the head is tied to.
 WITH_TABLES = {"optim": "swan", "optim_args": "embeddings=factored"}
 EXPERTS = {
-    "experts": {"arguments": {"optim": "swan"}},
     "experts and tables": {"arguments": WITH_TABLES, "tables": True},
     "experts checkpointed": {"arguments": {"optim": "sinkgd", "gradient_checkpointing": True}, "dtype": "bfloat16"},
     "experts released": {
