@@ -408,5 +408,21 @@ PRIVATE_PARTS = (
         upstream="huggingface_hub/utils/__init__.py; not exported",
         until="huggingface_hub exports it",
     ),
+    PrivatePart(
+        part="deepspeed.runtime.zero.partition_parameters#ds_shape",
+        used_by=("ranks/slices.py",),
+        why="a parameter that zero.Init has cut is empty, and what is a matrix is told by its shape",
+        upstream="deepspeed/runtime/zero/partition_parameters.py; transformers and peft read it too",
+        until="DeepSpeed has a function that tells the shape of a parameter",
+        everywhere=False,
+    ),
+    PrivatePart(
+        part="deepspeed.runtime.zero.partition_parameters#ds_numel",
+        used_by=("ranks/slices.py",),
+        why="how many parameters lie in a part follows from their sizes",
+        upstream="deepspeed/runtime/zero/partition_parameters.py; transformers and peft read it too",
+        until="DeepSpeed has a function that tells the shape of a parameter",
+        everywhere=False,
+    ),
 )
 """The rows, by upstream."""

@@ -393,13 +393,16 @@ def test_a_numpy_rate_becomes_a_plain_float(make_model):
 
 ZERO_1 = {"zero_optimization": {"stage": 1}}
 REFUSED = [
-    ({"zero_optimization": {"stage": 3}}, "set zero_optimization.stage to 2"),
+    ({"zero_optimization": {"stage": 4}}, "set zero_optimization.stage to 0, 1, 2 or 3"),
+    ({"zero_optimization": {"stage": "auto"}}, "stage auto is not known"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param to cpu"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights is not tested"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size is not tested"),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "mics_shard_size is not tested"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer to cpu"),
     ({"zero_optimization": {"stage": 1, "offload_param": {"device": "nvme"}}}, "offload_param to nvme"),
     ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "leave it out of zero_optimization"),
     ({**ZERO_1, "fp16": {"enabled": True}}, "type bf16=True"),
-    ({"bf16": {"enabled": True}}, "set zero_optimization.stage to 1"),
-    ({}, "set zero_optimization.stage to 1"),
 ]
 
 
@@ -416,8 +419,13 @@ def test_a_deepspeed_config_that_is_not_exact_is_refused_with_what_to_type(make_
     "config",
     [
         ZERO_1,
+        {},
+        {"bf16": {"enabled": True}},
+        {"zero_optimization": {"stage": 0}},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
         {**ZERO_1, "bf16": {"enabled": True}},
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1, "mics_shard_size": -1}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}, "sub_group_size": 1e9}},
     ],
 )
 def test_a_deepspeed_config_that_is_exact_gets_the_optimizer_of_parts(make_model, config):

@@ -35,7 +35,7 @@ def folder(tmp_path):
 def test_each_stage_cuts_one_more_thing(optim, ranks):
     model, alone = rows(optim)
     entries = sum(p.numel() for p in model.parameters())
-    for stage in (1, 2, 3)[: 3 if optim.startswith("adamw") else 2]:
+    for stage in (1, 2, 3):
         row = rows(optim, zero=stage, ranks=ranks)[1]
         assert row.weights == pytest.approx(alone.weights / (ranks if stage == 3 else 1), rel=0.03)
         assert row.gradients == pytest.approx(alone.gradients / (ranks if stage > 1 else 1), rel=0.03)
@@ -67,8 +67,19 @@ def test_what_is_sent_are_pieces_of_the_matrices_across_borders(ranks):
             for matrix, count in zip(*part.unique(return_counts=True), strict=True):
                 others = sum(bool((other == matrix).any()) for other in parts) - 1
                 sent[rank] += 4 * int(count) * others
-    assert zero_optimizer_bytes(model, "sinkgd", {}, ranks) == max(sent) > 0
-    assert zero_optimizer_bytes(model, "adamw_torch_fused", {}, ranks) == 0
+    settings = Settings(**SETTINGS, zero=2, ranks=ranks)
+    assert zero_optimizer_bytes(model, "sinkgd", {}, settings) == max(sent) > 0
+    assert zero_optimizer_bytes(model, "adamw_torch_fused", {}, settings) == 0
+
+
+@pytest.mark.parametrize(("optim", "ways"), [("sinkgd", 1), ("swan", 2), ("sinkgd_polar", 2)])
+def test_at_stage_3_gradients_of_matrices_are_gathered_and_whitened_updates_shared(optim, ways):
+    settings = Settings(**SETTINGS, zero=3, ranks=4)
+    model = meta_model("small_llama", settings)
+    assert zero_optimizer_bytes(model, optim, {}, settings) == ways * 4 * matrices(model) * 3 // 4
+    row = estimate(model, [optim], settings)[0]
+    # Gradients of the part, and of a batch the gathered ones, each once more, and a weight for each.
+    assert row.temporary >= 4 * sum(p.numel() for p in model.parameters()) // 4 + 3 * 4 * matrices(model)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +89,7 @@ def test_what_is_sent_are_pieces_of_the_matrices_across_borders(ranks):
         ("--ranks 8", "--ranks 8: expected --zero beside it; with FSDP2 type --fsdp N alone."),
         ("--zero 2 --ranks 8 --fsdp 8", "--zero 2: got --fsdp 8 beside it, expected one of the two."),
         ("--zero 2 --ranks 8 --dtype int8", "--zero 2: got --dtype int8 beside it, expected one of the two."),
-        ("--zero 3 --ranks 8 --optim swan", "type --zero 2, or --fsdp 8."),
+        ("--zero 3 --ranks 8 --optim galore_adamw", "or an optimizer of ours, got galore_adamw."),
         ("--zero 1 --ranks 8 --layerwise", "leave out --layerwise."),
         ("--zero 1 --ranks 8 --optim adafactor", "or an optimizer of ours, got adafactor."),
         ("--zero 1 --ranks 8 --optim sinkgd --optim-args embeddings=row_moment", "leave it out, or use FSDP2."),

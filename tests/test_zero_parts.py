@@ -82,11 +82,20 @@ def results(request):
     return on_ranks(partial(worker, world=request.param), request.param)
 
 
-def expected(case):
+def spoiled(grads):
+    """Put NaN into the last entry of each gradient."""
+    for grad in grads:
+        grad.view(-1)[-1] = float("nan")
+
+
+def expected(case, bad=None):
     model, (_, name, options) = model_of(case), CASES[case]
     optimizer = create_optimizer(model, name, lr=1e-2, weight_decay=0.1, **options)
     for step in range(STEPS):
-        for p, grad in zip(model.parameters(), gradients(model, step), strict=True):
+        grads = gradients(model, step)
+        if step == bad:
+            spoiled(grads)
+        for p, grad in zip(model.parameters(), grads, strict=True):
             p.grad = grad
         optimizer.step()
     return [p.detach() for p in model.parameters()]

@@ -2,63 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ranks.flat import FlatCut, flat_cut
+from ..ranks.slices import SliceCut, is_sliced, shapes_shown, slice_cut
 from .momentum import has_momentum
 from .optimizer import StatelessOptimizer
 from .rule import Entry, counter
 
 
 _RULES = ("multinorm", "adamw")
+Cut = FlatCut | SliceCut
 
 
 class PartitionedOptimizer(StatelessOptimizer):
-    r"""`StatelessOptimizer` under ZeRO-1 and -2: each rank updates the matrices of its part of the float32 weights.
+    r"""`StatelessOptimizer` under ZeRO-1, -2 and -3: each rank updates its part of the float32 weights.
 
     DeepSpeed averages, accumulates, unscales and clips, leaves out steps that overflow, and then calls `step()` with
-    its parts. A matrix that lies across two parts has its gradient put together by the ranks that hold it. AdamW works
-    on parts as they are. At the first step, and after loading a checkpoint, parts are compared with the model.
+    its parts. At stages 1 and 2 a matrix that lies across two parts has its gradient put together by the ranks that
+    hold it; at stage 3 all ranks gather the gradients of some matrices after others. AdamW works on parts as they are.
+    At the first step, and after loading a checkpoint, parts are compared with the model.
 
     Args:
-        params: groups with `param_names`, of whole parameters.
+        params: groups with `param_names`, of whole parameters, or of those that `zero.Init` has cut already.
         settings: those of `StatelessOptimizer`.
 
     Raises:
-        ValueError: a rule that needs more than a gradient, or parts that are not those of ZeRO-1 and -2.
+        ValueError: a rule that needs more than a gradient, or parts that are not those of these stages.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float = 1e-3, **settings: Any) -> None:
-        super().__init__(params, lr, **settings)
-        refuse_rules(self.param_groups)
-        self._whole: dict[str, Tensor] = {
-            str(name): p
-            for group in self.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-        }
+        groups = list(params)
+        with shapes_shown(p for group in groups for p in group["params"]):
+            super().__init__(groups, lr, **settings)
+            refuse_rules(self.param_groups)
+            self._whole: dict[str, Tensor] = {
+                str(name): p
+                for group in self.param_groups
+                for name, p in zip(group["param_names"], group["params"], strict=True)
+            }
+            self._shapes = {name: p.shape for name, p in self._whole.items()}
         self._numbers = {name: index for index, name in enumerate(self._whole)}
-        self._cuts: dict[int, FlatCut] = {}
+        self._cuts: dict[int, tuple[Cut, list[str]]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update what this rank holds; DeepSpeed calls this on all ranks, for one group after the other or for all."""
-        if closure is not None or not any(self._is_part(group) for group in self.param_groups):
+        """Update what this rank holds; DeepSpeed calls this on all ranks, for one part after the other or for all."""
+        shown = [group for group in self.param_groups if group["params"]]
+        if closure is not None or not any(self._is_part(group) for group in shown):
             return super().step(closure)
         refuse_rules(self.param_groups)  # a checkpoint may have chosen others
-        entries: list[Entry] = []
-        pieces: list[tuple[Tensor, Tensor]] = []
-        for group in self.param_groups:
-            if self._is_part(group) and group["algorithm"] == "multinorm":
-                entries += self._matrices(group, pieces)
-            else:
-                entries += self._as_they_are(group)
-        self.apply(entries)
-        for held, updated in pieces:
-            held.copy_(updated)
+        for group in shown:
+            if not self._is_part(group) or group["algorithm"] != "multinorm":
+                self.apply(self._as_they_are(group))
+                continue
+            for entries, pieces in self._matrices(group):
+                self.apply(entries)
+                for held, updated in pieces:
+                    held.copy_(updated)
         return None
 
     def name_of(self, index: int) -> str:
@@ -71,8 +76,7 @@ class PartitionedOptimizer(StatelessOptimizer):
         self._cuts.clear()
 
     def _is_part(self, group: Mapping[str, Any]) -> bool:
-        whole = [self._whole[name].shape for name in group["param_names"]]
-        return [p.shape for p in group["params"]] != whole
+        return [p.shape for p in group["params"]] != [self._shapes[name] for name in group["param_names"]]
 
     def _as_they_are(self, group: dict[str, Any]) -> list[Entry]:
         """Return entries of what is not cut, or is updated entry by entry."""
@@ -83,40 +87,53 @@ class PartitionedOptimizer(StatelessOptimizer):
             if p.grad is not None and p.numel()
         ]
 
-    def _matrices(self, group: dict[str, Any], pieces: list[tuple[Tensor, Tensor]]) -> list[Entry]:
-        """Return entries of the matrices that this rank holds something of; fill in which pieces to write back."""
-        part, names = group["params"][0], group["param_names"]
-        cut = self._cut_of(part, names)
-        if part.grad is None:
-            return []
-        if group["lr"] != 0:
-            self.state_of(part, group)["step"].add_(1)
-        entries = []
-        for i, grad in cut.exchanged(part.grad).items():
-            whole = piece = cut.piece(part.detach(), i)
-            if piece.numel() != grad.numel():
-                start = cut.held(i)[0] - cut.spans[i][0]
-                whole = torch.zeros_like(grad)
-                updated = whole[start : start + piece.numel()]
-                updated.copy_(piece)
-                pieces.append((piece, updated))
-            param = whole.view(self._whole[names[i]].shape)
-            param.grad = grad.view(param.shape)
-            # The counter of the part stands for those of its matrices.
-            entries.append(Entry(self._numbers[names[i]], param, group, {"step": counter(param)}, True, i))
-        return entries
+    def _matrices(self, group: dict[str, Any]) -> Iterator[tuple[list[Entry], list[tuple[Tensor, Tensor]]]]:
+        """Yield entries of matrices that this rank holds something of, and which pieces to write back afterwards."""
+        for part in group["params"]:
+            cut, names = self._cut_of(part, group)
+            if part.grad is None:
+                continue
+            if group["lr"] != 0:
+                self.state_of(part, group)["step"].add_(1)
+            first = group["param_names"].index(names[0])
+            for grads in cut.batches(part.grad):
+                entries, pieces = [], []
+                for i, grad in grads.items():
+                    whole = piece = cut.piece(part.detach(), i)
+                    if piece.numel() != grad.numel():
+                        whole = torch.zeros_like(grad)
+                        updated = whole[slice(*cut.place(i))]
+                        updated.copy_(piece)
+                        pieces.append((piece, updated))
+                    param = whole.view(self._shapes[names[i]])
+                    param.grad = grad.view(param.shape)
+                    # The counter of the part stands for those of its matrices.
+                    state = {"step": counter(param)}
+                    number = self._numbers[names[i]]
+                    entries.append(Entry(number, param, group, state, not cut.shared, first + i))
+                yield entries, pieces
 
-    def _cut_of(self, part: Tensor, names: Sequence[str]) -> FlatCut:
+    def _cut_of(self, part: Tensor, group: Mapping[str, Any]) -> tuple[Cut, list[str]]:
+        """Return how a part is cut, and the names of its parameters."""
         if id(part) not in self._cuts:
-            cut = flat_cut(part, [self._whole[name] for name in names])
+            names = list(group["param_names"])
+            cut: Cut | None
+            if is_sliced(self._whole[names[0]]):
+                # A group may be in several parts, which DeepSpeed shows in the order of their parameters.
+                known = {name for _, of_part in self._cuts.values() for name in of_part}
+                names = [name for name in names if name not in known]
+                cut = slices = slice_cut(part, [self._whole[name] for name in names])
+                names = names[: len(slices.sizes)] if slices else list(group["param_names"])
+            else:
+                cut = flat_cut(part, [self._whole[name] for name in names])
             if cut is None or part.dtype != torch.float32:
                 raise ValueError(
                     f"DeepSpeed hands the optimizer {tuple(part.shape)} {part.dtype} for {names[0]} and others, "
-                    "expected an equal float32 part of them on each rank: set zero_optimization.stage to 1 or 2 "
+                    "expected an equal float32 part of them on each rank: set zero_optimization.stage to 1, 2 or 3 "
                     "without offload, tensor, pipeline or expert parallelism and low-precision masters, or shard "
                     "with FSDP2."
                 )
-            self._cuts[id(part)] = cut
+            self._cuts[id(part)] = cut, names
         return self._cuts[id(part)]
 
 

@@ -6,7 +6,7 @@ ranks that hold something of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,9 @@ class FlatCut:
     spans: tuple[tuple[int, int], ...]
     """First element of each parameter in the buffer, and the one after its last."""
 
+    shared = False
+    """Whether all ranks come to have the same whole gradients; here each has those of its own part."""
+
     def held(self, position: int, rank: int | None = None) -> tuple[int, int]:
         """Return which elements of the buffer a rank holds of a parameter; first and last are equal for none."""
         begin = (self.rank if rank is None else rank) * self.size
@@ -51,13 +54,18 @@ class FlatCut:
         """Return the positions of the parameters of which this rank holds something."""
         return [i for i in range(len(self.spans)) if self.rank in self.holders(i)]
 
+    def place(self, position: int) -> tuple[int, int]:
+        """Return which elements of a parameter this rank holds: the first, and the one after the last."""
+        start, stop = self.held(position)
+        return start - self.spans[position][0], stop - self.spans[position][0]
+
     def piece(self, part: Tensor, position: int) -> Tensor:
         """Return this rank's piece of a parameter, as a view of its part."""
         start, stop = self.held(position)
         return part[start - self.rank * self.size : stop - self.rank * self.size]
 
-    def exchanged(self, part: Tensor) -> dict[int, Tensor]:
-        """Return what this rank holds something of, whole and flat: views of its part, or put together with others.
+    def batches(self, part: Tensor) -> Iterator[dict[int, Tensor]]:
+        """Yield once what this rank holds something of, whole and flat: views of its part, or put together.
 
         Args:
             part: this rank's part of a buffer, such as that of the gradients. All ranks have to call this.
@@ -78,7 +86,7 @@ class FlatCut:
                     messages += [dist.P2POp(dist.isend, piece, rank), dist.P2POp(dist.irecv, there, rank)]
         for work in dist.batch_isend_irecv(messages) if messages else ():
             work.wait()
-        return whole
+        yield whole
 
 
 def flat_cut(part: Tensor, params: Sequence[Tensor]) -> FlatCut | None:
@@ -91,8 +99,7 @@ def flat_cut(part: Tensor, params: Sequence[Tensor]) -> FlatCut | None:
         part: this rank's part of the buffer, in the precision of the optimizer.
         params: all parameters of the buffer.
     """
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if ranks > 1 else 0
+    rank, ranks = place_among_ranks()
     offsets = [int(p.storage_offset()) for p in params]
     starts = [offset - min(offsets) for offset in offsets]
     spans = tuple((start, start + p.numel()) for start, p in zip(starts, params, strict=True))
@@ -103,11 +110,21 @@ def flat_cut(part: Tensor, params: Sequence[Tensor]) -> FlatCut | None:
     alike = (
         alike and all(p.is_contiguous() for p in params) and all(_same(cut, i, part, params[i]) for i in cut.mine())
     )
-    if ranks > 1:
-        flag = torch.tensor([int(alike)], device=part.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        alike = bool(flag)
-    return cut if alike else None
+    return cut if on_all(alike, part) else None
+
+
+def place_among_ranks() -> tuple[int, int]:
+    """Return the number of this rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_all(held: bool, like: Tensor) -> bool:
+    """Tell whether something holds on all ranks (a collective), by a flag on the device of a tensor."""
+    if place_among_ranks()[1] == 1:
+        return held
+    flag = torch.tensor([int(held)], device=like.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
 
 
 def _same(cut: FlatCut, position: int, part: Tensor, param: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..optimizer.optimizer import StatelessOptimizer
 from ..ranks.placement import mesh_of
+from ..ranks.slices import shapes_shown
 from ..weights.int8.tables import Int8Head
 from .clipping import clips_mixed_meshes
 from .factory import optimizer_arguments
@@ -50,15 +51,16 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
     given = {**adamw, **ctx.optim_args}  # the training arguments, which optim_args may override
     if is_layerwise(name):
         _refuse_beside_release(ctx.args, ctx.model, given.get("release", "matrices"))
-    arguments = optimizer_arguments(
-        ctx.model,
-        name,
-        given,
-        lr=ctx.args.learning_rate,
-        weight_decay=ctx.args.weight_decay,
-        target_modules=ctx.args.optim_target_modules,
-        printed=trainer_prints(ctx.args),
-    )
+    with shapes_shown(ctx.model.parameters()):
+        arguments = optimizer_arguments(
+            ctx.model,
+            name,
+            given,
+            lr=ctx.args.learning_rate,
+            weight_decay=ctx.args.weight_decay,
+            target_modules=ctx.args.optim_target_modules,
+            printed=trainer_prints(ctx.args),
+        )
     if "split_whitening" not in given and getattr(ctx.args, "world_size", 1) > 1:
         # The Trainer steps all processes together, with gradients that DDP has averaged.
         for group in (group for group in arguments["params"] if group["algorithm"] == "multinorm"):

@@ -1,4 +1,4 @@
-"""What of DeepSpeed can be trained with: ZeRO-1 and -2, as its config says."""
+"""What of DeepSpeed can be trained with: ZeRO of every stage, as its config says."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from ..optimizer.partitioned import PartitionedOptimizer
 from ..weights.int8.convert import int8_weights
 from .optim_args import is_layerwise
 from .partition import convert_command
+
+
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+_UNTESTED = ("elastic_checkpoint", "zenflow", "cpu_offload", *_QUANTIZED)
+# Sizes of groups of GPUs, and those that mean none.
+_GROUPED = ("zero_hpz_partition_size", "mics_shard_size")
+_NO_GROUPS = (1, -1)
 
 
 def optimizer_class(args: Any, name: str, model: nn.Module) -> type[StatelessOptimizer]:
@@ -51,17 +58,16 @@ def _refused(config: Mapping[str, Any] | None, name: str, model: nn.Module) -> s
         return "its config is unknown here: leave out --deepspeed"
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
-    if stage not in (1, 2):
-        why = "no rank holds a whole matrix" if stage else "not all rules were found to be exact"
-        return f"at stage {stage} {why}: set zero_optimization.stage to {2 if stage else 1}"
+    if stage not in (0, 1, 2, 3):
+        return f"stage {stage} is not known: set zero_optimization.stage to 0, 1, 2 or 3"
     if (config.get("fp16") or {}).get("enabled"):
         return "fp16 with its overflows is not tested: type bf16=True in place of fp16=True"
     for key in ("offload_optimizer", "offload_param"):
         device = (zero.get(key) or {}).get("device", "none")
         if device not in (None, "none"):
             return f"{key} to {device} is not tested: leave it out of zero_optimization"
-    for key in ("elastic_checkpoint", "zenflow", "cpu_offload"):
-        if zero.get(key):
+    for key in (*_UNTESTED, *_GROUPED):
+        if zero.get(key) and not (key in _GROUPED and zero[key] in _NO_GROUPS):
             return f"{key} is not tested: leave it out of zero_optimization"
     if is_layerwise(name):
         return "it keeps gradients until the step: leave out _layerwise"

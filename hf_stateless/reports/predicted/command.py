@@ -100,7 +100,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     settings = Settings(**{**given, "seq": args.seq or Settings.seq})
     if settings.zero and args.optim == _DEFAULT_OPTIMIZERS:
-        names = known_under_zero(names, settings)
+        names = known_under_zero(names)
     check_zero(names, settings)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     model = build_model(config, settings)

@@ -110,7 +110,7 @@ def _estimate(
     weights, state = weight_bytes_of_rank(model, ranks), optimizer_state_bytes(model, name, optim_args, ranks)
     if settings.zero:
         state = zero_state(model, name, optim_args, settings.ranks)
-        temporary = zero_temporary(model, temporary, settings.ranks)
+        temporary = zero_temporary(model, temporary, settings, groups)
     gathered = _gathered(model, bool(released) and settings.checkpointing) if ranks > 1 else 0
     trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
     always = {"weights": weights, "optimizer_state": state}
@@ -146,7 +146,7 @@ def _sent_by_sharding(weights: int, trained: int, settings: Settings) -> int:
 def _sent(model: nn.Module, name: str, optim_args: Mapping[str, Any], settings: Settings) -> int | None:
     """Return what an optimizer sends: those of transformers that update each entry by itself send nothing."""
     if settings.zero:
-        return zero_optimizer_bytes(model, name, optim_args, settings.ranks)
+        return zero_optimizer_bytes(model, name, optim_args, settings)
     if settings.fsdp == 1:
         return None
     if is_ours(name):

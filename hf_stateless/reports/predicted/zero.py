@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from ...norms.chain import Chain
 from ...optimizer.partitioned import refuse_rules
 from ...ranks.flat import FlatCut
+from ...ranks.slices import GATHERED_BYTES
 from .state import is_ours, optimizer_groups
 from .table import Settings
 
@@ -32,10 +34,10 @@ def check_zero(names: Sequence[str], settings: Settings) -> None:
     Example:
         >>> from hf_stateless.reports.predicted import Settings
         >>> from hf_stateless.reports.predicted.zero import check_zero
-        >>> check_zero(["sinkgd"], Settings(zero=3, ranks=8))
+        >>> check_zero(["sinkgd"], Settings(zero=3))
         Traceback (most recent call last):
             ...
-        ValueError: --zero 3: sinkgd needs whole matrices, which no GPU holds there: type --zero 2, or --fsdp 8.
+        ValueError: --zero 3: expected the number of GPUs beside it, such as --ranks 8.
     """
     if not settings.zero:
         if settings.ranks > 1:
@@ -48,18 +50,15 @@ def check_zero(names: Sequence[str], settings: Settings) -> None:
         beside = f"--fsdp {settings.fsdp}" if settings.fsdp > 1 else "--dtype int8"
         raise ValueError(f"{flag}: got {beside} beside it, expected one of the two.")
     for name in names:
-        if is_ours(name) and settings.zero == 3:
-            whole = f"{name} needs whole matrices, which no GPU holds there"
-            raise ValueError(f"{flag}: {whole}: type --zero 2, or --fsdp {settings.ranks}.")
         if name.endswith("_layerwise"):
             raise ValueError(f"{flag}: DeepSpeed keeps gradients until the step: leave out --layerwise.")
         if not is_ours(name) and name not in _ADAMW:
             raise ValueError(f"{flag}: expected {', '.join(_ADAMW)} or an optimizer of ours, got {name}.")
 
 
-def known_under_zero(names: Sequence[str], settings: Settings) -> list[str]:
-    """Return those of some optimizers that run at this stage."""
-    return [name for name in names if name in _ADAMW or (settings.zero < 3 and is_ours(name))]
+def known_under_zero(names: Sequence[str]) -> list[str]:
+    """Return those of some optimizers that run under ZeRO."""
+    return [name for name in names if name in _ADAMW or is_ours(name)]
 
 
 def zero_state(model: nn.Module, name: str, optim_args: Mapping[str, Any], ranks: int) -> int:
@@ -86,13 +85,20 @@ def zero_bytes(weights: int, trained: int, stage: int, ranks: int) -> int:
     return (trained + (2 * weights if stage == 3 else trained)) * (ranks - 1) // ranks
 
 
-def zero_optimizer_bytes(model: nn.Module, name: str, optim_args: Mapping[str, Any], ranks: int) -> int:
-    """Return what an optimizer sends, the GPU that sends most: pieces of the matrices across a border, in float32."""
+def zero_optimizer_bytes(model: nn.Module, name: str, optim_args: Mapping[str, Any], settings: Settings) -> int:
+    """Return what an optimizer sends, the GPU that sends most, in float32.
+
+    At stages 1 and 2 these are pieces of the matrices across a border. At stage 3 all gather the gradients, and share
+    the updates where each whitens some of the matrices.
+    """
     if not is_ours(name):
         return 0
-    sent = [0] * ranks
-    for group in optimizer_groups(model, name, optim_args):
-        if group["algorithm"] != "multinorm":
+    ranks, sent = settings.ranks, [0] * settings.ranks
+    for group in _matrix_groups(optimizer_groups(model, name, optim_args)):
+        if settings.zero == 3:
+            ways = 2 if Chain.of(group).whitens else 1
+            gathered = ways * 4 * sum(p.numel() for p in group["params"]) * (ranks - 1) // ranks
+            sent = [of_rank + gathered for of_rank in sent]
             continue
         edges = [0, *accumulate(p.numel() for p in group["params"])]
         spans = tuple(pairwise(edges))
@@ -104,17 +110,26 @@ def zero_optimizer_bytes(model: nn.Module, name: str, optim_args: Mapping[str, A
     return max(sent)
 
 
-def zero_temporary(model: nn.Module, temporary: int, ranks: int) -> int:
+def zero_temporary(
+    model: nn.Module, temporary: int, settings: Settings, groups: Sequence[Mapping[str, Any]] = ()
+) -> int:
     """Return what a step needs on top: gradients of a part in float32, and what the optimizer needs, in float32 too.
 
     Args:
         model: that is trained.
         temporary: what the optimizer needs for weights in the model's dtype.
-        ranks: the number of GPUs.
+        settings: the stage and the number of GPUs.
+        groups: of an optimizer of ours. At stage 3 gradients are gathered, and put together with a weight for each.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     itemsize = max((p.dtype.itemsize for p in trained), default=4)
-    return 4 * -(-sum(p.numel() for p in trained) // ranks) + temporary * 4 // itemsize
+    sizes = [4 * p.numel() for group in _matrix_groups(groups) for p in group["params"]] if settings.zero == 3 else []
+    gathered = 3 * int(min(sum(sizes), GATHERED_BYTES + max(sizes, default=0)))
+    return 4 * -(-sum(p.numel() for p in trained) // settings.ranks) + gathered + temporary * 4 // itemsize
+
+
+def _matrix_groups(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [group for group in groups if group["algorithm"] == "multinorm"]
 
 
 def _part(params: Sequence[nn.Parameter], ranks: int) -> int:
