@@ -20,7 +20,15 @@ from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_stateless
 from hf_stateless.trainer.optim_args import optimizer_names
@@ -58,6 +66,26 @@ def odd_llama(dtype=torch.float32, layers=2, seed=0):
         tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config).to(dtype)
+
+
+def odd_experts(dtype=torch.float32, seed=0):
+    """Three experts, so that two ranks have stacks of different lengths; the head is tied."""
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        hidden_size=30,
+        moe_intermediate_size=14,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=10,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=32,
+        num_experts=3,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
+    )
+    config._experts_implementation = "eager"
+    return Qwen3MoeForCausalLM(config).to(dtype)
 
 
 def rows():
@@ -112,13 +140,15 @@ def die(rank, moment, after):
 
 def in_8_bits(model, job, folder):
     """Store a model in 8 bits; with `loaded` as who has a folder does it, with `lora` below adapters."""
-    config = hf_stateless.Int8TrainingConfig(job["group_size"])
+    config = hf_stateless.Int8TrainingConfig(job["group_size"], embeddings=job.get("tables", False))
     if "loaded" in job:
-        model = LlamaForCausalLM.from_pretrained(folder / job["loaded"], quantization_config=config)
+        kind = {"experts_implementation": "eager"} if "experts" in job else {}  # which takes sizes that are odd
+        model = AutoModelForCausalLM.from_pretrained(folder / job["loaded"], quantization_config=config, **kind)
     else:
         hf_stateless.quantize(model, config)
     if "lora" in job:
-        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=job["lora"], r=2, init_lora_weights=False))
+        targets = {"target_modules": job["lora"], "target_parameters": job.get("lora_experts")}
+        model = peft.get_peft_model(model, peft.LoraConfig(**targets, r=2, init_lora_weights=False))
     return model
 
 
@@ -127,7 +157,8 @@ def train(job, folder, world=1):
     if "die" in job:
         die(job["die"]["rank"], job["die"]["in"], job["die"]["after"])
     own_seed = int(os.environ.get("RANK", 0)) if job.get("seed_of_rank") else 0
-    model = odd_llama(getattr(torch, job.get("dtype", "float32")), seed=own_seed)
+    make = odd_experts if job.get("experts") else odd_llama
+    model = make(getattr(torch, job.get("dtype", "float32")), seed=own_seed)
     if "group_size" in job:
         model = in_8_bits(model, job, Path(folder))
     trainer = Trainer(model, arguments(job, folder, world), train_dataset=rows())
@@ -139,7 +170,7 @@ def train(job, folder, world=1):
         trainer.save_model(str(Path(folder) / job["saved"]))
     weights = {name.removeprefix("_orig_mod."): p.detach() for name, p in model.named_parameters()}
     sharded = [name for name, p in weights.items() if isinstance(p, DTensor)]
-    if sharded and "group_size" in job:  # what a weight in 8 bits is made of
+    if (sharded and "group_size" in job) or job.get("experts"):  # what a weight in 8 bits is made of
         weights = get_model_state_dict(model)
     whole = {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in weights.items()}
     state = trainer.optimizer.optimizer.state if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.state

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from int8_held_ranks import OwnExperts, held, hold_all
 from rank_processes import joined
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_stateless import PRESETS, StatelessOptimizer
 from hf_stateless.ranks import ways
 from hf_stateless.weights.int8.linear import Int8Linear
-from hf_stateless.weights.int8.sharded_layer import shard_of
+from hf_stateless.weights.int8.sharded import shard_of
 from hf_stateless.weights.int8.weight import Int8Weight
 
 
@@ -129,6 +130,7 @@ def worker(world, shared, rank, folder):
         results["memory"] = memory()
         results["traffic"] = traffic(rank, world)
         results["refusals"] = refusals()
+        results["held"] = held(shared, rank, world, Sent)
         if world == 4:
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
             model = sharded(Parallel(), mesh)
@@ -224,7 +226,11 @@ def refusals():
     half = MixedPrecisionPolicy(param_dtype=torch.float16)
     stack = nn.Module()
     stack.experts = Int8Weight(torch.zeros(4, 6, 8, dtype=torch.int8), torch.ones(4, 6, 1, dtype=torch.bfloat16))
-    attempt("stack", lambda: fully_shard(stack, mesh=init_device_mesh("cpu", (dist.get_world_size(),))))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    attempt("stack", lambda: fully_shard(stack, mesh=mesh, shard_placement_fn=lambda p: Shard(1)))
+    halves = hold_all(OwnExperts(3, 8, 16, torch.float32))
+    given = torch.ones(1, 3, 16, dtype=torch.float16), torch.ones(1, 3, 8, dtype=torch.float16)
+    attempt("float16 stack", lambda: fully_shard(halves, mesh=mesh, mp_policy=half)(*given))
     attempt("float16", lambda: sharded(Parallel(), mp_policy=half)(batch(0)))
     model = sharded(Parallel())
     attempt("not gathered", lambda: model.layers["even"](torch.ones(1, 32)))

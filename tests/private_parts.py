@@ -263,8 +263,10 @@ PRIVATE_PARTS = (
     PrivatePart(
         part="torch.nn.modules.module#_parameters",
         used_by=(
+            "weights/int8/awaited.py",
             "weights/int8/holder.py",
             "weights/int8/linear.py",
+            "weights/int8/sharded.py",
             "weights/int8/sharded_layer.py",
             "weights/int8/tables.py",
         ),
@@ -288,7 +290,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="transformers.core_model_loading#_is_hf_initialized",
-        used_by=("weights/int8/holder.py", "weights/int8/linear.py", "weights/int8/tables.py"),
+        used_by=("weights/int8/awaited.py", "weights/int8/linear.py", "weights/int8/tables.py"),
         why="tells codes and scales that were read from those that were missing and made anew",
         upstream="transformers/core_model_loading.py, set_param_for_module",
         until="quantizers are told which tensors were missing",

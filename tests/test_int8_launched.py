@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from distributed_worker import odd_llama, train
+from distributed_worker import odd_experts, odd_llama, train
 from int8_folders import load_int8_folder
 from test_distributed import STATE_DICTS, launch
 
@@ -32,6 +32,21 @@ OTHERS = {
     },
     "mixed precision": {"arguments": {"optim": "sinkgd", "bf16": True}, "report": True, "folder": "mixed"},
 }
+# Experts in stacks, and the embedding that the head is tied to.
+WITH_TABLES = {"optim": "swan", "optim_args": "embeddings=factored"}
+EXPERTS = {
+    "experts and tables": {"arguments": WITH_TABLES, "tables": True},
+    "experts checkpointed": {"arguments": {"optim": "sinkgd", "gradient_checkpointing": True}, "dtype": "bfloat16"},
+    "experts released": {
+        "arguments": {**ALL_RELEASED, "optim_args": "release=all,embeddings=row_moment"},
+        "tables": True,
+    },
+    "adapters over experts": {
+        "arguments": {"optim": "sinkgd"},
+        "lora": ["q_proj"],
+        "lora_experts": ["mlp.experts.gate_up_proj"],
+    },
+}
 
 
 def job_of(arguments, **more):
@@ -48,6 +63,17 @@ def resuming(kind):
     return job_of({"optim": "sinkgd"}, resume=checkpoint, environment={"FSDP_STATE_DICT_TYPE": kind})
 
 
+def experts_jobs(kind):
+    """Save stacks and tables half-way, and go on from there."""
+    of_model = {"experts": True, "tables": True, "environment": {"FSDP_STATE_DICT_TYPE": kind}}
+    saved = {**WITH_TABLES, "save_strategy": "steps", "save_steps": SAVED_AT}
+    checkpoint = f"{kind} of experts/checkpoint-{SAVED_AT}"
+    return {
+        f"{kind} of experts": job_of(saved, folder=f"{kind} of experts", saved=f"{kind} of experts end", **of_model),
+        f"{kind} of experts resumed": job_of(WITH_TABLES, resume=checkpoint, **of_model),
+    }
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("int8")
@@ -58,6 +84,11 @@ def two(folder):
     jobs = {case: job_of(**job) for case, job in {**EQUAL, **OTHERS}.items()}
     for kind in STATE_DICTS:
         jobs |= {kind: saving(kind), f"{kind} resumed": resuming(kind)}
+        jobs |= experts_jobs(kind)
+    jobs |= {case: job_of(**job, experts=True) for case, job in EXPERTS.items()}
+    jobs["experts sent by the first rank"] = job_of(
+        WITH_TABLES, experts=True, tables=True, environment={"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    )
     odd_llama(torch.bfloat16).save_pretrained(folder / "two" / "plain")
     return launch("fsdp2.yaml", folder / "two", jobs, 2)
 
@@ -88,6 +119,37 @@ def test_a_sharded_run_trains_as_one_process_does(case, two, tmp_path):
         assert sum(t.dtype == torch.int8 for t in weights.values()) == 14
         assert_near(weights, expected)
     assert_equal(two[0][case]["weights"], two[1][case]["weights"])
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_a_sharded_run_trains_experts_as_one_process_does(case, two, tmp_path):
+    expected = train(job_of(**EXPERTS[case], experts=True), tmp_path)["weights"]
+    stacks = [name for name, tensor in expected.items() if tensor.dtype == torch.int8 and tensor.ndim == 4]
+    assert len(stacks) == 4
+    for of_rank in two:
+        assert of_rank[case]["weights"].keys() == expected.keys()
+        assert_near(of_rank[case]["weights"], expected)
+    assert_equal(two[0][case]["weights"], two[1][case]["weights"])
+
+
+@pytest.mark.parametrize("kind", STATE_DICTS)
+def test_a_checkpoint_of_experts_and_tables_resumes_to_the_same_bytes(kind, two):
+    for of_rank in two:
+        assert_equal(of_rank[f"{kind} of experts resumed"]["weights"], of_rank[f"{kind} of experts"]["weights"])
+        assert_equal(of_rank[f"{kind} of experts"]["weights"], two[0]["experts and tables"]["weights"])
+        assert_equal(of_rank["experts sent by the first rank"]["weights"], two[0]["experts and tables"]["weights"])
+
+
+def test_the_saved_folder_of_experts_is_that_of_one_process(two, folder, tmp_path):
+    end = folder / "two" / "FULL_STATE_DICT of experts end"
+    saved = load_int8_folder(end).state_dict()
+    assert_equal(saved, two[0]["FULL_STATE_DICT of experts"]["weights"])
+    model = odd_experts()
+    model.config.use_cache = False  # as the Trainer has it
+    quantize(model, Int8TrainingConfig(16, embeddings=True)).load_state_dict(saved)
+    model.save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        assert (end / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_weights_that_one_rank_sends_to_the_others_are_the_same(two):

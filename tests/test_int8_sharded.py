@@ -4,6 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from int8_held_ranks import CASES as HELD
+from int8_held_ranks import RELEASED, REPLICATED, gathered_bytes
+from int8_held_ranks import alone as held_alone
+from int8_held_ranks import part_bytes as held_bytes
 from int8_ranks import CASES, SHAPES, alone, killed, resumed, worker
 from rank_processes import on_ranks
 
@@ -60,6 +64,34 @@ def test_weights_travel_in_8_bits(world, ranks):
         assert sent["int8"]["reduced"] == sent["bf16"]["reduced"]
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", [*HELD, *RELEASED, *(f"DDP {case}" for case in REPLICATED)])
+def test_stacks_and_tables_get_the_bytes_of_one_process(case, world, ranks):
+    expected = held_alone(case.removeprefix("DDP "), world)
+    for of_rank in ranks[world]:
+        state = of_rank["held"][case]
+        assert state.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if not (case.startswith("bfloat16") and name.endswith("bias")):  # rounded by noise of each shard
+                assert torch.equal(state[name], tensor), name
+    first, *others = (of_rank["held"][case] for of_rank in ranks[world])
+    assert_bytes([{case: other} for other in others], case, first)
+
+
+@pytest.mark.parametrize(("before", "world"), CHECKPOINTS)
+def test_a_checkpoint_of_stacks_and_tables_is_gone_on_from_to_the_same_bytes(before, world, ranks):
+    expected = held_alone("swan, factored", world, before)
+    for kind in ("FULL", "SHARDED", "FULL on the device")[: 2 + (before == world)]:
+        assert_bytes([of_rank["held"] for of_rank in ranks[world]], f"{kind} of {before}", expected)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_stacks_and_tables_are_kept_in_parts_and_travel_in_8_bits(world, ranks):
+    for of_rank in ranks[world]:
+        assert of_rank["held"]["kept"] == held_bytes(world)
+        assert of_rank["held"]["gathered"] == gathered_bytes(world)
+
+
 def part_bytes(world, names=SHAPES, scale=2):
     """Count the bytes of a rank's part in 8 bits: parts are as long as the longest, and a group has a scale."""
     shapes = [SHAPES[name] for name in names]
@@ -74,9 +106,13 @@ def part_bytes(world, names=SHAPES, scale=2):
         ("columns", "ValueError: An 8-bit weight (37, 64) can be cut between rows only"),
         (
             "stack",
-            "ValueError: FSDP2 cuts matrices in 8 bits, and no stacks of them, got (4, 6, 8): load the model with",
+            "ValueError: An 8-bit weight (4, 6, 8) can be cut between the matrices of a stack only, got parts (4, 3,",
         ),
         ("float16", "RuntimeError: FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no."),
+        (
+            "float16 stack",
+            "RuntimeError: FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no.",
+        ),
         ("not gathered", "RuntimeError: The weight of an 8-bit layer has become a DTensor: call the module that"),
         ("read as floats", "NotImplementedError: aten.sum.default: not for an 8-bit weight that is cut over ranks."),
         ("written as floats", "NotImplementedError: copy_ of float values: not for an 8-bit weight that is cut"),

@@ -19,7 +19,7 @@ from hf_stateless import Int8TrainingConfig, create_optimizer
 from hf_stateless.trainer.handler import handle
 from hf_stateless.weights.int8 import tables
 from hf_stateless.weights.int8.holder import hold
-from hf_stateless.weights.int8.weight import HeldWeight, Int8Weight, Scale
+from hf_stateless.weights.int8.weight import Int8Weight, Scale
 
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
@@ -62,7 +62,7 @@ def test_forward_and_gradients_are_those_of_the_dequantised_model(kind, monkeypa
     for name, p in expected.named_parameters():
         p.data = stored[name].dequantize() if name in stored else p.data
     embedding, head = table_weights(model)
-    assert type(embedding) is type(head) is HeldWeight
+    assert type(embedding) is type(head) is Int8Weight
     assert (embedding is head) == model.config.tie_word_embeddings
     losses = [loss_of(m) for m in (model, expected)]
     assert losses[0].item() == losses[1].item()
@@ -132,7 +132,7 @@ def test_folders_load_with_the_same_bytes(kind, tmp_path):
         tmp_path / "float", dtype=torch.bfloat16, quantization_config=Int8TrainingConfig(**INT8)
     )
     embedding, head = table_weights(model)
-    assert type(embedding) is type(head) is HeldWeight
+    assert type(embedding) is type(head) is Int8Weight
     assert (embedding is head) == model.config.tie_word_embeddings
     model.save_pretrained(tmp_path / "int8")
     again = load_int8_folder(tmp_path / "int8", dtype=torch.bfloat16)
@@ -164,7 +164,7 @@ def test_copies_pickles_and_state_dicts(kind):
         embedding, head = table_weights(other)
         assert (embedding is head) == model.config.tie_word_embeddings
         assert embedding is not table_weights(model)[0]
-    assert type(model.to(torch.float32).get_output_embeddings().weight) is HeldWeight
+    assert type(model.to(torch.float32).get_output_embeddings().weight) is Int8Weight
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -180,7 +180,7 @@ def test_a_tied_head_that_stays_in_float_keeps_its_embedding_there():
     config = Int8TrainingConfig(**INT8, modules_to_not_convert=["lm_head"])
     kinds = {name: [type(w) for w in table_weights(hf_stateless.quantize(plain(name), config))] for name in CONFIGS}
     assert kinds["tied"] == kinds["scaled"] == [nn.Parameter, nn.Parameter]
-    assert kinds["apart"] == kinds["experts"] == [HeldWeight, nn.Parameter]
+    assert kinds["apart"] == kinds["experts"] == [Int8Weight, nn.Parameter]
 
 
 def test_trl_is_refused_a_head_in_8_bits(tmp_path):
@@ -240,11 +240,21 @@ def test_attention_is_trained_and_saved():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_fsdp_is_refused_what_modules_compute_with_by_themselves(kind):
+@pytest.fixture(scope="module")
+def mesh():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        with pytest.raises(ValueError, match=r"cannot be sharded by FSDP\. Leave them in float by"):
-            fully_shard(quantized(kind), mesh=init_device_mesh("cpu", (2,)))
-    finally:
-        dist.destroy_process_group()
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_cut_tables_are_refused_adamw_floats_and_modules_that_are_not_gathered(kind, mesh):
+    model = fully_shard(quantized(kind), mesh=mesh)
+    with pytest.raises(ValueError, match="stored in 8 bits, which AdamW cannot update"):
+        create_optimizer(model, "swan", lr=1e-3)
+    assert create_optimizer(model, "swan", lr=1e-3, embeddings="factored")
+    with pytest.raises(ValueError, match="The weights are cut over ranks: save the model"):
+        hf_stateless.dequantize(model)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        with pytest.raises(RuntimeError, match="has become a DTensor: call the module that"):
+            table(torch.zeros(1, 16, dtype=torch.long))

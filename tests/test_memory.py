@@ -1,8 +1,11 @@
 """Memory that is predicted from a config: states, weights, gradients, and what an estimate is made of."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY_MODELS
+from expert_models import CONFIGS
 from memory_models import DTYPES, LLAMA_7B, SMALL, meta_model, real_model, small_llama, state_bytes
 from transformers import LlamaConfig, Trainer, TrainingArguments
 
@@ -170,6 +173,29 @@ def test_sharded_weights_in_8_bits_are_gathered_in_8_bits():
     # Of two layers one byte less for each weight of a matrix, but for a scale in 128.
     saved = 2 * sum(p.numel() for p in layer.parameters() if p.ndim > 1)
     assert 0.95 * saved < plain.gathered - int8.gathered < saved
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_experts_in_8_bits_are_counted_as_fsdp2_cuts_and_sends_them(kind, ranks):
+    """Stacks between experts, all else between rows; codes and scales are gathered twice, as they are stored."""
+    settings = Settings(seq=8, fsdp=ranks, dtype="int8")
+    model = build_model(CONFIGS[kind](), settings)
+    row = estimate(model, ["sinkgd"], settings)[0]
+    buffers = dict(model.named_buffers())
+    stored = [t for name, t in model.state_dict().items() if name not in buffers]
+    assert sum(t.dtype == torch.int8 and t.ndim == 4 for t in stored) == 4
+    parts = [-(-len(t) // ranks) * t[0].nbytes for t in stored]
+    assert row.weights == sum(parts) + sum(b.nbytes for b in buffers.values())
+    trained = sum(p.numel() * 2 for p in model.parameters() if p.requires_grad)
+    assert row.sent_by_fsdp == (2 * sum(t.nbytes for t in stored) + trained) * (ranks - 1) // ranks
+    layer = sum(t.nbytes for t in model.model.layers[0].state_dict().values())
+    gradients = 2 * sum(p.numel() for p in model.model.layers[0].parameters())
+    assert row.gathered >= 2 * layer + gradients
+    # Those of the layer before are being reduced while the floats of the next one are there.
+    checkpointed = replace(settings, checkpointing=True)
+    assert estimate(model, ["sinkgd"], checkpointed)[0].gathered == row.gathered
+    assert estimate(model, ["sinkgd_layerwise"], checkpointed)[0].gathered == row.gathered + gradients
 
 
 def test_an_estimate_says_what_its_peak_is_made_of():

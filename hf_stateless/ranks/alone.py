@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..norms.scale import factor_of_scaled
 from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
 from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.kernels.choice import Kernel, choose, plain_kernel
-from ..update.reads import both
+from ..update.reads import both, reads_at_once
 from ..update.write import Workspace, judged, key_of_part
 from ..weights.stored import StoredWeight
 from .matrix_update import MatrixUpdate
@@ -51,7 +52,7 @@ class Alone:
 
     def _update(self, batch: list[MatrixUpdate], kernel: Kernel | None, workspace: Workspace) -> None:
         first = batch[0]
-        if isinstance(first.weight, StoredWeight) and first.weight.ndim > 2:
+        if is_stored_stack(first):
             for update in batch:
                 self._by_parts(update, workspace)
             return
@@ -66,10 +67,8 @@ class Alone:
 
     def _by_parts(self, update: MatrixUpdate, workspace: Workspace) -> None:
         """Update a stack of stored weights one matrix after the other, so that only one is in float at a time."""
-        assert isinstance(update.weight, StoredWeight)
-        grads, finite = update.part.flatten(0, -3), cast(Any, True)
-        for i, matrix in enumerate(update.weight.matrices()):
-            part = replace(update, param=matrix, gradient=grads[i], average=None, key=key_of_part(update.key, i))
+        finite = cast(Any, True)
+        for part in matrices_of(update):
             self._update([part], _kernel_of([part]), workspace)
             finite = finite & part.finite
         update.finite = finite
@@ -138,6 +137,45 @@ class Alone:
         )
         for update, flag in zip(batch, finite.unbind(), strict=True):
             update.finite = flag
+
+
+class Apart(Alone):
+    """The way of stacks of stored weights that are cut between their matrices: a rank updates those that it has.
+
+    One after the other as on one process, so that the bytes are the same. A flag for each stack is sent.
+    """
+
+    def takes(self, update: MatrixUpdate) -> bool:
+        """Tell whether an update can go this way."""
+        return is_stored_stack(update) and bool(update.splits) and set(update.cuts) == {0}
+
+    def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
+        """Apply the updates; `finite` is set, to the same on all ranks."""
+        for of_class in alike(updates, lambda update: update.shape_class):
+            for update in of_class:
+                self._by_parts(update, workspace)
+                update.forget_direction()
+            splits = of_class[0].splits or ()
+            finite = torch.stack([torch.as_tensor(update.finite).int().to(splits[0].device) for update in of_class])
+            for split in splits:
+                dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=split.group)
+            read = reads_at_once(of_class[0].weight.device)
+            for update, flag in zip(of_class, finite.bool().tolist() if read else finite.bool().unbind(), strict=True):
+                update.finite = flag
+
+
+def is_stored_stack(update: MatrixUpdate) -> bool:
+    """Tell whether an update is of a stack in a format of its own, whose matrices are updated one by one."""
+    return isinstance(update.weight, StoredWeight) and update.weight.ndim > 2
+
+
+def matrices_of(update: MatrixUpdate) -> Iterator[MatrixUpdate]:
+    """Yield the updates of the matrices that this rank has of a stack of stored weights."""
+    assert isinstance(update.weight, StoredWeight)
+    grads = update.part.flatten(0, -3)
+    for i, matrix in enumerate(update.weight.matrices()):
+        key = key_of_part(update.key, update.weight.first_matrix + i)
+        yield replace(update, param=matrix, gradient=grads[i], average=None, key=key)
 
 
 def _kernel_of(batch: list[MatrixUpdate]) -> Kernel | None:

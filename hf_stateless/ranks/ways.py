@@ -19,7 +19,7 @@ from ..norms.chain import Chain
 from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.reads import both
 from ..update.write import Judged, Workspace, judged
-from .alone import Alone
+from .alone import Alone, Apart, is_stored_stack, matrices_of
 from .matrix_update import MatrixUpdate
 from .operator_norms import operator_factors
 from .owners import Agreement, Exchanges, Load, same_on_replicas, shared_updates, whitening_cost
@@ -173,6 +173,14 @@ class Replicated:
         if group is None or not agreement.holds(same_on_replicas(grads, group)):
             Alone().run(updates, workspace)
             return
+        stacks = {id(update): list(matrices_of(update)) for update in updates if is_stored_stack(update)}
+        self._share([one for update in updates for one in stacks.get(id(update), [update])], agreement, group)
+        for update in updates:
+            for one in stacks.get(id(update), ()):
+                update.finite = update.finite & one.finite  # type: ignore[operator]
+
+    def _share(self, updates: Sequence[MatrixUpdate], agreement: Agreement, group: dist.ProcessGroup) -> None:
+        grads = [update.part for update in updates]
 
         def compute(positions: list[int]) -> list[Tensor]:
             return _normalize([updates[i] for i in positions], [grads[i] for i in positions])
@@ -195,7 +203,7 @@ class Gathered:
             update.write(normalized, _judged_alone(update, normalized), whole=True)
 
 
-WAYS: tuple[Way, ...] = (Alone(), Sinkhorn(), Local(), Owned(), Replicated(), Gathered())
+WAYS: tuple[Way, ...] = (Alone(), Apart(), Sinkhorn(), Local(), Owned(), Replicated(), Gathered())
 """An update goes the first of these that takes it; they run in this order on all ranks."""
 
 

@@ -13,9 +13,7 @@ from torch import nn
 from ..optimizer.optimizer import StatelessOptimizer
 from ..ranks.placement import mesh_of
 from ..ranks.slices import shapes_shown
-from ..weights.int8.convert import int8_weights
 from ..weights.int8.tables import Int8Head
-from ..weights.int8.weight import HeldWeight
 from .clipping import clips_mixed_meshes
 from .factory import optimizer_arguments
 from .optim_args import is_layerwise, refuse_repeated_keys
@@ -45,7 +43,6 @@ def handle(name: str, ctx: OptimizerContext) -> tuple[type[StatelessOptimizer], 
         )
     made = optimizer_class(ctx.args, name, ctx.model)
     _refuse_partitioning(ctx.args)
-    _refuse_sharded_int8(ctx.args, ctx.model)
     _refuse_int8_head(ctx.args, ctx.model)
     refuse_doubled_gradients(ctx.model, ctx.args.gradient_accumulation_steps)
     refuse_repeated_keys(getattr(ctx.args, "optim_args", None))
@@ -130,11 +127,3 @@ def _refuse_int8_head(args: Any, model: nn.Module) -> None:
             "TRL reads lm_head.weight by itself, so the head cannot be in 8 bits: leave embeddings=True out of "
             "Int8TrainingConfig, or add modules_to_not_convert=['lm_head'] if the head is not tied."
         )
-
-
-def _refuse_sharded_int8(args: Any, model: nn.Module) -> None:
-    """Refuse FSDP for 8-bit weights that are not of linear layers, before it begins to cut the model."""
-    sharded = getattr(args, "fsdp_plugin_args", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    held = next((name for name, p in int8_weights(model) if isinstance(p, HeldWeight)), None)
-    if sharded and held:
-        raise ValueError(f"{held}: {HeldWeight.not_cut}")

@@ -188,7 +188,7 @@ def _write_stored_(
             if reads_at_once(signal.device) and not signal:
                 continue  # without a gradient not even a decay
             may = None if reads_at_once(signal.device) else both(signal, usable)
-            noise = key_of_part(key, i)
+            noise = key_of_part(key, weight.first_matrix + i)
             _write_stored_(matrix, updates[i], one, step_size, decay, noise, may, turned=turned)
         return
     stored = (update.mT, scalings[::-1]) if turned and scalings else (update, scalings)

@@ -21,6 +21,8 @@ class StoredWeight(nn.Parameter):
     """Under which name `update.kernels` has kernels for this format; empty if it has none."""
     first_row: int = 0
     """Number of its first row in the whole matrix, on which its rounding noise depends."""
+    first_matrix: int = 0
+    """The same of a part of a stack: number of its first matrix in the whole stack."""
 
     @property
     def stored(self) -> tuple[Tensor, ...]:

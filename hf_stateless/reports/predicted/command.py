@@ -14,7 +14,6 @@ from torch import nn
 
 from ...optimizer.options import LAYERWISE
 from ...trainer.optim_args import refuse_repeated_keys
-from ...weights.int8.weight import HeldWeight
 from ..command_line import Parser, one_line
 from ..run_facts import base_of, option_pairs
 from .batch import example_batch, max_positions
@@ -109,8 +108,6 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     check_parallel(settings)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     model = build_model(config, settings)
-    if settings.fsdp > 1 and any(isinstance(p, HeldWeight) for p in model.parameters()):
-        raise ValueError(f"--dtype int8 --fsdp {settings.fsdp}: {HeldWeight.not_cut}")
     if args.seq is None:
         settings = replace(settings, seq=min(settings.seq, max_positions(model) or settings.seq))
     estimates = estimate(model, names, settings, optim_args)

@@ -114,7 +114,7 @@ def _estimate(
     if settings.zero:
         state = zero_state(model, name, optim_args, settings.ranks)
         temporary = zero_temporary(model, temporary, settings, groups)
-    gathered = _gathered(model) if ranks > 1 else 0
+    gathered = _gathered(model, bool(released) and settings.checkpointing) if ranks > 1 else 0
     always = {"weights": weights, "optimizer_state": state}
     finished = backward.gradients_then
     in_backward = {"gradients": finished, "activations": backward.total - finished, "gathered": gathered}
@@ -160,15 +160,20 @@ def _sent(model: nn.Module, name: str, optim_args: Mapping[str, Any], settings: 
     return None if name in ("galore_adamw", "adafactor") else 0
 
 
-def _gathered(model: nn.Module) -> int:
-    """Return what FSDP2 holds whole: two layers, all outside of the layers, and the gradients of one and of those."""
+def _gathered(model: nn.Module, any_layer: bool) -> int:
+    """Return what FSDP2 holds whole: two layers, all outside of the layers, and the gradients of one and of those.
+
+    Where any layer may be the fullest, and not the last alone, as with activation checkpointing and without gradients
+    that pile up, one that is lent its stacks in float has them while FSDP2 reduces the gradients of the layer before.
+    """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
     layers = [list(layer.parameters()) for outer in lists if id(outer) not in inner for layer in outer]
     inside = {id(p) for layer in layers for p in layer}
     outside = [p for p in model.parameters() if id(p) not in inside]
     largest = max(layers, key=tensor_bytes, default=[])
-    gradients = sum(_gathered_bytes(p, p) for p in [*largest, *outside] if p.requires_grad)
+    lent = any_layer and any(isinstance(p, StoredWeight) and p.ndim > 2 for p in largest)
+    gradients = sum(_gathered_bytes(p, p) for p in [*largest * (1 + lent), *outside] if p.requires_grad)
     whole = [*largest, *largest, *outside]  # what is stored of them: of a weight in 8 bits its codes
     return sum(_gathered_bytes(p, p.detach()) for p in whole) + gradients
 

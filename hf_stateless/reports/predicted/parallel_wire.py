@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...norms.chain import Chain
 from ...update.layout import layout_at
 from ..run_facts import base_of
+from .model import tensor_bytes
 from .parallel import COLUMNS, ROWS, plans_of, whole_shape, widths, wild
 from .state import optimizer_groups
 from .table import Settings
@@ -66,8 +67,8 @@ def sent_by_fsdp(model: nn.Module, settings: Settings) -> int:
         some = [p for p in model.parameters() if hasattr(p, "gathered_share") == is_expert]
         # What these GPUs share of a stack: the part of each is 1 / (fsdp tp) of it.
         share = settings.tp / settings.ep if is_expert else 1
-        weights = sum(p.numel() * p.dtype.itemsize for p in some)
-        trained = sum(p.numel() * p.dtype.itemsize for p in some if p.requires_grad)
+        weights = tensor_bytes(p.detach() for p in some)  # what is stored of them: of a weight in 8 bits its codes
+        trained = tensor_bytes(p for p in some if p.requires_grad)
         sent += fsdp_bytes(int(weights * share), int(trained * share), ranks)
     return sent
 

@@ -13,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .holder import Int8Holder, hold, release
+from .holder import Int8Holder, held_scales, hold, release
 from .kinds import computed_by_modules, routers
 from .linear import Int8Linear, sizes_of
 from .packed import pack
+from .sharded import refuse_to_float, shard_of
 from .weight import Int8Weight
 
 
@@ -109,10 +110,10 @@ def quantize_stack_of(model: nn.Module, name: str, group_size: int | None) -> In
         raise ValueError(f"{name}: {error}") from None
 
 
-def int8_weights(model: nn.Module) -> Iterator[tuple[str, Int8Weight]]:
-    """Yield the names of the parameters that are stored in 8 bits, and the parameters, each once."""
+def int8_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the names of the parameters that are stored in 8 bits, whole or cut over ranks, and the parameters."""
     for name, p in model.named_parameters():
-        if isinstance(p, Int8Weight):
+        if isinstance(p, Int8Weight) or shard_of(p) is not None:
             yield name, p
 
 
@@ -124,13 +125,16 @@ def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear]]:
 
 
 def without_scales(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a model but for the scales of its 8-bit layers, which FSDP2 makes plain parameters."""
+    """Yield the parameters of a model but for the scales of its 8-bit weights, which FSDP2 makes plain parameters."""
     scales = {id(layer.weight_scale) for _, layer in int8_layers(model)}
+    scales |= {id(scale) for module in model.modules() for scale in held_scales(module)}
     yield from (p for p in model.parameters() if id(p) not in scales)
 
 
 def to_float(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Put float weights in the place of 8-bit ones, and cast the rest to the same dtype."""
+    for _, weight in int8_weights(model):
+        refuse_to_float(weight)
     for name, layer in list(int8_layers(model)):
         model.set_submodule(name, layer.to_float(dtype))
         around = model.get_submodule(name.rpartition(".")[0])

@@ -13,6 +13,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .awaited import adopt, expect, is_expected
 from .codes import group_length, stored_length
 from .compressed import Group, stored_layers
 from .config import DEFAULT_GROUP_SIZE, METHOD, Int8TrainingConfig
@@ -28,7 +29,6 @@ from .convert import (
     to_float,
 )
 from .folder import check_folder, is_own_class
-from .holder import adopt, expect, is_expected
 from .linear import Int8Linear, sizes_of
 from .sharded_folder import is_cut, whole_state
 from .tables import expect_tables, finish_tables, quantize_table, tables_of

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from .codes import checked_codes, quantize_stack, stored_length
-from .lent import Loan, Purse, Uses
-from .weight import HeldWeight, Int8Weight, Scale
+from .codes import checked_codes, quantize_stack
+from .lent import Loan, Purse, Uses, before_backward_of
+from .sharded import Int8Shard, check_gathered, shard_of
+from .sharded_layer import codes_of, load_sharded, move_sharded
+from .weight import Int8Weight, Scale
 
 
 # Names of no tensor in any model, so that no rule by which transformers renames, splits or joins weights takes them.
@@ -29,7 +32,7 @@ class Int8Holder(nn.Module):
     family: type[Int8Holder]
     """What `mix` was asked for: this class, or one that is for some kinds of modules."""
     _purses: dict[str, Purse]
-    _expected: tuple[str, ...] = ()
+    awaited_in_8_bits: tuple[str, ...] = ()
     """Weights of which a file is being read."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,9 +53,30 @@ class Int8Holder(nn.Module):
                 purse.close()
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                for loan in loans:
-                    tensor.register_hook(loan.before_backward)  # type: ignore[no-untyped-call]
+                before_backward_of(tensor, loans)
         return out
+
+    def __getattr__(self, name: str) -> Any:
+        # torch.distributed.checkpoint asks for what a state dict names.
+        codes = dict(self._codes()).get(name) if name.startswith(_CODES) else None
+        return super().__getattr__(name) if codes is None else codes
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """Yield the buffers, and the codes that are cut over ranks where one module alone is asked.
+
+        So torch.distributed.checkpoint fills them from a whole state dict: it asks modules for parameters and buffers,
+        and the names of codes are not those of the parameters.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse:
+            cut = [(name, codes) for name, codes in self._codes() if isinstance(codes, DTensor)]
+            yield from ((f"{prefix}.{name}".lstrip("."), codes) for name, codes in cut if name.startswith(_CODES))
+
+    def _codes(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in held_weights(self).items():
+            if not isinstance(weight, Int8Shard):
+                codes = weight.detach() if isinstance(weight, Int8Weight) else codes_of(weight)
+                yield self.codes_name(name), codes
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
@@ -64,16 +88,23 @@ class Int8Holder(nn.Module):
         return cls, kind
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Holder:
-        held = {name: p for name, p in self._parameters.items() if isinstance(p, Int8Weight | Scale)}
+        held = self._held()
         self._parameters.update(dict.fromkeys(held))
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters.update(held)
-        for name, weight in list(held.items()):
+        for name, weight in held_weights(self).items():
             if isinstance(weight, Int8Weight):
                 self._move(name, weight, fn)
+            else:
+                move_sharded(self, name, fn)
         return self
+
+    def _held(self) -> dict[str, Any]:
+        """Return the 8-bit weights of this module and their scales, by name."""
+        names = {*(weights := held_weights(self)), *map(self.name_of_scale, weights)}
+        return {name: p for name, p in self._parameters.items() if name in names}
 
     def _move(self, name: str, weight: Int8Weight, fn: Callable[[Tensor], Tensor]) -> None:
         scale = weight.scale
@@ -81,17 +112,21 @@ class Int8Holder(nn.Module):
             scale.data = scale.data.to(fn(scale.data).device)  # moved, never cast
             weight.move_(fn)
             return
-        # What has no memory, or loses it, cannot keep its identity.
-        codes, like = fn(weight.codes), fn(torch.empty((), dtype=weight.dtype))
-        put(self, name, codes.to(torch.int8), fn(scale.data).to(scale.dtype), like.dtype, weight.requires_grad)
+        # What has no memory, or loses it, cannot keep its identity; where it is tied it stays so.
+        if weight.moved_to is not None and scale_name(name) not in self._parameters:
+            self._parameters[name] = weight.moved_to
+            return
+        codes, like = fn(weight.codes).to(torch.int8), fn(torch.empty((), dtype=weight.dtype))
+        weight.moved_to = put(self, name, codes, fn(scale.data).to(scale.dtype), like.dtype, weight.requires_grad)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         for name, held in held_weights(self).items():
             codes = destination.pop(prefix + name)
-            grouped = codes if keep_vars else codes.view(*held.scale.shape, -1)
+            if not keep_vars:
+                codes = codes.view(*held.scale.shape, -1) if isinstance(held, Int8Weight) else codes_of(held)
             scales = destination.pop(prefix + scale_name(name), None)
-            destination[prefix + self.codes_name(name)] = grouped
+            destination[prefix + self.codes_name(name)] = codes
             if scales is not None:  # where a weight is tied they are elsewhere
                 destination[prefix + scale_name(name)] = scales
 
@@ -99,11 +134,15 @@ class Int8Holder(nn.Module):
         """Return how the codes of a weight are called where the module is saved."""
         return codes_name(name)
 
+    def name_of_scale(self, name: str) -> str:
+        """Return how the scales of a weight are called, where the module has them."""
+        return scale_name(name)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
     ) -> None:
         missing, unexpected, errors = lists
-        held = {name: weight for name, weight in self._parameters.items() if isinstance(weight, Int8Weight | Scale)}
+        held = self._held()
         taken: dict[str, Tensor] = {}
         for name, weight in held_weights(self).items():
             keys = [prefix + self.codes_name(name)]
@@ -113,19 +152,27 @@ class Int8Holder(nn.Module):
             missing += [key for key, value in zip(keys, both, strict=True) if value is None]
             if any(value is None for value in both):
                 continue
-            scale = both[1] if len(both) > 1 else weight.scale.data
             try:
-                codes = _checked(both[0], scale, weight)
+                self._take_over(name, weight, *both)
             except ValueError as error:
                 errors.append(f"{prefix}{name}: {error}")
-                continue
-            weight.codes.copy_(codes)
-            weight.scale.data.copy_(scale)
+            if not isinstance(weight, Int8Weight):  # which torch.distributed.checkpoint names beside its codes
+                state_dict.pop(prefix + name, None)
+        held |= self._held()
         # Out of the way of the module's own loading, at their places: the order decides their rounding noise.
         self._parameters.update(dict.fromkeys(held))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)  # type: ignore[no-untyped-call]
         self._parameters.update(held)
         state_dict.update(taken)
+
+    def _take_over(self, name: str, weight: Tensor, codes: Tensor, scale: Tensor | None = None) -> None:
+        """Copy the codes and scales of a state dict; a weight that is tied has its scales elsewhere."""
+        if not isinstance(weight, Int8Weight):
+            load_sharded(self, name, codes, scale)
+            return
+        scale = weight.scale.data if scale is None else scale
+        weight.codes.copy_(checked_held(codes, scale, weight))
+        weight.scale.data.copy_(scale)
 
 
 def codes_name(name: str) -> str:
@@ -143,11 +190,22 @@ def is_part(name: str) -> bool:
     return name.rpartition(".")[2].startswith((_CODES, _SCALES))
 
 
-def held_weights(module: nn.Module) -> dict[str, Int8Weight]:
-    """Return the weights that a module holds in 8 bits and lends to its own code, by name."""
+def held_weights(module: nn.Module) -> dict[str, Any]:
+    """Return the weights that a module holds in 8 bits and lends to its own code, by name, cut over ranks or not."""
     if not isinstance(module, Int8Holder):
         return {}
-    return {name: p for name, p in module._parameters.items() if isinstance(p, Int8Weight)}
+    return {
+        name: p
+        for name, p in module._parameters.items()
+        if isinstance(p, Int8Weight | Int8Shard) or shard_of(p) is not None
+    }
+
+
+def held_scales(module: nn.Module) -> list[nn.Parameter]:
+    """Return the scales beside the weights that a module holds in 8 bits."""
+    if not isinstance(module, Int8Holder):
+        return []
+    return [p for name, p in module._parameters.items() if name.startswith(_SCALES) and p is not None]
 
 
 def hold(module: nn.Module, name: str, group_size: int | None) -> Int8Weight:
@@ -200,54 +258,7 @@ def release(module: nn.Module, dtype: torch.dtype, made: dict[int, nn.Parameter]
         plain.__class__ = module.float_class
 
 
-def expect(module: nn.Module, name: str, group_size: int | None) -> None:
-    """Make room, without memory, for what a file names, until `adopt`."""
-    weight = module._parameters[name]
-    assert weight is not None
-    holder: nn.Module = mix(module, Int8Holder)
-    assert isinstance(holder, Int8Holder)
-    shape, length = weight.shape, stored_length(weight.shape[-1], group_size)
-    grouped = (*shape[:-1], shape[-1] // length)
-    # What a model initialises in every module, before it is known that a file held it: already done, no memory.
-    holder.__dict__[name] = stand_in = torch.empty(shape, dtype=weight.dtype, device="meta")
-    stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-    holder._parameters[name] = None  # keeps its place
-    rooms = {codes_name(name): ((*grouped, length), torch.int8), scale_name(name): (grouped, torch.bfloat16)}
-    for part, (size, dtype) in rooms.items():
-        room = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
-        holder._parameters[part] = room
-    holder._expected = (*holder._expected, name)
-
-
-def adopt(module: nn.Module, name: str) -> bool:
-    """Take over what `from_pretrained` has read for a weight; False if it found nothing.
-
-    Raises:
-        ValueError: codes or scales are missing or damaged.
-    """
-    assert isinstance(module, Int8Holder)
-    like = module.__dict__.pop(name)
-    codes, scale = module._parameters.pop(codes_name(name)), module._parameters[scale_name(name)]
-    assert codes is not None
-    assert scale is not None
-    module._expected = tuple(other for other in module._expected if other != name)
-    read = [getattr(tensor, "_is_hf_initialized", False) for tensor in (codes, scale)]
-    if any(read) and not all(read):
-        raise ValueError(f"only its {'codes' if read[0] else 'scales'} are there.")
-    if codes.numel() != like.numel():  # as older versions of transformers only report afterwards
-        raise ValueError(f"got codes {tuple(codes.shape)}, expected those of {tuple(like.shape)}: save it again.")
-    shown = put(module, name, codes.detach().view(like.shape), scale.detach(), like.dtype, True)
-    if all(read):
-        _checked(codes.detach(), scale.detach(), shown)
-    return all(read)
-
-
-def is_expected(module: nn.Module, name: str) -> bool:
-    """Tell whether `expect` has made room for a weight."""
-    return isinstance(module, Int8Holder) and name in module._expected
-
-
-def _checked(codes: Tensor, scale: Tensor, weight: Int8Weight) -> Tensor:
+def checked_held(codes: Tensor, scale: Tensor, weight: Int8Weight) -> Tensor:
     """Return codes of a file in the shape of a weight."""
     rows, columns = weight.shape[:-1].numel(), weight.shape[-1]
     groups, length = weight.scale.shape[-1], columns // max(1, weight.scale.shape[-1])
@@ -266,7 +277,7 @@ def put(
 ) -> Int8Weight:
     """Take over codes and scales as they are; the parameters are made anew."""
     holder._parameters[scale_name(name)] = kept = Scale(scale)
-    holder._parameters[name] = weight = HeldWeight(codes, kept, dtype, requires_grad)
+    holder._parameters[name] = weight = Int8Weight(codes, kept, dtype, requires_grad)
     return weight
 
 
@@ -312,6 +323,7 @@ def _places(module: Int8Holder) -> Iterator[tuple[dict[str, Any], str, Int8Weigh
         if isinstance(adapted, nn.ModuleDict):
             slots |= {name: (part._parameters, "original") for name, part in adapted.items()}
         for name, (where, key) in slots.items():
-            weight = where[key]
-            if isinstance(weight, Int8Weight):
+            weight: Any = where[key]
+            if isinstance(weight, Int8Weight | Int8Shard) or shard_of(weight) is not None:
+                check_gathered(weight)
                 yield where, key, weight, holder._purses.setdefault(name, Purse())

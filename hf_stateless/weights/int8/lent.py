@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharded import Int8Shard
 from .weight import Int8Weight
 
 
@@ -24,7 +25,7 @@ class Purse:
         self._version = -1
         self._users: weakref.WeakSet[Loan] = weakref.WeakSet()  # a graph that is gone uses nothing
 
-    def open(self, weight: Int8Weight) -> Tensor:
+    def open(self, weight: Int8Weight | Int8Shard) -> Tensor:
         """Return the values of a weight, filled in where they are not there."""
         values, version = self._values, weight.codes._version
         if values is None or values.dtype != weight.dtype or values.device != weight.device:
@@ -64,7 +65,7 @@ class Purse:
 class Loan:
     """One use of a weight: its values for forward, and again for the backward of the same graph."""
 
-    def __init__(self, weight: Int8Weight, purse: Purse) -> None:
+    def __init__(self, weight: Int8Weight | Int8Shard, purse: Purse) -> None:
         self.weight, self.purse = weight, purse
         self._version = weight.codes._version
         self._open = False
@@ -96,6 +97,18 @@ class Loan:
         if self._open:
             self._open = False
             self.purse.leave(self)
+
+
+def before_backward_of(tensor: Tensor, loans: Sequence[Loan]) -> None:
+    """Have loans ready when backward reaches what made a tensor.
+
+    After the hooks of the tensor itself, by one of which FSDP2 gathers the weights of a module.
+    """
+    for loan in loans:
+        if tensor.grad_fn is None:
+            tensor.register_hook(loan.before_backward)  # type: ignore[no-untyped-call]
+        else:
+            tensor.grad_fn.register_prehook(loan.before_backward)
 
 
 class _Take(torch.autograd.Function):

@@ -20,8 +20,8 @@ from .codes import (
     stored_length,
 )
 from .packed import unpack, words
-from .sharded import Int8Shard
-from .sharded_layer import codes_of, load_sharded, move_sharded, shard_of
+from .sharded import check_gathered, refuse_to_float, shard_of
+from .sharded_layer import codes_of, load_sharded, move_sharded
 from .weight import Int8Weight, Scale
 
 
@@ -112,6 +112,10 @@ class Int8Linear(nn.Linear):
         self.weight_scale = Scale(scale.detach())
         self.weight = Int8Weight(codes.detach(), self.weight_scale, dtype)
 
+    def name_of_scale(self, name: str) -> str:
+        """Return how the scales of a weight are called."""
+        return "weight_scale"
+
     @property
     def length(self) -> int:
         """How many weights share a scale."""
@@ -180,10 +184,7 @@ class Int8Linear(nn.Linear):
 
     def to_float(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
         """Return the plain layer with the dequantised weight, of the kind that it was made from."""
-        if shard_of(self.weight) is not None:
-            raise ValueError(
-                "The weights are cut over ranks: save the model, and load the folder in one process to have floats."
-            )
+        refuse_to_float(self.weight)
         weight, sizes = self.weight.dequantize(dtype), (self.in_features, self.out_features)
         linear: nn.Linear | Conv1D
         with torch.device("meta"):
@@ -196,12 +197,7 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return X W^T + b in the dtype of X, or of autocast."""
-        if type(self.weight) not in (Int8Weight, Int8Shard):
-            raise RuntimeError(
-                f"The weight of an 8-bit layer has become a {type(self.weight).__name__}: call the module that "
-                "fully_shard was applied to. Wrappers other than DDP and FSDP2 are not supported with 8-bit weights: "
-                "load the model without quantization_config."
-            )
+        check_gathered(self.weight)
         if self.weight_scale.dtype == torch.float16:
             raise RuntimeError("FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no.")
         device = input.device.type
@@ -225,7 +221,7 @@ class Int8Linear(nn.Linear):
         finally:
             self._parameters["weight"], self._parameters["weight_scale"] = weight, scale
         if shard_of(weight) is not None:
-            move_sharded(self, fn)
+            move_sharded(self, "weight", fn)
         elif not (weight.is_meta or fn(torch.empty(0, device=weight.device)).is_meta):
             scale.data = scale.data.to(fn(scale.data).device)  # moved, never cast
             weight.move_(fn)
@@ -239,7 +235,7 @@ class Int8Linear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         codes = destination.get(f"{prefix}weight")
         if shard_of(self.weight) is not None and not keep_vars:
-            destination[f"{prefix}weight"] = codes_of(self.weight, self.weight_scale.shape[1])
+            destination[f"{prefix}weight"] = codes_of(self.weight)
         elif codes is not None and codes.dtype == torch.int8 and not keep_vars and not self._read_as:
             destination[f"{prefix}weight"] = codes.view(*self.weight_scale.shape, -1)
 
@@ -274,7 +270,7 @@ class Int8Linear(nn.Linear):
         if weight is None or (scale is None and not weight.is_floating_point()):
             return
         if shard_of(self.weight) is not None:
-            load_sharded(self, weight, scale)
+            load_sharded(self, "weight", weight, scale, ours=self.ours)
             return
         if weight.is_floating_point():
             weight, scale = quantize_matrix(weight.T if self.from_conv1d else weight, self.length)

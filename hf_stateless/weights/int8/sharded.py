@@ -2,7 +2,7 @@
 
 FSDP2 cuts a parameter in chunks of rows, gathers it before it is used, and reduces its gradient to the same chunks.
 Codes travel as int8 by FSDP2's extension for tensor subclasses. Scales are a frozen parameter beside them, which FSDP2
-cuts in the same rows by itself; a group never leaves its row, so no group is cut.
+cuts in the same rows by itself; a group never leaves its row, so no group is cut. A stack is cut between its matrices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from ..noise import RoundingKey
 from ..stored import StoredWeight
-from .codes import dequantize_matrix, write_rows_
+from .codes import dequantize_into, dequantize_matrix, write_rows_
 
 
 _aten = torch.ops.aten
@@ -40,20 +40,26 @@ class Place:
 
     whole: Callable[[], Any] = lambda: None
     """The weight that is being cut, as long as it lives."""
-    first_row: int = 0
-    """Number of the first row in the whole matrix."""
+    groups: int = 1
+    """How many scales a row has."""
+    first: int = 0
+    """Number of the first row in the whole matrix, or of the first matrix in the whole stack."""
     scale: Tensor | None = None
     """The scales of the rows; known from the first time that the weight was gathered."""
+    beside: Callable[[], Tensor | None] | None = None
+    """Finds the scales of a weight that is gathered, which are gathered beside it."""
+    moved_to: nn.Parameter | None = None
+    """What has replaced the parameter, for another module that it is tied to."""
 
 
 class Int8Shard(StoredWeight):
     """Rows of an `Int8Weight`: a float tensor from outside, int8 codes inside, which no operation reads as floats.
 
-    It is the local tensor of FSDP2's sharded parameter, and what a layer has while its weight is gathered; then it
-    has no scales of its own, and the layer takes the gathered ones.
+    It is the local tensor of FSDP2's sharded parameter, and what a module has while its weight is gathered; then its
+    scales are those that the module has, gathered too.
 
     Args:
-        codes: (rows, columns) int8.
+        codes: (rows, columns) int8, or (matrices, rows, columns) of a stack.
         place: of the rows.
         dtype: what the weight counts as.
     """
@@ -69,7 +75,22 @@ class Int8Shard(StoredWeight):
     @property
     def first_row(self) -> int:  # type: ignore[override]
         """Number of the first row in the whole matrix."""
-        return self.place.first_row
+        return self.place.first if self.ndim == 2 else 0
+
+    @property
+    def first_matrix(self) -> int:  # type: ignore[override]
+        """Number of the first matrix in the whole stack."""
+        return self.place.first if self.ndim > 2 else 0
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales of these rows, (..., rows, groups)."""
+        scale = self.place.beside() if self.place.beside else self.place.scale
+        if scale is None:
+            raise RuntimeError("An 8-bit weight was written before it was used: run a forward pass first.")
+        if scale.dtype == torch.float16:
+            raise RuntimeError("FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no.")
+        return scale
 
     def __new__(cls, codes: Tensor, place: Place, dtype: torch.dtype) -> Int8Shard:
         """Make the tensor around its codes."""
@@ -80,7 +101,7 @@ class Int8Shard(StoredWeight):
         return shard
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Int8Shard({tuple(self.shape)}, rows from {self.place.first_row}, dtype={self.dtype})"
+        return f"Int8Shard({tuple(self.shape)}, rows from {self.place.first}, dtype={self.dtype})"
 
     @classmethod
     def empty_of(cls, whole: StoredWeight, codes: Tensor, size: Sequence[int]) -> Int8Shard:
@@ -89,17 +110,14 @@ class Int8Shard(StoredWeight):
         Raises:
             ValueError: the rows are cut.
         """
-        if codes.ndim != 2:
-            raise ValueError(
-                f"FSDP2 cuts matrices in 8 bits, and no stacks of them, got {tuple(codes.shape)}: load the model with "
-                "Int8TrainingConfig(modules_to_not_convert=['experts'])."
-            )
         if tuple(size[1:]) != codes.shape[1:]:
+            between = "rows" if codes.ndim == 2 else "the matrices of a stack"
             raise ValueError(
-                f"An 8-bit weight {tuple(codes.shape)} can be cut between rows only, got parts {tuple(size)}: leave "
-                "shard_placement_fn out, or return Shard(0) for it."
+                f"An 8-bit weight {tuple(codes.shape)} can be cut between {between} only, got parts {tuple(size)}: "
+                "leave shard_placement_fn out, or return Shard(0) for it."
             )
-        return cls(codes.new_zeros(tuple(size)), Place(weakref.ref(whole)), whole.dtype)
+        place = Place(weakref.ref(whole), whole.stored[1].shape[-1])
+        return cls(codes.new_zeros(tuple(size)), place, whole.dtype)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -110,6 +128,8 @@ class Int8Shard(StoredWeight):
         first = args[0] if args else None
         if func is _aten.copy_.default and isinstance(first, cls):
             return first._copied_from(args[1])
+        if func is _aten.set_.source_Tensor and args[1] is first:
+            return first  # to itself, as a parametrization begins
         if not isinstance(first, cls):
             raise NotImplementedError(_refusal(func))
         codes, others = first.codes, args[1:]
@@ -126,6 +146,10 @@ class Int8Shard(StoredWeight):
             return func(codes, *others, **{**kwargs, "dtype": kwargs.get("dtype") or first.dtype})
         if func is _aten.is_pinned.default:
             return func(codes, *others, **kwargs)
+        if first.place.beside:  # gathered it is NaN, as a whole weight is: PEFT tries its adapters on it
+            return func(
+                torch.full((), float("nan"), dtype=first.dtype).to(codes.device).expand(first.shape), *others, **kwargs
+            )
         raise NotImplementedError(_refusal(func))
 
     def _copied_from(self, source: Tensor) -> Int8Shard:
@@ -136,8 +160,8 @@ class Int8Shard(StoredWeight):
             self.codes.copy_(source.reshape(self.codes.shape))
         elif whole is not None and source.dtype == whole.dtype and source.stride() == _stride_of_nothing(whole):
             # A chunk of the NaN that stands for each row: its place among them is that of the rows.
-            self.place.first_row = int(source.storage_offset())
-            self.codes.copy_(whole.codes[self.place.first_row :][: len(source)])
+            self.place.first = int(source.storage_offset())
+            self.codes.copy_(whole.codes[self.place.first :][: len(source)])
         else:
             raise NotImplementedError(_refusal("copy_ of float values"))
         return self
@@ -153,7 +177,25 @@ class Int8Shard(StoredWeight):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the float values of these rows."""
-        return dequantize_matrix(self.codes, self._scale(), dtype or self.dtype)
+        return dequantize_matrix(self.codes, self.scale, dtype or self.dtype)
+
+    def dequantize_into(self, out: Tensor) -> None:
+        """Write the float values into a contiguous tensor of this shape."""
+        dequantize_into(out, self.codes, self.scale)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Return some of these rows in float32."""
+        return dequantize_matrix(self.codes[rows], self.scale[rows])
+
+    def matrices(self) -> list[StoredWeight]:
+        """Return the matrices of this part of a stack, each over the memory that it has there.
+
+        None where the stack was never gathered, so that there is no gradient: how checkpoints have a state made.
+        """
+        if self.place.scale is None:
+            return []
+        both = zip(self.codes.flatten(0, -3), self.scale.detach().flatten(0, -3), strict=True)
+        return [Int8Shard(codes, Place(scale=scale), self.dtype) for codes, scale in both]
 
     @torch.no_grad()
     def write_rows_(
@@ -168,13 +210,8 @@ class Int8Shard(StoredWeight):
         """Apply the update of these rows, with the noise that they have in the whole matrix."""
         if self.place.scale is None and usable is not None:
             return  # never gathered, so that there is no gradient: how checkpoints have a state made
-        first = self.place.first_row
-        write_rows_(self.codes, self._scale(), update, step_size, decay, key, usable=usable, first_row=first)
-
-    def _scale(self) -> Tensor:
-        if self.place.scale is None:
-            raise RuntimeError("An 8-bit weight was written before it was used: run a forward pass first.")
-        return self.place.scale
+        first = self.first_row
+        write_rows_(self.codes, self.scale, update, step_size, decay, key, usable=usable, first_row=first)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Shard:
         copied: Int8Shard = memo.setdefault(id(self), self.clone())
@@ -188,17 +225,22 @@ class Int8Shard(StoredWeight):
         self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: nn.Module, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:
         """Return what FSDP2 sends: the codes, filled up to as many rows as the first rank has."""
-        scale = getattr(module, "weight_scale", None)
+        held = {name: shard_of(p) for name, p in module._parameters.items()}
+        name = next((name for name, shard in held.items() if shard is not None and shard.place is self.place), "")
+        name_of_scale: Any = getattr(module, "name_of_scale", None)
+        beside = name_of_scale(name) if name_of_scale else ""
+        scale = module._parameters.get(beside)
         local = scale.to_local() if isinstance(scale, DTensor) else None
         if local is None or len(local) != len(self.codes):
             raise RuntimeError("The scales of an 8-bit weight have to be cut as its codes are: leave both to FSDP2.")
         self.place.scale = local
         rows = -(-outer_size[0] // mesh.size())
-        self.place.first_row = mesh.get_local_rank() * rows
+        self.place.first = mesh.get_local_rank() * rows
         codes = self.codes
         if len(codes) < rows:
-            codes = torch.cat((codes, codes.new_zeros(rows - len(codes), codes.shape[1])))
-        return (codes,), None
+            codes = torch.cat((codes, codes.new_zeros(rows - len(codes), *codes.shape[1:])))
+        owner = weakref.ref(module)
+        return (codes,), lambda: owner()._parameters[beside].detach()  # type: ignore[union-attr]
 
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Tensor | None = None
@@ -206,12 +248,51 @@ class Int8Shard(StoredWeight):
         """Return the gathered weight, which sees the memory that FSDP2 gathers into."""
         if out is not None:
             return None
-        return Int8Shard(outputs[0], Place(), dtype), ()
+        return Int8Shard(outputs[0], Place(beside=metadata), dtype), ()
+
+
+def shard_of(weight: Tensor | None) -> Int8Shard | None:
+    """Return what this rank holds of an 8-bit weight, or None where that is not cut over ranks."""
+    local = local_of(weight) if isinstance(weight, DTensor) else None
+    return local if isinstance(local, Int8Shard) else None
+
+
+@torch.no_grad()
+def local_of(tensor: DTensor) -> Tensor:
+    """Return what this rank holds of a tensor, the object itself."""
+    local: Tensor = tensor.to_local()
+    return local
+
+
+def refuse_to_float(weight: Tensor) -> None:
+    """Refuse to make a float weight of one that is cut over ranks.
+
+    Raises:
+        ValueError: it is.
+    """
+    if shard_of(weight) is not None:
+        raise ValueError(
+            "The weights are cut over ranks: save the model, and load the folder in one process to have floats."
+        )
+
+
+def check_gathered(weight: Tensor) -> None:
+    """Refuse to compute with a weight that is not here as a whole.
+
+    Raises:
+        RuntimeError: a wrapper has put something else in the place of the weight, or has not gathered it.
+    """
+    if not isinstance(weight, StoredWeight):
+        raise RuntimeError(
+            f"The weight of an 8-bit layer has become a {type(weight).__name__}: call the module that fully_shard was "
+            "applied to. Wrappers other than DDP and FSDP2 are not supported with 8-bit weights: load the model "
+            "without quantization_config."
+        )
 
 
 def _stride_of_nothing(whole: StoredWeight) -> tuple[int, ...]:
     """Return the strides of the NaN that a weight has in the place of values: one for each row."""
-    return torch.empty(len(whole), 1).expand(whole.shape).stride()
+    return torch.empty(len(whole), *(1 for _ in whole.shape[1:])).expand(whole.shape).stride()
 
 
 def _refusal(what: Any) -> str:

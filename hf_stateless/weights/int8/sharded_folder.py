@@ -10,24 +10,26 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from .convert import int8_layers
-from .sharded_layer import shard_of
+from .sharded import shard_of
 
 
 def is_cut(model: nn.Module) -> bool:
     """Tell whether 8-bit weights of a model are cut over ranks."""
-    return any(shard_of(layer.weight) is not None for _, layer in int8_layers(model))
+    return any(shard_of(p) is not None for p in model.parameters())
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, Any]:
     """Return the state of a model that is cut over ranks: what `save_pretrained` was given, or all ranks gather it.
 
-    The first rank has it, on the host; the others may have nothing.
+    The first rank has it, on the host; the others may have nothing. What is tied is there once, so that it is written
+    once.
     """
     given: dict[str, Any] | None = getattr(model.hf_quantizer, "given_state", None)
     if given is None:
         given = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return given
+    names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    first = {key: name for name, key in reversed(names.items())}
+    return {name: given.get(first.get(names.get(name, 0), name), tensor) for name, tensor in given.items()}
 
 
 def _noting_state(original: Callable[..., None]) -> Callable[..., None]:

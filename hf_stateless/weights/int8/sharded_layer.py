@@ -1,8 +1,12 @@
-"""What a linear layer in 8 bits does while FSDP2 holds its parameters: state dicts, loading and moving."""
+"""What a module with 8-bit weights does while FSDP2 holds its parameters: state dicts, loading and moving.
+
+A module of them says by `name_of_scale` where it has the scales of a weight; a head that is tied has none of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,83 +14,96 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .codes import checked_codes
-from .sharded import Int8Shard
+from .sharded import Int8Shard, local_of, shard_of
 
 
-def shard_of(weight: Tensor | None) -> Int8Shard | None:
-    """Return what this rank holds of an 8-bit weight, or None where that is not cut over ranks."""
-    local = local_of(weight) if isinstance(weight, DTensor) else None
-    return local if isinstance(local, Int8Shard) else None
-
-
-@torch.no_grad()
-def local_of(tensor: DTensor) -> Tensor:
-    """Return what this rank holds of a tensor, the object itself."""
-    local: Tensor = tensor.to_local()
-    return local
-
-
-def codes_of(weight: Tensor, groups: int) -> DTensor:
-    """Return the codes of a weight as state dicts hold them, (rows, groups, length), cut as the weight is."""
+def codes_of(weight: Tensor) -> DTensor:
+    """Return the codes of a weight as state dicts hold them, (..., rows, groups, length), cut as the weight is."""
     shard = shard_of(weight)
     assert shard is not None
     assert isinstance(weight, DTensor)
-    rows, columns = weight.shape
-    shape = (rows, groups, columns // groups)
-    codes = shard.codes.view(-1, *shape[1:])
-    return _cut_as(weight, codes, shape)
+    *rows, columns = weight.shape
+    shape = (*rows, shard.place.groups, columns // shard.place.groups)
+    return _cut_as(weight, shard.codes.view(len(shard), *shape[1:]), shape)
 
 
-def load_sharded(layer: nn.Module, weight: Tensor, scale: Tensor | None) -> None:
-    """Take over codes and scales that are cut over ranks as those of a layer are.
+def load_sharded(module: nn.Module, name: str, weight: Tensor, scale: Tensor | None, *, ours: bool = True) -> None:
+    """Take over codes and scales that are cut over ranks as those of a module are.
+
+    Args:
+        module: that holds the weight.
+        name: of the weight there.
+        weight: its codes.
+        scale: its scales; None where the module that it is tied to has them, and is loaded first.
+        ours: see `checked_codes`.
 
     Raises:
         ValueError: they are whole, or damaged.
     """
-    param, scales = layer._parameters["weight"], layer._parameters["weight_scale"]
-    if not (isinstance(weight, DTensor) and isinstance(scale, DTensor)):
+    shard = shard_of(module._parameters[name])
+    assert shard is not None
+    if _moved(module, name, shard) or (scale is None and not isinstance(weight, DTensor)):
+        return
+    if not (isinstance(weight, DTensor) and isinstance(scale, DTensor | None)):
         raise ValueError(
             "got whole weights for a model that is cut over ranks: load them by set_model_state_dict(..., "
             "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict."
         )
-    shard = shard_of(param)
-    assert shard is not None
-    assert isinstance(param, DTensor)
-    assert isinstance(scales, DTensor)
-    local, of_scales = local_of(weight), local_of(scale)
-    shape = (len(shard), shard.shape[1])
-    length = shape[1] // scales.shape[1]
+    local = local_of(weight)
     codes = local.codes if isinstance(local, Int8Shard) else local
-    codes = checked_codes(codes, of_scales, shape, length, ours=layer.ours)  # type: ignore[arg-type]
+    if scale is None:
+        shard.codes.copy_(codes.reshape(shard.shape))
+        return
+    of_scales, columns = local_of(scale), shard.shape[-1]
+    rows, length = shard.shape[:-1].numel(), columns // shard.place.groups
+    grouped = (*shard.shape[:-1], shard.place.groups)
+    if codes.shape not in ((*grouped, length), shard.shape) or of_scales.shape != grouped:
+        raise ValueError(
+            f"got codes {tuple(codes.shape)} and scales {tuple(of_scales.shape)} on this rank, expected "
+            f"{(*grouped, length)} and {grouped}: load with the group_size it was saved with."
+        )
+    flat = codes.reshape(rows, columns), of_scales.reshape(rows, grouped[-1])
+    codes = checked_codes(*flat, (rows, columns), length, ours=ours).view(shard.shape)
     if shard.is_meta:
-        _replace(layer, codes, of_scales)
+        _replace(module, name, codes, of_scales)
     else:  # where both are the same memory, nothing changes
         shard.codes.copy_(codes)
-        local_of(scales).copy_(of_scales)
+        local_of(_scales(module, name)).copy_(of_scales)
 
 
-def move_sharded(layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+def move_sharded(module: nn.Module, name: str, fn: Callable[[Tensor], Tensor]) -> None:
     """Do to codes and scales what `nn.Module._apply` does to parameters; they are moved and never cast."""
-    shard, scales = shard_of(layer._parameters["weight"]), layer._parameters["weight_scale"]
+    shard = shard_of(module._parameters[name])
     assert shard is not None
-    assert isinstance(scales, DTensor)
     device = fn(torch.empty(0, device=shard.device)).device
-    if device == shard.device:
+    if _moved(module, name, shard) or device == shard.device:
         return
-    codes, scale = fn(shard.codes), fn(local_of(scales))
-    _replace(layer, codes.to(torch.int8), scale.to(scales.dtype))
+    scales = _scales(module, name)
+    _replace(module, name, fn(shard.codes).to(torch.int8), fn(local_of(scales)).to(scales.dtype))
 
 
-def _replace(layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
-    """Put other codes and scales of this rank in the place of those that a layer has."""
-    param, scales = layer._parameters["weight"], layer._parameters["weight_scale"]
+def _scales(module: Any, name: str) -> DTensor:
+    scales = module._parameters[module.name_of_scale(name)]
+    assert isinstance(scales, DTensor)
+    return scales
+
+
+def _moved(module: nn.Module, name: str, shard: Int8Shard) -> bool:
+    """Give a module what has replaced its weight in another one that it is tied to; tell whether there is such."""
+    if shard.place.moved_to is not None:
+        module._parameters[name] = shard.place.moved_to
+    return shard.place.moved_to is not None
+
+
+def _replace(module: Any, name: str, codes: Tensor, scale: Tensor) -> None:
+    """Put other codes and scales of this rank in the place of those that a module has."""
+    param, scales = module._parameters[name], _scales(module, name)
     shard = shard_of(param)
     assert shard is not None
-    assert isinstance(param, DTensor)
-    assert isinstance(scales, DTensor)
-    weight = _cut_as(param, Int8Shard(codes, shard.place, shard.dtype), param.shape)
-    layer._parameters["weight"] = nn.Parameter(weight, param.requires_grad)
-    layer._parameters["weight_scale"] = nn.Parameter(_cut_as(scales, scale, scales.shape), requires_grad=False)
+    weight = _cut_as(param, Int8Shard(codes, replace(shard.place, scale=None), shard.dtype), param.shape)
+    shard.place.moved_to = module._parameters[name] = nn.Parameter(weight, param.requires_grad)
+    beside = nn.Parameter(_cut_as(scales, scale, scales.shape), requires_grad=False)
+    module._parameters[module.name_of_scale(name)] = beside
 
 
 def _cut_as(param: DTensor, local: Tensor, shape: Any) -> DTensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .codes import checked_codes, dequantize_matrix, quantize_stack, stored_length
 from .holder import Int8Holder, mix, put, scale_name
+from .sharded import check_gathered
 from .weight import Int8Weight
 
 
@@ -44,6 +45,7 @@ class Int8Embedding(Int8Table, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of tokens, (..., features)."""
         weight = self.weight
+        check_gathered(weight)
         rows: Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
             weight, weight.codes, weight.scale, input, self.padding_idx, self.scale_grad_by_freq
         )
@@ -58,6 +60,7 @@ class Int8Head(Int8Table, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return the scores, (..., tokens)."""
         device, weight = input.device.type, self.weight
+        check_gathered(weight)
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
         scores: Tensor = _Scores.apply(input, weight, weight.codes, weight.scale)  # type: ignore[no-untyped-call]

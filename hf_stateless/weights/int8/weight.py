@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..noise import RoundingKey
 from ..stored import StoredWeight
-from .codes import dequantize_matrix, write_rows_
+from .codes import dequantize_into, dequantize_matrix, write_rows_
 from .sharded import Int8Shard
 
 
@@ -40,6 +40,8 @@ class Int8Weight(StoredWeight):
     kernel = "int8"
     codes: Tensor
     scale: Tensor
+    moved_to: Int8Weight | None = None
+    """What has replaced it where it lost its memory, for another module that it is tied to."""
 
     def __new__(
         cls, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16, requires_grad: bool = True
@@ -59,7 +61,7 @@ class Int8Weight(StoredWeight):
 
     def dequantize_into(self, out: Tensor) -> None:
         """Write the float weight into a contiguous tensor of its shape."""
-        out.copy_(self.codes).view(*self.scale.shape, -1).mul_(self.scale.detach().unsqueeze(-1))
+        dequantize_into(out, self.codes, self.scale)
 
     def detach(self) -> Tensor:
         """Return the codes."""
@@ -142,26 +144,6 @@ class Int8Weight(StoredWeight):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return type(self), (self.codes, self.scale, self.dtype, self.requires_grad)
-
-
-class HeldWeight(Int8Weight):
-    """An 8-bit weight that a module computes with by itself, which gets it in float for a moment; FSDP2 cannot cut it.
-
-    A stack of experts, an embedding, a head.
-    """
-
-    not_cut = (
-        "experts, embeddings and heads in 8 bits cannot be sharded by FSDP. Leave them in float by "
-        "Int8TrainingConfig(modules_to_not_convert=['experts']) without embeddings=True, or type distributed_type: "
-        "MULTI_GPU in the accelerate config (DDP)."
-    )
-
-    def new_zeros(self, *size: Any, **kwargs: Any) -> Tensor:
-        """Refuse to be cut; FSDP2 asks so for what it copies rows into."""
-        if not kwargs:
-            raise ValueError(self.not_cut)
-        zeros: Tensor = super().new_zeros(*size, **kwargs)
-        return zeros
 
 
 class Scale(nn.Parameter):
