@@ -94,11 +94,13 @@ class ShardedMatrices:
             last: no whole iteration follows.
             half: stop after the rows.
         """
-        squares = self._square() if self._squares is None else self._squares
+        squares = self._kept_or_new_squares()
         sums = _times(squares, self._v)
         if self._over[-1]:
+            del squares  # or those of all batches would be held while they wait for each other
             sent = (sums.double() / self._row_scale.double().square()).flatten()
             size = self._take_unscaled((yield _Sum(self._over[-1], sent, bool(self._over[-2]))))
+            squares = self._kept_or_new_squares()
         else:
             self._row_sums = sums
             self._u = sums.clamp_min(smallest_sum(self.columns)).reciprocal().mul_(self.columns)
@@ -106,6 +108,7 @@ class ShardedMatrices:
         if half:
             return
         sums = _times(squares.mT, self._u)
+        del squares
         if self._over[-2]:
             total = yield _Sum(self._over[-2], torch.cat([sums.flatten(), size]))
             sums, size = total[: sums.numel()].view_as(sums), total[sums.numel() :]
@@ -140,6 +143,9 @@ class ShardedMatrices:
 
     def _column_factors(self) -> Tensor:
         return self._v.sqrt().masked_fill_(self._column_sums <= smallest_sum(self.rows), 0)
+
+    def _kept_or_new_squares(self) -> Tensor:
+        return self._square() if self._squares is None else self._squares
 
     def _square(self) -> Tensor:
         squares = torch.stack([grad.to(self._exact) for grad in self.grads])
