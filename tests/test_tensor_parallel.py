@@ -1,6 +1,8 @@
 """Models that transformers cuts by tensor and expert parallelism, on gloo processes against one process."""
 
 import io
+import os
+import time
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
@@ -279,6 +281,28 @@ def on_four(rank, folder):
         save(results)
 
 
+def on_two_of_which_one_dies(rank, folder):
+    """The second rank is gone when the first takes a step; the first says how that ended, and after how long."""
+    torch.set_num_threads(1)
+    announce_rank(rank, 2)
+    models = save_models(f"{folder}/models-{rank}")
+    with joined(rank, folder, 2) as save:
+        found = {}
+        loaded = {name: load(models, "llama", TP) for name in ("sinkgd", "swan")}
+        for model in loaded.values():
+            backward(model, 0)
+        if rank == 1:
+            save({"gone": True})
+            os._exit(0)
+        for name, model in loaded.items():
+            before = time.monotonic()
+            try:
+                create_optimizer(model, name, **RATES).step()
+            except RuntimeError as error:
+                found[name] = (type(error).__name__, time.monotonic() - before)
+        save(found)
+
+
 @pytest.fixture(scope="module")
 def two():
     """What each of two ranks got, from one start of two processes."""
@@ -372,6 +396,12 @@ def test_the_trainer_clips_by_the_norm_of_one_process(case, two, models):
 def test_cuts_along_two_mesh_dimensions_are_undone_one_after_the_other(four):
     for of_rank in four:
         assert {told for *_, told in of_rank["splits"]} == {"right"}
+
+
+def test_after_a_killed_rank_the_other_ends_with_an_error():
+    survivor, _ = on_ranks(on_two_of_which_one_dies, 2)
+    assert set(survivor) == {"sinkgd", "swan"}
+    assert all(seconds < 60 for _, seconds in survivor.values())
 
 
 def test_plain_tensors_of_tensor_parallelism_are_refused_in_one_line():
