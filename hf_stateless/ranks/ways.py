@@ -8,7 +8,7 @@ what all ranks know alike, never on a rank's own data, so that all of them meet 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -121,15 +121,15 @@ class Local:
         return all(cut in needs and not needs[cut] & update.chain.needs for cut in update.cuts)
 
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
-        for of_class in alike(updates, lambda update: update.shape_class):
-            splits = _splits(of_class[0])
-            parts = [update.normalized(update.part) if update.part.numel() else update.part for update in of_class]
-            norms = torch.stack([update.layout.norms(part) for update, part in zip(of_class, parts, strict=True)])
+        for some in _exchanged_at_once(updates):
+            splits = _splits(some[0])
+            parts = [update.normalized(update.part) if update.part.numel() else update.part for update in some]
+            norms = torch.stack([update.layout.norms(part) for update, part in zip(some, parts, strict=True)])
             norms = norms.to(splits[0].device)
             for split in splits:
                 dist.all_reduce(norms, group=split.group)
-            verdicts = judged(norms, of_class[0].weight.device)
-            for update, part, verdict in zip(of_class, parts, verdicts, strict=True):
+            verdicts = judged(norms, some[0].weight.device)
+            for update, part, verdict in zip(some, parts, verdicts, strict=True):
                 update.write(part, verdict)
 
 
@@ -141,13 +141,11 @@ class Owned:
 
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         load: Load = {}
-        for of_class in alike(updates, lambda update: update.shape_class):
-            ranks = math.prod(split.ranks for split in _splits(of_class[0]))
-            for some in bounded(of_class, _whole_bytes, EXCHANGE_BYTES * ranks):
-                if len(some) > 1:
-                    self._exchange(some, load)
-                else:  # an owner would send it to the others while they wait: they may as well compute it
-                    Gathered().run(some, workspace)
+        for some in _exchanged_at_once(updates):
+            if len(some) > 1:
+                self._exchange(some, load)
+            else:  # an owner would send it to the others while they wait: they may as well compute it
+                Gathered().run(some, workspace)
 
     def _exchange(self, updates: Sequence[MatrixUpdate], load: Load) -> None:
         costs = [whitening_cost(tuple(update.param.shape)) for update in updates]
@@ -228,6 +226,13 @@ def _judged_alone(update: MatrixUpdate, normalized: Tensor) -> Judged:
 def _splits(update: MatrixUpdate) -> tuple[Split, ...]:
     assert update.splits
     return update.splits
+
+
+def _exchanged_at_once(updates: Sequence[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
+    """Yield updates of one shape, as many as hold about `EXCHANGE_BYTES` on each rank: all ranks cut alike."""
+    for of_class in alike(updates, lambda update: update.shape_class):
+        ranks = math.prod(split.ranks for split in _splits(of_class[0]))
+        yield from bounded(of_class, _whole_bytes, EXCHANGE_BYTES * ranks)
 
 
 def _whole_bytes(update: MatrixUpdate) -> int:

@@ -24,7 +24,7 @@ from .parallel_wire import sent_by_fsdp, sent_by_optimizer, sent_by_plans
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .table import Estimate, Settings
 from .trace import LiveBytes, Peak, Timeline, trace_training
-from .wire import optimizer_bytes
+from .wire import exchange_temporary, optimizer_bytes
 from .zero import zero_bytes, zero_optimizer_bytes, zero_state, zero_temporary
 
 
@@ -103,7 +103,9 @@ def _estimate(
     released = _update_temporaries(layerwise, device)
     kept = [group for group in groups if not any(id(p) in released for p in group["params"])]
     if groups:
-        temporary = _step_temporary(kept, device)
+        sharing = settings.fsdp * settings.tp
+        needed = exchange_temporary([_whole(group) for group in kept], sharing) if sharing > 1 else 0
+        temporary = max(_step_temporary(kept, device), needed)
     else:
         held = trained_parameters(model, max(settings.fsdp, settings.ranks))
         temporary = RULES[name].temporary(held, device)

@@ -6,8 +6,9 @@ is for others. Flags and norms of a few bytes are left out.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -80,6 +81,28 @@ def exchanges(shapes: Mapping[Shape, int], ranks: int, itemsize: int = 2) -> Ite
         for first in range(0, count, together):
             some = min(together, count - first)
             yield shape, assign_owners([whitening_cost(shape)] * some, load) if some > 1 else None
+
+
+def exchange_temporary(groups: Sequence[Mapping[str, Any]], ranks: int) -> int:
+    """Return what whitening needs where ranks send matrices to owners: parts and whole ones, updates in float32.
+
+    Three times what is sent at once as gradients are stored, and three times in float32, of which gradients that were
+    sent are gone by then: from the order of `hf_stateless.ranks.owners.Exchange`, not measured.
+
+    Args:
+        groups: of an optimizer of ours, with whole matrices.
+        ranks: the number of GPUs that share them.
+    """
+    most = 0.0
+    for group in groups:
+        if group["algorithm"] != "multinorm" or not Chain.of(group).whitens:
+            continue
+        itemsize = group["params"][0].dtype.itemsize
+        for shape, count in Counter(tuple(p.shape) for p in group["params"] if p.ndim == 2).items():
+            one = itemsize * math.prod(shape)
+            at_once = min(count * one, EXCHANGE_BYTES * ranks + one) / ranks
+            most = max(most, at_once * (2 + 12 / itemsize) if count > 1 else 0.0)
+    return int(most)
 
 
 def exchanged_bytes(shapes: Mapping[Shape, int], ranks: int, itemsize: int = 2) -> list[float]:
