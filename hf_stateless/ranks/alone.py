@@ -13,6 +13,7 @@ from torch import Tensor
 from ..norms.scale import factor_of_scaled
 from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
 from ..update.batches import BATCH_BYTES, alike, bounded
+from ..update.feedback import of_part
 from ..update.kernels.choice import Kernel, choose, plain_kernel
 from ..update.reads import both
 from ..update.write import Workspace, judged, key_of_part
@@ -69,7 +70,8 @@ class Alone:
         assert isinstance(update.weight, StoredWeight)
         grads, finite = update.part.flatten(0, -3), cast(Any, True)
         for i, matrix in enumerate(update.weight.matrices()):
-            part = replace(update, param=matrix, gradient=grads[i], average=None, key=key_of_part(update.key, i))
+            key, feed = key_of_part(update.key, i), of_part(update.feed, i * matrix.shape[0])
+            part = replace(update, param=matrix, gradient=grads[i], average=None, key=key, feed=feed)
             self._update([part], _kernel_of([part]), workspace)
             finite = finite & part.finite
         update.finite = finite
@@ -141,6 +143,8 @@ class Alone:
 
 
 def _kernel_of(batch: list[MatrixUpdate]) -> Kernel | None:
+    if batch[0].feed:  # kernels do not tell what rounding leaves out
+        return None
     first = batch[0]
     return choose([update.weight for update in batch], [update.part for update in batch], first.chain, first.layout)
 

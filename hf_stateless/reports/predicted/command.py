@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ...optimizer.options import LAYERWISE
+from ...optimizer.option_kinds import LAYERWISE
 from ...trainer.optim_args import refuse_repeated_keys
 from ...weights.int8.weight import HeldWeight
 from ..command_line import Parser, one_line

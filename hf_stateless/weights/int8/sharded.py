@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..noise import RoundingKey
-from ..stored import StoredWeight
+from ..stored import Lost, StoredWeight
 from .codes import dequantize_matrix, write_rows_
 
 
@@ -164,12 +164,15 @@ class Int8Shard(StoredWeight):
         key: RoundingKey | None,
         *,
         usable: Tensor | None = None,
+        lost: Lost | None = None,
     ) -> None:
         """Apply the update of these rows, with the noise that they have in the whole matrix."""
         if self.place.scale is None and usable is not None:
             return  # never gathered, so that there is no gradient: how checkpoints have a state made
         first = self.place.first_row
-        write_rows_(self.codes, self._scale(), update, step_size, decay, key, usable=usable, first_row=first)
+        write_rows_(
+            self.codes, self._scale(), update, step_size, decay, key, usable=usable, first_row=first, lost=lost
+        )
 
     def _scale(self) -> Tensor:
         if self.place.scale is None:
