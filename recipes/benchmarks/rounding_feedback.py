@@ -80,7 +80,9 @@ def table(records: list[dict[str, Any]]) -> str:
         base = losses["stochastic"]
         for arm, (name, _, _) in ARMS.items():
             if losses[arm]:
-                over = ", ".join(f"{100 * (loss / base[seed] - 1):+.2f} %" for seed, loss in losses[arm].items())
+                over = ", ".join(
+                    f"{100 * (loss / base[seed] - 1):+.2f} %" for seed, loss in losses[arm].items() if seed in base
+                )
                 mean = statistics.mean(losses[arm].values())
                 lines.append(f"| {name} | {steps:,} | {mean:.3f} | {over if arm != 'stochastic' else ''} |")
     return "\n".join(lines)
