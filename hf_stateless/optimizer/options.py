@@ -262,7 +262,7 @@ _ROWS = (
         "rounding_feedback",
         False,
         SWITCH,
-        "put what rounding leaves out of 8-bit weights into that average; no better where it was measured",
+        "put what rounding leaves out of 8-bit weights into that average; no clear gain where it was measured",
         belongs_to=BelongsTo(option="momentum"),
         groups={"multinorm": False},
         roles=("matrix", "adapter"),
