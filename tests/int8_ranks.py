@@ -52,6 +52,7 @@ CASES = {
     "in bfloat16": ("swan", torch.bfloat16, {}, {}),
     "to nearest": ("swan", torch.float32, {"stochastic_rounding": False}, {}),
     "with momentum": ("swan", torch.float32, FLOAT_MOMENTUM, {}),
+    "with feedback": ("swan", torch.float32, {**FLOAT_MOMENTUM, "rounding_feedback": True}, {}),
     "layer-wise": ("sinkgd_polar", torch.float32, {"release": "matrices"}, {}),
     "kept gathered": ("swan", torch.float32, {}, {"reshard_after_forward": False}),
     "offloaded": ("swan", torch.float32, {}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),

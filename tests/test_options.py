@@ -57,6 +57,7 @@ VALUES = {
     "min_signal": [("0.1", 0.1), ("0", 0.0)],
     "momentum": [("0.9", 0.9), ("0", 0.0)],
     "momentum_dtype": [(name, name) for name in MOMENTUM_DTYPES],
+    "rounding_feedback": [("true", True), ("False", False), ("1", 1)],
     "width_rule": [(name, name) for name in WIDTH_RULES],
     "release": [("matrices", "matrices"), ("all", "all")],
 }
@@ -203,6 +204,7 @@ WRONG = [
     ("adamw_beta2", ["1.0", True], r"a number in [0, 1)"),
     ("adamw_eps", ["-1e-8", "nan"], "a number of at least 0"),
     ("stochastic_rounding", ["yes", "", "2", None], "true or false"),
+    ("rounding_feedback", ["yes", "", "2", None], "true or false"),
     ("embeddings", ["adam", "", None, ["adamw"]], " | ".join(embeddings())),
     ("momentum", ["1", "-0.1", "nan", True, "yes"], "a number in [0, 1)"),
     ("momentum_dtype", ["fp32", "8", "", None], " | ".join(MOMENTUM_DTYPES)),

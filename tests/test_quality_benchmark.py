@@ -12,6 +12,7 @@ import quality_families
 import quality_plan
 import quality_report
 import rate_walk
+import rounding_feedback
 import torch
 import weight_formats
 from datasets import Dataset
@@ -308,6 +309,11 @@ def test_the_summary_shows_both_schedules_and_what_is_missing():
 def test_the_table_of_weight_formats_on_the_page_is_that_of_the_runs():
     records = json.loads((RESULTS / "weight-formats-cpu.json").read_text())["records"]
     assert page_with(weight_formats.table(records))
+
+
+def test_the_table_of_rounding_feedback_on_the_page_is_that_of_the_runs():
+    records = json.loads((RESULTS / "rounding-feedback-cpu.json").read_text())["records"]
+    assert page_with(rounding_feedback.table(records))
 
 
 def test_the_picture_is_drawn(tmp_path):

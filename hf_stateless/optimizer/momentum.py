@@ -25,6 +25,8 @@ _NAMES = ("momentum_buffer", "momentum_scale")
 _GROUP = 128
 # Elements that are in float32 at once, in whole rows.
 _BLOCK = 1 << 22
+# The noise of what is fed back is apart from that of the average before it.
+_FED = 1 << 30
 
 
 def has_momentum(group: Mapping[str, Any]) -> bool:
@@ -132,6 +134,39 @@ def momentum_direction_(
     return DTensor.from_local(
         direction, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
+
+
+def feed_back_(
+    state: Mapping[str, Tensor], key: RoundingKey | None, momentum: float, rows: slice, lacked: Tensor
+) -> None:
+    r"""Put into the average what a direction lacked, so that the directions to come have all of it together.
+
+    B <- B + (1 - mu) / mu^2 E: the next directions have (1 - mu) mu^k E, k = 0, 1, ..., whose sum is E.
+
+    Args:
+        state: of `momentum_state`, updated in place.
+        key: rounding key of this step, or None for rounding to nearest.
+        momentum: mu, in (0, 1).
+        rows: of what this rank holds, counted through all matrices of a stack.
+        lacked: E of these rows in float32.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.optimizer.momentum import feed_back_, momentum_state
+        >>> state = momentum_state(torch.zeros(1, 2), "float32")
+        >>> feed_back_(state, None, 0.5, slice(0, 1), torch.tensor([[1.0, -2.0]]))
+        >>> state["momentum_buffer"]
+        tensor([[ 2., -4.]])
+
+    References:
+        ECO, https://huggingface.co/papers/2601.22101, for momentum that is not normalised.
+    """
+    held = _stored_rows(state)
+    average = _read(held, rows, torch.float32).add(lacked, alpha=(1 - momentum) / momentum**2)
+    if "momentum_scale" in held or held["momentum_buffer"].dtype != average.dtype:
+        _write_(held, rows, average, None if key is None else key + (_FED + rows.start))
+    else:
+        held["momentum_buffer"][rows] = average
 
 
 def fit_momentum_(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:

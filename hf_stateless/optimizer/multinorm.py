@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..ranks.matrix_update import MatrixUpdate
-from ..ranks.placement import part_of, whole_matrix
+from ..ranks.placement import local_shard, part_of, whole_matrix
 from ..ranks.ways import apply_, shares_whitening
 from ..update.reads import reads_at_once
 from ..weights.noise import TensorCache
-from .momentum import has_momentum, momentum_bytes, momentum_direction_, momentum_state
+from ..weights.stored import Lost, StoredWeight
+from .momentum import feed_back_, has_momentum, momentum_bytes, momentum_direction_, momentum_state
 from .rule import Entry, Host, Rule, counter, key_of, keys_of
 
 
@@ -27,6 +28,7 @@ def update(entries: list[Entry], host: Host) -> None:
             entry.group,
             key=key,
             average=_average(entry, host.cache),
+            feed=_feed(entry, host.cache),
             shared=not entry.in_backward and shares_whitening(entry.group),
             stored_as=entry.layout.name,
             # Momentum makes the direction of what is held back zero.
@@ -45,6 +47,14 @@ def _average(entry: Entry, cache: TensorCache) -> Callable[[], Tensor] | None:
     key, momentum = key_of(entry, cache), entry.group["momentum"]
     average = partial(momentum_direction_, entry.param, entry.grad, entry.state, key, momentum, usable=entry.usable)
     return average if entry.layout.blocks == 1 else lambda: average(still=_still(entry))
+
+
+def _feed(entry: Entry, cache: TensorCache) -> Lost | None:
+    """Return what takes into the average what rounding left out of a weight in 8 bits, or None where nothing does."""
+    wanted = entry.group.get("rounding_feedback") and has_momentum(entry.group)
+    if not wanted or not isinstance(local_shard(entry.param), StoredWeight):
+        return None
+    return partial(feed_back_, entry.state, key_of(entry, cache), entry.group["momentum"])
 
 
 def _still(entry: Entry) -> Tensor | None:

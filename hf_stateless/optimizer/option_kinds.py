@@ -1,4 +1,4 @@
-"""How the value of an option is read: text from `optim_args`, or a Python value."""
+"""How the value of an option is read, from `optim_args` or Python, and in which runs it means something."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 
+LAYERWISE = "_layerwise"
+"""What names end with whose matrices are updated in backward."""
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError)
 """What reading a value may raise: a tensor has no truth, a float no place for 10**400."""
 _MOST_SHOWN = 100
@@ -45,6 +47,30 @@ class Kind:
     def expected(self) -> str:
         """What a refusal says that it expected."""
         return self.values or " | ".join(self.names())
+
+
+@dataclass(frozen=True)
+class BelongsTo:
+    """The runs in which an option means something: all that is set here has to hold."""
+
+    optim: str = ""
+    """An optimizer name, with or without `_layerwise`."""
+    whitening: bool = False
+    """True: chains with a whitening only."""
+    release: bool | None = None
+    """True: layer-wise names only. False: the other names only."""
+    option: str = ""
+    """Another option, without which this one changes nothing; it may be given all the same."""
+
+    def __str__(self) -> str:
+        parts = {
+            f"`{self.optim}`": self.optim,
+            "chains with a whitening, as `spectral`": self.whitening,
+            f"names with `{LAYERWISE}`": self.release,
+            f"names without `{LAYERWISE}`": self.release is False,
+            f"runs with `{self.option}`": self.option,
+        }
+        return ", ".join(part for part, holds in parts.items() if holds) or "all"
 
 
 def _numbers(read: Callable[[Any], float], values: str, *, least: int = 0, below: float = math.inf) -> Kind:

@@ -14,12 +14,10 @@ from ..norms.presets import PRESETS, in_words
 from ..norms.scale import UPDATE_SCALES
 from ..norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
 from ..update.width import WIDTH_RULES
-from .option_kinds import CHAIN, COUNT, FRACTION, NUMBER, SWITCH, WHOLE, Kind, choice
+from .option_kinds import CHAIN, COUNT, FRACTION, NUMBER, SWITCH, WHOLE, BelongsTo, Kind, choice
 from .rates import RATES, SCALES
 
 
-LAYERWISE = "_layerwise"
-"""What names end with whose matrices are updated in backward."""
 LORA = ("separate", "product")
 """How LoRA adapters are updated; the first is the default."""
 MOMENTUM_DTYPES = ("int8", "bfloat16", "float32")
@@ -35,28 +33,7 @@ def embeddings() -> tuple[str, ...]:
     return (*(name for name, rule in RULES.items() if rule.for_tables), "stateless")
 
 
-@dataclass(frozen=True)
-class BelongsTo:
-    """The runs in which an option means something: all that is set here has to hold."""
-
-    optim: str = ""
-    """An optimizer name, with or without `_layerwise`."""
-    whitening: bool = False
-    """True: chains with a whitening only."""
-    release: bool | None = None
-    """True: layer-wise names only. False: the other names only."""
-    option: str = ""
-    """Another option, without which this one changes nothing; it may be given all the same."""
-
-    def __str__(self) -> str:
-        parts = {
-            f"`{self.optim}`": self.optim,
-            "chains with a whitening, as `spectral`": self.whitening,
-            f"names with `{LAYERWISE}`": self.release,
-            f"names without `{LAYERWISE}`": self.release is False,
-            f"runs with `{self.option}`": self.option,
-        }
-        return ", ".join(part for part, holds in parts.items() if holds) or "all"
+_ALL_RUNS = BelongsTo()
 
 
 @dataclass(frozen=True)
@@ -72,7 +49,7 @@ class Option:
     """One line for the documentation."""
     default_text: str = ""
     """The default in words."""
-    belongs_to: BelongsTo = BelongsTo()
+    belongs_to: BelongsTo = _ALL_RUNS
     groups: Mapping[str, Any] = field(default_factory=dict)
     """The rules whose groups hold the value, each with the default of groups that are made by hand."""
     roles: tuple[str, ...] = ()
@@ -282,6 +259,16 @@ _ROWS = (
         roles=("matrix", "adapter"),
     ),
     Option(
+        "rounding_feedback",
+        False,
+        SWITCH,
+        "put what rounding leaves out of 8-bit weights into that average; no clear gain where it was measured",
+        belongs_to=BelongsTo(option="momentum"),
+        groups={"multinorm": False},
+        roles=("matrix", "adapter"),
+        on_demand=True,
+    ),
+    Option(
         "width_rule",
         WIDTH_RULES[0],
         choice(WIDTH_RULES),
@@ -320,7 +307,7 @@ def on_demand(rule: str) -> dict[str, Any]:
     Example:
         >>> from hf_stateless.optimizer.options import on_demand
         >>> on_demand("multinorm")
-        {'scale': 'rms'}
+        {'scale': 'rms', 'rounding_feedback': False}
     """
     rows = [option for option in OPTIONS.values() if rule in option.groups and option.on_demand]
     return {option.name: option.groups[rule] for option in rows}

@@ -165,8 +165,7 @@ def _write_stored_(
             step.addcmul_(weight.rows(rows), (of_rows[rows] > 0).to(step.dtype), value=weight_decay)
         return step
 
-    flag = {} if isinstance(usable, bool) else {"usable": usable}
-    weight.write_rows_(update, lr, 1.0, key, **flag)
+    weight.write_rows_(update, lr, 1.0, key, usable=None if isinstance(usable, bool) else usable)
 
 
 def _take_in_(

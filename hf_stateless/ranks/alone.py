@@ -14,6 +14,7 @@ from torch import Tensor
 from ..norms.scale import factor_of_scaled
 from ..norms.sinkhorn import row_blocks, scalings_by_blocks, sinkhorn_scalings
 from ..update.batches import BATCH_BYTES, alike, bounded
+from ..update.feedback import of_part
 from ..update.kernels.choice import Kernel, choose, plain_kernel
 from ..update.reads import both, reads_at_once
 from ..update.write import Workspace, judged, key_of_part
@@ -174,11 +175,13 @@ def matrices_of(update: MatrixUpdate) -> Iterator[MatrixUpdate]:
     assert isinstance(update.weight, StoredWeight)
     grads = update.part.flatten(0, -3)
     for i, matrix in enumerate(update.weight.matrices()):
-        key = key_of_part(update.key, update.weight.first_matrix + i)
-        yield replace(update, param=matrix, gradient=grads[i], average=None, key=key)
+        key, feed = key_of_part(update.key, update.weight.first_matrix + i), of_part(update.feed, i * matrix.shape[0])
+        yield replace(update, param=matrix, gradient=grads[i], average=None, key=key, feed=feed)
 
 
 def _kernel_of(batch: list[MatrixUpdate]) -> Kernel | None:
+    if batch[0].feed:  # kernels do not tell what rounding leaves out
+        return None
     first = batch[0]
     return choose([update.weight for update in batch], [update.part for update in batch], first.chain, first.layout)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..norms.chain import Chain
+from ..update.feedback import Feedback
 from ..update.kernels.choice import Verdict
 from ..update.layout import Layout, layout_of
 from ..update.rate import learning_rate
@@ -19,7 +20,7 @@ from ..update.reads import both, reads_at_once, where_usable
 from ..update.width import width_factor
 from ..update.write import Judged, Workspace, write_scaled_, write_update_
 from ..weights.noise import RoundingKey
-from ..weights.stored import StoredWeight
+from ..weights.stored import Lost, StoredWeight
 from .placement import local_shard, part_of
 from .splits import splits_of
 
@@ -47,6 +48,8 @@ class MatrixUpdate:
     """The layout, where it is not that of the group."""
     allowed: Tensor | None = None
     """A flag on the device, where the weight stays as it is unless it is set."""
+    feed: Lost | None = None
+    """Takes into the average what the direction of stored rows lacked, see `Feedback`."""
     finite: Verdict = True
     """Whether the gradient was finite; known after the update."""
 
@@ -134,14 +137,19 @@ class MatrixUpdate:
             part = part_of(update, self.param) if whole else update
             step_size, decay = self.factors()
             decay = decay_of(self.param, self.layout, decay, verdict.norms)
-            write_update_(self.weight, part, step_size, decay, self.key, usable)
+            write_update_(self.weight, part, step_size, decay, self.key, usable, self._feedback)
 
     def write_scaled(self, row: Tensor, column: Tensor, verdict: Judged, workspace: Workspace) -> None:
         """Apply diag(row) G diag(column), for this rank's part of G."""
         may, usable = self._may_write(verdict)
         if may:
             vectors, factors = (row, column), self.factors()
-            write_scaled_(self.weight, self.matrix, vectors, *factors, self.key, self.layout, workspace, usable)
+            fed, to = self._feedback, (self.layout, workspace)
+            write_scaled_(self.weight, self.matrix, vectors, *factors, self.key, *to, usable, fed)
+
+    @property
+    def _feedback(self) -> Feedback | None:
+        return Feedback(self.part, self.feed) if self.feed else None
 
     def _may_write(self, verdict: Judged) -> tuple[bool, Tensor | None]:
         """Take in a verdict; return whether there is anything to write, and the flag on the device that says more."""

@@ -16,9 +16,11 @@ from ..optimizer.optimizer import StatelessOptimizer
 from ..optimizer.options import EVERY_RULE, group_values
 from ..optimizer.release import is_released
 from ..optimizer.rules import RULES
+from ..ranks.placement import local_shard
 from ..update.layout import listed_layouts
 from ..weights.int8.compressed import METHOD as COMPRESSED
 from ..weights.int8.convert import int8_weights
+from ..weights.stored import StoredWeight
 from .adapters import has_lora
 from .assumed import assumptions
 from .choice import otherwise, rule_of
@@ -59,6 +61,7 @@ def parameter_groups(
     in_8_bits = {id(weight) for _, weight in int8_weights(model)}
     check_target_modules(target_modules)
     entries = partition_parameters(model, target_modules)
+    _refuse_feedback(options, entries)
     if any(entry.tied for entry in entries):
         options = replace(options, embedding_lr_scale=options.tied_lr_scale)  # type: ignore[call-arg]
     for entry in entries:
@@ -87,6 +90,21 @@ def parameter_groups(
         if "layout" in group and group["layout"] != "vector":
             group["layouts"] = listed_layouts(layouts[key])
     return list(groups.values())
+
+
+def _refuse_feedback(options: Options, entries: Sequence[PartitionedParameter]) -> None:
+    """Refuse `rounding_feedback` where there is no momentum to feed, or nothing that is rounded at random to codes."""
+    if not options.rounding_feedback:
+        return
+    stored = any(isinstance(local_shard(e.parameter), StoredWeight) and e.role == "matrix" for e in entries)
+    needs = {
+        "an average to feed: type momentum=0.9 as well": options.momentum,
+        "stochastic rounding: leave out stochastic_rounding=false": options.stochastic_rounding,
+        "weights in 8 bits: load the model with quantization_config=hf_stateless.Int8TrainingConfig()": stored,
+    }
+    for need, met in needs.items():
+        if not met:
+            raise ValueError(f"rounding_feedback=true needs {need}, or leave out rounding_feedback.")
 
 
 def _refuse_stored_table(entry: PartitionedParameter) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..norms.chain import Chain, check_norms
 from ..norms.presets import PRESETS
 from ..norms.whitening import NS_DTYPES, WHITENING_DEFAULTS
-from ..optimizer.option_kinds import UNREADABLE, shown
-from ..optimizer.options import LAYERWISE, OPTIONS, Option
+from ..optimizer.option_kinds import LAYERWISE, UNREADABLE, shown
+from ..optimizer.options import OPTIONS, Option
 from ..optimizer.rates import RATES, SCALES
 
 

@@ -18,6 +18,7 @@ from ..norms.sinkhorn import row_blocks, scale_rows_, scaled
 from ..weights.noise import RoundingKey
 from ..weights.rounding import write_rounded_
 from ..weights.stored import StoredWeight
+from .feedback import Feedback
 from .kernels.choice import Verdict, int8_kernel
 from .layout import Layout
 from .reads import both, reads_at_once, where_usable
@@ -105,6 +106,7 @@ def write_update_(
     decay: float | Tensor,
     key: RoundingKey | None,
     usable: Tensor | None = None,
+    feedback: Feedback | None = None,
 ) -> None:
     """Apply W <- decay W - step_size X; the update is used as working space.
 
@@ -115,9 +117,10 @@ def write_update_(
         decay: the same, or a tensor of the shape of W, but not for weights in a format of their own.
         key: of stochastic rounding; None for rounding to nearest.
         usable: a flag on the device, where W stays as it is unless it is set, whatever X holds.
+        feedback: takes in what rounding leaves out of a weight in a format of its own.
     """
     if isinstance(weight, StoredWeight):
-        _write_stored_(weight, update, None, step_size, decay, key, usable)
+        _write_stored_(weight, update, None, step_size, decay, key, usable, feedback)
         return
     exact = weight.to(update.dtype)  # the weight itself where the dtypes agree
     if usable is not None:
@@ -142,10 +145,11 @@ def write_scaled_(
     layout: Layout,
     workspace: Workspace,
     usable: Tensor | None = None,
+    feedback: Feedback | None = None,
 ) -> None:
     """Apply W <- decay W - step_size diag(r) G diag(c), with G viewed as a matrix and W as it is stored."""
     if isinstance(weight, StoredWeight):
-        _write_stored_(weight, grad, scalings, step_size, decay, key, usable, turned=layout.turned)
+        _write_stored_(weight, grad, scalings, step_size, decay, key, usable, feedback, turned=layout.turned)
         return
     row, column = scalings if usable is None else (torch.where(usable, vector, 0) for vector in scalings)
     if usable is not None:
@@ -175,6 +179,7 @@ def _write_stored_(
     decay: float | Tensor,
     key: RoundingKey | None,
     usable: Tensor | None,
+    feedback: Feedback | None,
     *,
     turned: bool = False,
 ) -> None:
@@ -189,10 +194,11 @@ def _write_stored_(
                 continue  # without a gradient not even a decay
             may = None if reads_at_once(signal.device) else both(signal, usable)
             noise = key_of_part(key, weight.first_matrix + i)
-            _write_stored_(matrix, updates[i], one, step_size, decay, noise, may, turned=turned)
+            fed = feedback.of_matrix(i) if feedback else None
+            _write_stored_(matrix, updates[i], one, step_size, decay, noise, may, fed, turned=turned)
         return
     stored = (update.mT, scalings[::-1]) if turned and scalings else (update, scalings)
-    kernel = int8_kernel(weight, stored[0], stored[1][0] if stored[1] else None)
+    kernel = None if feedback else int8_kernel(weight, stored[0], stored[1][0] if stored[1] else None)
     flag = {} if usable is None else {"usable": usable}
     if kernel:
         kernel(weight, *stored, step_size, decay, key, **flag)
@@ -203,4 +209,5 @@ def _write_stored_(
             return scaled(update[:, rows], scalings[0], scalings[1][rows]).mT
         return scaled(update[rows], scalings[0][rows], scalings[1]) if scalings else update[rows]
 
-    weight.write_rows_(rows_of, step_size, decay, key, **flag)
+    lost = feedback.lost(rows_of, step_size) if feedback else None
+    weight.write_rows_(rows_of, step_size, decay, key, lost=lost, **flag)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .noise import RoundingKey
+
+
+Lost: TypeAlias = Callable[[slice, Tensor], None]
+"""Takes in, for a slice of the rows of a weight, what rounding left out of it, in float32: wanted less written."""
 
 
 class StoredWeight(nn.Parameter):
@@ -45,6 +50,7 @@ class StoredWeight(nn.Parameter):
         key: RoundingKey | None,
         *,
         usable: Tensor | None = None,
+        lost: Lost | None = None,
     ) -> None:
         """Apply W <- decay W - step_size X, taking rows of X as they are needed.
 
@@ -54,6 +60,7 @@ class StoredWeight(nn.Parameter):
             decay: factor of W, of the same kind.
             key: of stochastic rounding; None for rounding to nearest.
             usable: given on accelerators only: a flag on the device, where every byte stays unless it is set.
+            lost: takes in what rounding left out, after each slice.
         """
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ...optimizer.options import LAYERWISE
+from ...optimizer.option_kinds import LAYERWISE
 from ...trainer.optim_args import refuse_repeated_keys
 from ..command_line import Parser, one_line
 from ..run_facts import base_of, option_pairs

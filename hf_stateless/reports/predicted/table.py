@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...optimizer.options import LAYERWISE
+from ...optimizer.option_kinds import LAYERWISE
 from ...trainer.table import aligned
 from ..figures import draw_bars, literal, new_figure, save_plot
 from ..files import GIB, size_text, unit_of

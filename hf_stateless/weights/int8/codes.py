@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..noise import RoundingKey
 from ..rounding import stochastic_round_integers_
+from ..stored import Lost
 
 
 # Elements that are in float32 at once while a weight is written; the result does not depend on it.
@@ -229,6 +230,7 @@ def write_rows_(
     *,
     usable: Tensor | None = None,
     first_row: int = 0,
+    lost: Lost | None = None,
 ) -> None:
     r"""Apply W <- decay W - step_size X to codes and scales, some rows at a time in float32.
 
@@ -243,11 +245,12 @@ def write_rows_(
         key: from `rounding_key`, or None for rounding to nearest.
         usable: a flag on the device, where every byte stays unless it is set.
         first_row: number of the first row in the whole matrix, on which the noise depends.
+        lost: takes a slice of rows and what rounding left out of them, in float32.
     """
     rows, columns = codes.shape
     at_once = max(1, _BLOCK // max(columns, 1))
     for first in range(0, rows, at_once):
-        part = slice(first, first + at_once)
+        part = slice(first, min(first + at_once, rows))
         some, scales = codes[part], scale[part]
         before = None if usable is None else (some.clone(), scales.clone())
         exact = dequantize_matrix(some, scales)
@@ -257,9 +260,13 @@ def write_rows_(
             exact.addcmul_(update(part), step_size, value=-1)
         else:
             exact.add_(update(part), alpha=-step_size)
+        wanted = None if lost is None else exact.clone()
         requantize_(some, scales, exact, key, first_row=first_row + first)
         for now, old in zip((some, scales), before or (), strict=False):
             now.copy_(torch.where(usable, now, old))  # type: ignore[arg-type]
+        if lost is not None and wanted is not None:
+            wanted -= dequantize_matrix(some, scales)
+            lost(part, wanted if usable is None else wanted.masked_fill_(~usable, 0))
 
 
 def _scale_for(largest: Tensor) -> Tensor:

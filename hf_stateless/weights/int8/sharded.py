@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..noise import RoundingKey
-from ..stored import StoredWeight
+from ..stored import Lost, StoredWeight
 from .codes import dequantize_into, dequantize_matrix, write_rows_
 
 
@@ -206,12 +206,13 @@ class Int8Shard(StoredWeight):
         key: RoundingKey | None,
         *,
         usable: Tensor | None = None,
+        lost: Lost | None = None,
     ) -> None:
         """Apply the update of these rows, with the noise that they have in the whole matrix."""
         if self.place.scale is None and usable is not None:
             return  # never gathered, so that there is no gradient: how checkpoints have a state made
         first = self.first_row
-        write_rows_(self.codes, self.scale, update, step_size, decay, key, usable=usable, first_row=first)
+        write_rows_(self.codes, self.scale, update, step_size, decay, key, usable=usable, first_row=first, lost=lost)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Shard:
         copied: Int8Shard = memo.setdefault(id(self), self.clone())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..noise import RoundingKey
-from ..stored import StoredWeight
+from ..stored import Lost, StoredWeight
 from .codes import dequantize_into, dequantize_matrix, write_rows_
 from .sharded import Int8Shard
 
@@ -117,9 +117,10 @@ class Int8Weight(StoredWeight):
         key: RoundingKey | None,
         *,
         usable: Tensor | None = None,
+        lost: Lost | None = None,
     ) -> None:
         """Apply the update to codes and scales, see `codes.write_rows_`."""
-        write_rows_(self.codes, self.scale.data, update, step_size, decay, key, usable=usable)
+        write_rows_(self.codes, self.scale.data, update, step_size, decay, key, usable=usable, lost=lost)
 
     def stand_in(self, device: str) -> Int8Weight:
         """Return an 8-bit weight of this shape on another device, with contents that mean nothing."""
