@@ -34,7 +34,7 @@ OPTIONS = {
     "momentum": {"optim": "swan", "optim_args": "momentum=0.9,momentum_dtype=float32"},
     "layer-wise momentum": {"optim": "sinkgd_layerwise", "optim_args": "momentum=0.9,momentum_dtype=float32"},
 }
-EQUAL = {**NAMES, **OPTIONS}
+EQUAL = {**NAMES, **{case: {"max_steps": 10, **options} for case, options in OPTIONS.items()}}
 # On four processes: ways that a matrix goes, and what they depend on. Other chains and options go the same ways.
 ON_FOUR = {name: EQUAL[name] for name in ("swan", "sinkgd", "sinkgd_polar_layerwise", "stateless swan", "momentum")}
 ON_FOUR |= {name: EQUAL[name] for name in ("accumulated", "guarded", "layer-wise momentum")}
