@@ -303,7 +303,7 @@ def test_an_8_bit_update_writes_the_bytes_of_the_twin(monkeypatch, rows, columns
 @pytest.mark.parametrize(("first", "last"), [(0, 3), (3, 7), (6, 7)])
 def test_rows_of_an_8_bit_weight_are_rounded_as_in_the_whole_matrix(first, last):
     whole, update = int8_weight(7, 256, 64), random(7, 256, seed=1)
-    place = Place(first_row=first, scale=whole.scale.data[first:last].clone())
+    place = Place(first=first, scale=whole.scale.data[first:last].clone())
     shard = Int8Shard(whole.codes[first:last].clone(), place, whole.dtype)
     assert shard.kernel == "int8"
     write_update_(whole, update.clone(), 2.0**-9, 1.0, key_of())
