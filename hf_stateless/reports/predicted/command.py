@@ -23,7 +23,7 @@ from .model import DTYPES, build_model, load_config
 from .parallel import check_parallel, whole_numel
 from .state import is_ours, known_optimizers
 from .table import GPUS, Settings, as_json, as_table, plot
-from .zero import check_zero, known_under_zero
+from .zero import check_zero, known_in_parts
 
 
 _DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch_fused"
@@ -102,10 +102,10 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         names = _of_int8(names, args)
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     settings = Settings(**{**given, "seq": args.seq or Settings.seq})
-    if settings.zero and args.optim == _DEFAULT_OPTIMIZERS:
-        names = known_under_zero(names)
+    if args.optim == _DEFAULT_OPTIMIZERS and (settings.zero or settings.tp * settings.ep > 1):
+        names = known_in_parts(names)
     check_zero(names, settings)
-    check_parallel(settings)
+    check_parallel(names, settings)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     model = build_model(config, settings)
     if args.seq is None:

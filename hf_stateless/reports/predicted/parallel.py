@@ -7,7 +7,7 @@ stacks between experts; what no plan names is on every GPU. FSDP2 cuts what is l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..run_facts import base_of
 from .table import Settings
+from .zero import refuse_unknown_in_parts
 
 
 # The dimension along which a style cuts a parameter of two or more dimensions; a bias lies along rows.
@@ -24,8 +25,8 @@ _DIMENSIONS = {**dict.fromkeys(ROWS, -2), **dict.fromkeys(COLUMNS, -1)}
 _DIMENSIONS |= {"embedding_rowwise": 0, "embedding_colwise": 1, "grouped_gemm": 0}
 
 
-def check_parallel(settings: Settings) -> None:
-    """Refuse what does not go together.
+def check_parallel(names: Sequence[str], settings: Settings) -> None:
+    """Refuse what does not go together, or is not known under tensor and expert parallelism.
 
     Raises:
         ValueError: with what to type.
@@ -33,7 +34,7 @@ def check_parallel(settings: Settings) -> None:
     Example:
         >>> from hf_stateless.reports.predicted import Settings
         >>> from hf_stateless.reports.predicted.parallel import check_parallel
-        >>> check_parallel(Settings(ep=8))
+        >>> check_parallel(["sinkgd"], Settings(ep=8))
         Traceback (most recent call last):
             ...
         ValueError: --ep 8: expected a multiple of --tp (1) that divides --fsdp x --tp (1): type --fsdp 8 beside it.
@@ -45,6 +46,7 @@ def check_parallel(settings: Settings) -> None:
     others = {"--zero": settings.zero, "--lora": settings.lora, "--dtype int8": settings.dtype == "int8"}
     if beside := next((name for name, is_set in others.items() if is_set), None):
         raise ValueError(f"{flag}: got {beside} beside it, expected one of the two.")
+    refuse_unknown_in_parts(names, flag)
     if ep > 1 and (ep % tp or settings.fsdp * tp % ep):
         raise ValueError(
             f"--ep {ep}: expected a multiple of --tp ({tp}) that divides --fsdp x --tp ({settings.fsdp * tp}): "

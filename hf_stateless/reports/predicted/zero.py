@@ -52,13 +52,23 @@ def check_zero(names: Sequence[str], settings: Settings) -> None:
     for name in names:
         if name.endswith("_layerwise"):
             raise ValueError(f"{flag}: DeepSpeed keeps gradients until the step: leave out --layerwise.")
-        if not is_ours(name) and name not in _ADAMW:
-            raise ValueError(f"{flag}: expected {', '.join(_ADAMW)} or an optimizer of ours, got {name}.")
+    refuse_unknown_in_parts(names, flag)
 
 
-def known_under_zero(names: Sequence[str]) -> list[str]:
-    """Return those of some optimizers that run under ZeRO."""
+def known_in_parts(names: Sequence[str]) -> list[str]:
+    """Return those of some optimizers that are known to work on parts of matrices."""
     return [name for name in names if name in _ADAMW or is_ours(name)]
+
+
+def refuse_unknown_in_parts(names: Sequence[str], flag: str) -> None:
+    """Refuse optimizers that are not known to work on parts of matrices.
+
+    Raises:
+        ValueError: with the flag that cuts them, and what is known.
+    """
+    unknown = next((name for name in names if name not in known_in_parts(names)), None)
+    if unknown:
+        raise ValueError(f"{flag}: expected {', '.join(_ADAMW)} or an optimizer of ours, got {unknown}.")
 
 
 def zero_state(model: nn.Module, name: str, optim_args: Mapping[str, Any], ranks: int) -> int:
