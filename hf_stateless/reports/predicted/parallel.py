@@ -111,6 +111,9 @@ def plans_of(base: Any, settings: Settings) -> dict[str, str]:
     kind = type(base).__name__
     if settings.tp > 1 and not dense:
         raise ValueError(f"--tp {settings.tp}: {kind} has no plan for tensor parallelism: type --fsdp {settings.tp}.")
+    if settings.ep > 1 and not hasattr(base, "ep_plan"):
+        newer = "type pip install -U 'transformers>=5.24'"
+        raise ValueError(f"--ep {settings.ep}: this transformers has no plans for experts beside others: {newer}.")
     if settings.ep > 1 and not experts:
         raise ValueError(f"--ep {settings.ep}: {kind} has no plan for experts: leave out --ep.")
     return {**dense, **experts}
