@@ -116,24 +116,21 @@ class PartitionedOptimizer(StatelessOptimizer):
     def _cut_of(self, part: Tensor, group: Mapping[str, Any]) -> tuple[Cut, list[str]]:
         """Return how a part is cut, and the names of its parameters."""
         if id(part) not in self._cuts:
-            names = list(group["param_names"])
-            cut: Cut | None
-            if is_sliced(self._whole[names[0]]):
+            names, first = list(group["param_names"]), group["param_names"][0]
+            find: Callable[[Tensor, Sequence[Tensor]], Cut | None] = flat_cut
+            if is_sliced(self._whole[first]):
                 # A group may be in several parts, which DeepSpeed shows in the order of their parameters.
                 known = {name for _, of_part in self._cuts.values() for name in of_part}
-                names = [name for name in names if name not in known]
-                cut = slices = slice_cut(part, [self._whole[name] for name in names])
-                names = names[: len(slices.sizes)] if slices else list(group["param_names"])
-            else:
-                cut = flat_cut(part, [self._whole[name] for name in names])
+                names, find = [name for name in names if name not in known], slice_cut
+            cut = find(part, [self._whole[name] for name in names])
             if cut is None or part.dtype != torch.float32:
                 raise ValueError(
-                    f"DeepSpeed hands the optimizer {tuple(part.shape)} {part.dtype} for {names[0]} and others, "
+                    f"DeepSpeed hands the optimizer {tuple(part.shape)} {part.dtype} for {first} and others, "
                     "expected an equal float32 part of them on each rank: set zero_optimization.stage to 1, 2 or 3 "
                     "without offload, tensor, pipeline or expert parallelism and low-precision masters, or shard "
                     "with FSDP2."
                 )
-            self._cuts[id(part)] = cut, names
+            self._cuts[id(part)] = cut, names[: len(cut)]
         return self._cuts[id(part)]
 
 

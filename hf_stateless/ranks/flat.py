@@ -39,6 +39,10 @@ class FlatCut:
     shared = False
     """Whether all ranks come to have the same whole gradients; here each has those of its own part."""
 
+    def __len__(self) -> int:
+        """Return how many parameters lie in the buffer."""
+        return len(self.spans)
+
     def held(self, position: int, rank: int | None = None) -> tuple[int, int]:
         """Return which elements of the buffer a rank holds of a parameter; first and last are equal for none."""
         begin = (self.rank if rank is None else rank) * self.size

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -41,10 +43,19 @@ class SliceCut:
         """Return the elements of a slice; that of the last ranks is filled up."""
         return -(-self.sizes[position] // self.ranks)
 
+    def __len__(self) -> int:
+        """Return how many parameters lie in a part."""
+        return len(self.sizes)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each slice begins in a part, and where the last one ends."""
+        return tuple(accumulate(map(self.width, range(len(self))), initial=0))
+
     @property
     def size(self) -> int:
         """The elements of a part."""
-        return sum(map(self.width, range(len(self.sizes))))
+        return self.starts[-1]
 
     def place(self, position: int) -> tuple[int, int]:
         """Return which elements of a parameter this rank holds: the first, and the one after the last."""
@@ -53,17 +64,16 @@ class SliceCut:
 
     def piece(self, part: Tensor, position: int) -> Tensor:
         """Return this rank's slice of a parameter, as a view of its part."""
-        before = sum(map(self.width, range(position)))
+        first = self.starts[position]
         start, stop = self.place(position)
-        return part[before : before + stop - start]
+        return part[first : first + stop - start]
 
     def batches(self, part: Tensor) -> Iterator[dict[int, Tensor]]:
         """Yield some parameters after others, whole and flat (a collective for each batch)."""
         limit = GATHERED_BYTES // part.element_size()
-        first = 0
-        for some in bounded(range(len(self.sizes)), self.sizes.__getitem__, limit):
+        for some in bounded(range(len(self)), self.sizes.__getitem__, limit):
             widths = [self.width(i) for i in some]
-            mine = part[first : first + sum(widths)]
+            mine = part[self.starts[some[0]] : self.starts[some[-1] + 1]]
             slices = part.new_empty(self.ranks, len(mine))
             if self.ranks > 1:
                 dist.all_gather_into_tensor(slices.view(-1), mine)
@@ -71,7 +81,6 @@ class SliceCut:
                 slices[0] = mine
             whole = zip(some, slices.split_with_sizes(widths, dim=1), strict=True)
             yield {i: of_one.reshape(-1)[: self.sizes[i]] for i, of_one in whole}
-            first += len(mine)
 
 
 def slice_cut(part: Tensor, params: Sequence[Tensor]) -> SliceCut | None:
@@ -87,8 +96,10 @@ def slice_cut(part: Tensor, params: Sequence[Tensor]) -> SliceCut | None:
     import deepspeed
 
     rank, ranks = place_among_ranks()
-    count = next((n for n in range(1, len(params) + 1) if _cut(rank, ranks, params[:n]).size >= part.numel()), 0)
-    cut = _cut(rank, ranks, params[:count])
+    sizes = tuple(int(p.ds_numel) for p in params)  # type: ignore[attr-defined]
+    ends = SliceCut(rank, ranks, sizes).starts[1:]
+    count = next((n for n, end in enumerate(ends, start=1) if end >= part.numel()), 0)
+    cut = SliceCut(rank, ranks, sizes[:count])
     if not on_all(part.ndim == 1 and cut.size == part.numel(), part):
         return None
     alike = True
@@ -108,7 +119,7 @@ def shapes_shown(params: Iterable[Tensor]) -> Iterator[None]:
     Args:
         params: of a model; those that DeepSpeed has not cut stay as they are.
     """
-    hidden = {p: p.data for p in params if hasattr(p, "ds_shape") and p.shape != p.ds_shape}
+    hidden = {p: p.data for p in params if is_sliced(p) and p.shape != p.ds_shape}  # type: ignore[attr-defined]
     for p in hidden:
         p.data = p.data.new_zeros(1).expand(p.ds_shape)  # type: ignore[attr-defined]
     try:
@@ -121,7 +132,3 @@ def shapes_shown(params: Iterable[Tensor]) -> Iterator[None]:
 def is_sliced(param: Tensor) -> bool:
     """Tell whether ZeRO-3 has cut a parameter."""
     return hasattr(param, "ds_shape")
-
-
-def _cut(rank: int, ranks: int, params: Sequence[Tensor]) -> SliceCut:
-    return SliceCut(rank, ranks, tuple(int(p.ds_numel) for p in params))  # type: ignore[attr-defined]
