@@ -21,9 +21,9 @@ from .estimate import estimate
 from .limits import bounded
 from .model import DTYPES, build_model, load_config
 from .parallel import check_parallel, whole_numel
-from .state import is_ours, known_optimizers
+from .state import is_ours, known_in_parts, known_optimizers
 from .table import GPUS, Settings, as_json, as_table, plot
-from .zero import check_zero, known_in_parts
+from .zero import check_zero
 
 
 _DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch_fused"

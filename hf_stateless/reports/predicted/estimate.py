@@ -24,7 +24,7 @@ from .parallel_wire import sent_by_fsdp, sent_by_optimizer, sent_by_plans
 from .state import RULES, is_ours, optimizer_groups, optimizer_state_bytes, trained_parameters
 from .table import Estimate, Settings
 from .trace import LiveBytes, Peak, Timeline, trace_training
-from .wire import exchange_temporary, optimizer_bytes
+from .wire import exchange_temporary
 from .zero import zero_bytes, zero_optimizer_bytes, zero_state, zero_temporary
 
 
@@ -155,10 +155,8 @@ def _sent(model: nn.Module, name: str, optim_args: Mapping[str, Any], settings: 
         return zero_optimizer_bytes(model, name, optim_args, settings)
     if settings.fsdp * settings.tp == 1:
         return None
-    if is_ours(name) and settings.tp * settings.ep > 1:
-        return sent_by_optimizer(model, name, optim_args, settings)
     if is_ours(name):
-        return optimizer_bytes(model, name, optim_args, settings.fsdp)
+        return sent_by_optimizer(model, name, optim_args, settings)
     return None if name in ("galore_adamw", "adafactor") else 0
 
 
@@ -188,8 +186,8 @@ def _whole(group: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a group with whole matrices in the place of parts, if their owners put them together."""
     if group["algorithm"] != "multinorm" or not Chain.of(group).whitens:
         return group
-    cut = {id(p): torch.empty(whole_shape(p), dtype=p.dtype, device="meta") for p in group["params"]}
-    return {**group, "params": [cut[id(p)] if hasattr(p, "whole_shape") else p for p in group["params"]]}
+    whole = [p if whole_shape(p) == p.shape else p.new_empty(whole_shape(p)) for p in group["params"]]
+    return {**group, "params": whole}
 
 
 def _step_temporary(groups: Sequence[Mapping[str, Any]], device: str) -> int:

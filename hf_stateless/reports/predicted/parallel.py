@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..run_facts import base_of
+from .state import refuse_unknown_in_parts
 from .table import Settings
-from .zero import refuse_unknown_in_parts
 
 
 # The dimension along which a style cuts a parameter of two or more dimensions; a bias lies along rows.

@@ -74,14 +74,18 @@ def sent_by_fsdp(model: nn.Module, settings: Settings) -> int:
 
 
 def sent_by_optimizer(model: nn.Module, name: str, optim_args: Mapping[str, Any], settings: Settings) -> int | None:
-    """Return what one of our optimizers sends over both dimensions of the mesh; None where no formula is here."""
+    """Return what one of our optimizers sends, the GPU that sends most; None where no formula is here.
+
+    A stack that is cut between its matrices needs nothing of other GPUs, and of both dimensions of a mesh each counts.
+    """
     sent = 0.0
     for group in optimizer_groups(model, name, optim_args):
         if group["algorithm"] != "multinorm":
             continue
         chain = Chain.of(group)
         known = (chain.is_sinkhorn or chain.whitens) and chain.scale == "rms"
-        cut = [(p, layout_at(group, i)) for i, p in enumerate(group["params"]) if not hasattr(p, "gathered_share")]
+        shared = [p.ndim == 2 or any(_cut_inside(p)) for p in group["params"]]
+        cut = [(p, layout_at(group, i)) for i, p in enumerate(group["params"]) if shared[i]]
         if cut and not (known and all(layout.name == "out_in" for _, layout in cut)):
             return None
         inside = Counter(shape for p, _ in cut for shape in _cut_inside(p))
@@ -108,7 +112,7 @@ def _is_cut_in_columns(p: Tensor) -> bool:
 def _cut_inside(p: Tensor) -> Iterator[Shape]:
     """Yield the matrices of a parameter that tensor parallelism cuts, with what is cut first, or nothing."""
     whole = whole_shape(p)
-    if whole == p.shape:
+    if whole == p.shape or hasattr(p, "gathered_share"):
         return
     rows, columns = int(whole[-2]), int(whole[-1])
     shape = (columns, rows) if _is_cut_in_columns(p) else (rows, columns)

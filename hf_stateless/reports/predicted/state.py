@@ -18,6 +18,8 @@ from ...trainer.partition import partition_parameters
 
 # bitsandbytes' defaults: smaller tensors keep float32 state; a maximum per block; a table of 256 float32 values.
 _BNB_SMALLEST, _BNB_BLOCK, _BNB_TABLE = 4096, 256, 1024
+# Optimizers of transformers that are known to work on parts of matrices: entry by entry.
+_BY_ENTRY = ("adamw_torch", "adamw_torch_fused")
 # transformers' default rank of GaLore.
 _GALORE_RANK = 128
 
@@ -142,6 +144,22 @@ def is_ours(name: str) -> bool:
     if name not in known_optimizers():
         raise ValueError(f"Unknown optimizer {name!r}. Known: {', '.join(known_optimizers())}.")
     return name in optimizer_names()
+
+
+def known_in_parts(names: Sequence[str]) -> list[str]:
+    """Return those of some optimizers that are known to work on parts of matrices."""
+    return [name for name in names if name in _BY_ENTRY or is_ours(name)]
+
+
+def refuse_unknown_in_parts(names: Sequence[str], flag: str) -> None:
+    """Refuse optimizers that are not known to work on parts of matrices.
+
+    Raises:
+        ValueError: with the flag that cuts them, and what is known.
+    """
+    unknown = next((name for name in names if name not in known_in_parts(names)), None)
+    if unknown:
+        raise ValueError(f"{flag}: expected {', '.join(_BY_ENTRY)} or an optimizer of ours, got {unknown}.")
 
 
 def optimizer_groups(model: nn.Module, name: str, optim_args: Mapping[str, Any]) -> list[dict[str, Any]]:

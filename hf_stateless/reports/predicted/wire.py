@@ -11,13 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from ...norms.chain import Chain
 from ...ranks.owners import assign_owners, whitening_cost
 from ...ranks.ways import EXCHANGE_BYTES
-from ...update.layout import layout_at
-from .state import optimizer_groups
 
 
 Shape = tuple[int, int]
@@ -32,26 +28,6 @@ def fsdp_bytes(weights: int, trained: int, ranks: int) -> int:
         ranks: the number N of GPUs that share them.
     """
     return (2 * weights + trained) * (ranks - 1) // ranks
-
-
-def optimizer_bytes(model: nn.Module, name: str, optim_args: Mapping[str, Any], ranks: int) -> int | None:
-    """Return what one of our optimizers sends, the GPU that sends most; None where it is in no formula here."""
-    sent = 0.0
-    for group in optimizer_groups(model, name, optim_args):
-        if group["algorithm"] != "multinorm":
-            continue
-        # A stack of matrices is cut between them, so that nothing is sent.
-        cut = [(p, layout_at(group, i)) for i, p in enumerate(group["params"]) if p.ndim == 2]
-        chain = Chain.of(group)
-        known = (chain.is_sinkhorn or chain.whitens) and chain.scale == "rms"
-        if cut and not (known and all(layout.name == "out_in" for _, layout in cut)):
-            return None
-        shapes = Counter((int(p.shape[0]), int(p.shape[1])) for p, _ in cut)
-        if chain.is_sinkhorn:
-            sent += sinkhorn_bytes(shapes, ranks, int(chain.num_iterations))
-        else:
-            sent += max(exchanged_bytes(shapes, ranks, group["params"][0].dtype.itemsize))
-    return int(sent)
 
 
 def sinkhorn_bytes(shapes: Mapping[Shape, int], ranks: int, iterations: int, itemsize: int = 4) -> float:

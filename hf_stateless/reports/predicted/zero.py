@@ -17,12 +17,8 @@ from ...norms.chain import Chain
 from ...optimizer.partitioned import refuse_rules
 from ...ranks.flat import FlatCut
 from ...ranks.slices import GATHERED_BYTES
-from .state import is_ours, optimizer_groups
+from .state import is_ours, optimizer_groups, refuse_unknown_in_parts
 from .table import Settings
-
-
-# Whose state is made of the masters, entry by entry.
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 def check_zero(names: Sequence[str], settings: Settings) -> None:
@@ -53,22 +49,6 @@ def check_zero(names: Sequence[str], settings: Settings) -> None:
         if name.endswith("_layerwise"):
             raise ValueError(f"{flag}: DeepSpeed keeps gradients until the step: leave out --layerwise.")
     refuse_unknown_in_parts(names, flag)
-
-
-def known_in_parts(names: Sequence[str]) -> list[str]:
-    """Return those of some optimizers that are known to work on parts of matrices."""
-    return [name for name in names if name in _ADAMW or is_ours(name)]
-
-
-def refuse_unknown_in_parts(names: Sequence[str], flag: str) -> None:
-    """Refuse optimizers that are not known to work on parts of matrices.
-
-    Raises:
-        ValueError: with the flag that cuts them, and what is known.
-    """
-    unknown = next((name for name in names if name not in known_in_parts(names)), None)
-    if unknown:
-        raise ValueError(f"{flag}: expected {', '.join(_ADAMW)} or an optimizer of ours, got {unknown}.")
 
 
 def zero_state(model: nn.Module, name: str, optim_args: Mapping[str, Any], ranks: int) -> int:
