@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -39,13 +40,28 @@ def refuse_doubled_gradients(model: nn.Module, steps: int) -> None:
     if steps == 1 or not (getattr(model, "_tp_size", None) or 1) > 1:
         return
     plan = getattr(model, "tp_plan", None) or {}
-    added_up = [pattern for pattern, style in plan.items() if style == "replicated_with_grad_allreduce"]
-    patterns = [re.escape(pattern).replace(r"\*", r"\d+") + r"\.[^.]+" for pattern in added_up]
     trained = (name for name, p in model.named_parameters() if p.requires_grad)
-    names = [name for name in trained if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    names = [name for name in trained if style_of(name, plan) == "replicated_with_grad_allreduce"]
     if names:
         raise ValueError(
             f"gradient_accumulation_steps={steps} under tensor parallelism: transformers adds up the gradient of "
             f"{names[0]} ({len(names)} such) over the ranks again in each micro-batch, expected once in a step: set "
             "gradient_accumulation_steps=1 and a larger batch, or freeze these by requires_grad_(False)."
         )
+
+
+def style_of(name: str, plan: Mapping[str, str]) -> str | None:
+    """Return how a parallel plan of transformers cuts a parameter: by its own name, or that of its module.
+
+    Example:
+        >>> from hf_stateless.trainer.parallel_models import style_of
+        >>> style_of("layers.3.mlp.up_proj.weight", {"layers.*.mlp.up_proj": "colwise"})
+        'colwise'
+    """
+    own = in_plan(name)
+    return plan.get(own) or plan.get(own.rpartition(".")[0])
+
+
+def in_plan(name: str) -> str:
+    """Return a name as plans write it: a star for the number of a layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

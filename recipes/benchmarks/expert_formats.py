@@ -49,25 +49,38 @@ def batch(data: Tensor, generator: torch.Generator) -> Tensor:
 
 def train(optimizer: str, form: str, seed: int, steps: int) -> float:
     """Train one model and return its loss on held-out text."""
-    train_data, held_out = text()
     torch.manual_seed(seed)
     model: PreTrainedModel = Qwen3MoeForCausalLM(Qwen3MoeConfig(**CONFIG)).bfloat16()
     if form == "int8":
         hf_stateless.quantize(model)
-    step_of = hf_stateless.create_optimizer(model, optimizer, lr=RATE, seed=seed)
+    chosen = hf_stateless.create_optimizer(model, optimizer, lr=RATE, seed=seed)
+    return learn(model, chosen, seed, steps, warm_up=WARM_UP, held_out_batches=HELD_OUT_BATCHES)
+
+
+def learn(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    steps: int,
+    *,
+    warm_up: int,
+    held_out_batches: int,
+) -> float:
+    """Train a model on the text, its rate falling to a tenth, and return its loss on batches of what is held out."""
+    train_data, held_out = text()
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        step_of, lambda step: min(1, (step + 1) / WARM_UP) * max(0.1, 1 - step / steps)
+        optimizer, lambda step: min(1, (step + 1) / warm_up) * max(0.1, 1 - step / steps)
     )
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = batch(train_data, generator)
         model(input_ids=rows, labels=rows).loss.backward()
-        step_of.step()
+        optimizer.step()
         schedule.step()
-        step_of.zero_grad()
+        optimizer.zero_grad()
     generator = torch.Generator().manual_seed(99)
     with torch.no_grad():
-        rows_of = (batch(held_out, generator) for _ in range(HELD_OUT_BATCHES))
+        rows_of = (batch(held_out, generator) for _ in range(held_out_batches))
         return statistics.mean(model.eval()(input_ids=rows, labels=rows).loss.item() for rows in rows_of)
 
 

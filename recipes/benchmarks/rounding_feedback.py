@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from expert_formats import batch, text
+from expert_formats import learn
 from result_files import versions, write_results
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,7 +39,6 @@ CONFIG = {
 
 def train(arm: str, seed: int, steps: int, rate: float) -> float:
     """Train one model and return its loss on held-out text."""
-    train_data, held_out = text()
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
     _, in_8_bits, options = ARMS[arm]
@@ -47,21 +46,7 @@ def train(arm: str, seed: int, steps: int, rate: float) -> float:
         hf_stateless.quantize(model.bfloat16())
     options = {"lr_scale": 1.0, "adamw_lr": 2e-3, "embeddings": "adamw", "momentum": 0.9, "seed": seed, **options}
     optimizer = hf_stateless.create_optimizer(model, "sinkgd", lr=rate, **options)
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warm_up) * max(0.1, 1 - step / steps)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        rows = batch(train_data, generator)
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    generator = torch.Generator().manual_seed(99)
-    with torch.no_grad():
-        rows_of = (batch(held_out, generator) for _ in range(64))
-        return statistics.mean(model.eval()(input_ids=rows, labels=rows).loss.item() for rows in rows_of)
+    return learn(model, optimizer, seed, steps, warm_up=max(1, steps // 10), held_out_batches=64)
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -6,13 +6,13 @@ stacks between experts; what no plan names is on every GPU. FSDP2 cuts what is l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...trainer.parallel_models import in_plan, style_of
 from ..run_facts import base_of
 from .state import refuse_unknown_in_parts
 from .table import Settings
@@ -77,16 +77,10 @@ def cut_by_plans(model: nn.Module, settings: Settings) -> None:
                 if id(p) not in cut:
                     cut[id(p)] = _part(p, dimension, f"{path}.{name}", str(style), settings)
                 setattr(module, name, cut[id(p)])
-        if plans.get(wild(path)) == "colwise_gather_output":
+        if plans.get(in_plan(path)) == "colwise_gather_output":
             module.register_forward_hook(_gather(widths(module)[1], settings.tp))
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # it may lie in the part of another GPU
-
-
-def style_of(name: str, plan: Mapping[str, str]) -> str | None:
-    """Return how a parallel plan of transformers cuts a parameter: by its own name, or that of its module."""
-    own = wild(name)
-    return plan.get(own) or plan.get(own.rpartition(".")[0])
 
 
 def whole_shape(p: Tensor) -> torch.Size:
@@ -117,11 +111,6 @@ def plans_of(base: Any, settings: Settings) -> dict[str, str]:
     if settings.ep > 1 and not experts:
         raise ValueError(f"--ep {settings.ep}: {kind} has no plan for experts: leave out --ep.")
     return {**dense, **experts}
-
-
-def wild(name: str) -> str:
-    """Return a name as plans write it: a star for the number of a layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _dimension(style: str, name: str, p: Tensor) -> int | None:

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...norms.chain import Chain
+from ...trainer.parallel_models import in_plan
 from ...update.layout import layout_at
 from ..run_facts import base_of
 from .model import tensor_bytes
-from .parallel import COLUMNS, ROWS, plans_of, whole_shape, widths, wild
+from .parallel import COLUMNS, ROWS, plans_of, whole_shape, widths
 from .state import optimizer_groups
 from .table import Settings
 from .wire import Shape, exchanged_bytes, fsdp_bytes, sinkhorn_bytes
@@ -40,7 +41,7 @@ def sent_by_plans(model: nn.Module, settings: Settings) -> int:
     tokens = settings.batch * settings.seq
     sent = 0.0
     for path, module in base.named_modules():
-        style = plans.get(wild(path))
+        style = plans.get(in_plan(path))
         inside = any(part.isdecimal() for part in path.split("."))
         times = forwards if inside else 1
         columns, rows = widths(module)
