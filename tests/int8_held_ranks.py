@@ -2,20 +2,13 @@
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from rank_checkpoints import load_full, load_sharded, save_full, save_sharded, whole_state
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +24,6 @@ from hf_stateless.weights.int8.tables import finish_tables
 STACKS = {"uneven": (5, 12, 16), "short": (3, 8, 24), "one": (1, 16, 8)}
 TOKENS, FEATURES, GROUP = 37, 16, 8
 BATCH, STEPS, SAVED_AT = 16, 4, 2
-FULL = StateDictOptions(full_state_dict=True)
 MOMENTUM = {"momentum": 0.5, "momentum_dtype": "float32"}
 # What is trained how: name, dtype that weights and gradients count as, rule of the tables, options, tied or not.
 CASES = {
@@ -151,10 +143,6 @@ def alone(case, world, before=None):
     return copy.deepcopy(model.state_dict())
 
 
-def whole_state(model):
-    return {name: t.clone() for name, t in get_model_state_dict(model, options=FULL).items()}
-
-
 def part_bytes(world):
     """Count the bytes of a rank's part of the codes and scales: parts are as long as the longest."""
     stacks = sum(-(-experts // world) * weight_bytes(rows, columns) for experts, rows, columns in STACKS.values())
@@ -218,12 +206,8 @@ def checkpoints(shared, rank, world):
     model = sharded(Held())
     optimizer = optimizer_of(model, name, table, options)
     steps(model, optimizer, last=SAVED_AT, rank=rank, ranks=world)
-    of_model, of_optimizer = get_state_dict(model, optimizer)
-    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=shared / f"held{world}")
-    full = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
-        torch.save(full, shared / f"held{world}.pt")
-    dist.barrier()
+    save_sharded(model, optimizer, shared / f"held{world}")
+    save_full(model, optimizer, shared / f"held{world}.pt")
     results = {}
     for before in (2, 4)[: 1 + (world == 4)]:
         model = sharded(Held())
@@ -231,10 +215,7 @@ def checkpoints(shared, rank, world):
             if shard_of(p) is not None:
                 shard_of(p).codes.zero_()
         optimizer = optimizer_of(model, name, table, options)
-        of_model, of_optimizer = get_state_dict(model, optimizer)
-        state = {"model": of_model, "optimizer": of_optimizer}
-        dcp.load(state, checkpoint_id=shared / f"held{before}")
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        load_sharded(model, optimizer, shared / f"held{before}")
         steps(model, optimizer, first=SAVED_AT, rank=rank, ranks=world)
         results[f"SHARDED of {before}"] = whole_state(model)
         # Without memory and sent by the first rank, or read by all of them.
@@ -242,12 +223,8 @@ def checkpoints(shared, rank, world):
             if before != world and not sent:
                 continue
             model = sharded(Held().to("meta") if sent else Held())
-            options_ = StateDictOptions(full_state_dict=True, broadcast_from_rank0=sent)
-            empty = sent and rank > 0
-            of_model, of_optimizer = ({}, {}) if empty else torch.load(shared / f"held{before}.pt")
-            set_model_state_dict(model, of_model, options=options_)
-            optimizer = optimizer_of(model, name, table, options)
-            set_optimizer_state_dict(model, optimizer, of_optimizer, options=options_)
+            made = partial(optimizer_of, name=name, table=table, options=options)
+            optimizer = load_full(model, made, shared / f"held{before}.pt", sent=sent)
             steps(model, optimizer, first=SAVED_AT, rank=rank, ranks=world)
             results[f"{kind} of {before}"] = whole_state(model)
     return results

@@ -9,18 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from int8_held_ranks import OwnExperts, held, hold_all
+from rank_checkpoints import FULL, load_full, load_sharded, save_full, save_sharded, whole_state
 from rank_processes import joined
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -42,7 +35,6 @@ SHAPES = {
     "even": (64, 32, 16),
 }
 BATCH, STEPS, SAVED_AT = 16, 4, 2
-FULL = StateDictOptions(full_state_dict=True)
 FLOAT_MOMENTUM = {"momentum": 0.5, "momentum_dtype": "float32"}
 # What is trained how: name, dtype that weights and gradients count as, options of the optimizer, of fully_shard.
 CASES = {
@@ -115,10 +107,6 @@ def alone(case, world):
     return copy.deepcopy(model.state_dict())
 
 
-def whole_state(model):
-    return {name: t.clone() for name, t in get_model_state_dict(model, options=FULL).items()}
-
-
 def worker(world, shared, rank, folder):
     """Do everything that needs several processes, and save what came of it."""
     with joined(rank, folder, world) as save:
@@ -145,31 +133,20 @@ def checkpoints(shared, rank, world):
     model = sharded(Parallel())
     optimizer = optimizer_of(model, "swan")
     steps(model, optimizer, last=SAVED_AT, rank=rank, ranks=world)
-    of_model, of_optimizer = get_state_dict(model, optimizer)
-    assert {type(t) for t in of_model.values()} == {DTensor}
-    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=shared / f"sharded{world}")
-    full = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
-        torch.save(full, shared / f"full{world}.pt")
-    dist.barrier()
+    parts = save_sharded(model, optimizer, shared / f"sharded{world}")
+    assert {type(t) for t in parts.values()} == {DTensor}
+    save_full(model, optimizer, shared / f"full{world}.pt")
     results = {}
     for before in (2, 4)[: 1 + (world == 4)]:
         model = sharded(Parallel())
         for layer in model.layers.values():
             shard_of(layer.weight).codes.zero_()
         optimizer = optimizer_of(model, "swan")
-        of_model, of_optimizer = get_state_dict(model, optimizer)
-        state = {"model": of_model, "optimizer": of_optimizer}
-        dcp.load(state, checkpoint_id=shared / f"sharded{before}")
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        load_sharded(model, optimizer, shared / f"sharded{before}")
         steps(model, optimizer, first=SAVED_AT, rank=rank, ranks=world)
         results[f"SHARDED of {before}"] = whole_state(model)
         model = sharded(Parallel().to("meta"))
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        of_model, of_optimizer = torch.load(shared / f"full{before}.pt") if rank == 0 else ({}, {})
-        set_model_state_dict(model, of_model, options=options)
-        optimizer = optimizer_of(model, "swan")
-        set_optimizer_state_dict(model, optimizer, of_optimizer, options=options)
+        optimizer = load_full(model, lambda model: optimizer_of(model, "swan"), shared / f"full{before}.pt")
         steps(model, optimizer, first=SAVED_AT, rank=rank, ranks=world)
         results[f"FULL of {before}"] = whole_state(model)
     return results
@@ -250,8 +227,7 @@ def killed(world, shared, rank, folder):
         model = sharded(Parallel())
         optimizer = optimizer_of(model, "swan")
         steps(model, optimizer, last=SAVED_AT, rank=rank, ranks=world)
-        of_model, of_optimizer = get_state_dict(model, optimizer)
-        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=Path(shared) / "killed")
+        save_sharded(model, optimizer, Path(shared) / "killed")
         if rank == world - 1:
             ways.whole_matrix = lambda gradient: os.kill(os.getpid(), signal.SIGKILL)
         steps(model, optimizer, first=SAVED_AT, rank=rank, ranks=world)
@@ -261,9 +237,6 @@ def resumed(world, shared, rank, folder):
     with joined(rank, folder, world) as save:
         model = sharded(Parallel())
         optimizer = optimizer_of(model, "swan")
-        of_model, of_optimizer = get_state_dict(model, optimizer)
-        state = {"model": of_model, "optimizer": of_optimizer}
-        dcp.load(state, checkpoint_id=Path(shared) / "killed")
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        load_sharded(model, optimizer, Path(shared) / "killed")
         steps(model, optimizer, first=SAVED_AT, rank=rank, ranks=world)
         save(whole_state(model))
