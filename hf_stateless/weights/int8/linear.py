@@ -20,7 +20,7 @@ from .codes import (
     stored_length,
 )
 from .packed import unpack, words
-from .sharded import check_gathered, refuse_to_float, shard_of
+from .sharded import check_gathered, check_scale, refuse_to_float, shard_of
 from .sharded_layer import codes_of, load_sharded, move_sharded
 from .weight import Int8Weight, Scale
 
@@ -198,8 +198,7 @@ class Int8Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return X W^T + b in the dtype of X, or of autocast."""
         check_gathered(self.weight)
-        if self.weight_scale.dtype == torch.float16:
-            raise RuntimeError("FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no.")
+        check_scale(self.weight_scale)
         device = input.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))

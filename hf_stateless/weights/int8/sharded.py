@@ -88,8 +88,7 @@ class Int8Shard(StoredWeight):
         scale = self.place.beside() if self.place.beside else self.place.scale
         if scale is None:
             raise RuntimeError("An 8-bit weight was written before it was used: run a forward pass first.")
-        if scale.dtype == torch.float16:
-            raise RuntimeError("FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no.")
+        check_scale(scale)
         return scale
 
     def __new__(cls, codes: Tensor, place: Place, dtype: torch.dtype) -> Int8Shard:
@@ -275,6 +274,12 @@ def refuse_to_float(weight: Tensor) -> None:
         raise ValueError(
             "The weights are cut over ranks: save the model, and load the folder in one process to have floats."
         )
+
+
+def check_scale(scale: Tensor) -> None:
+    """Raise a RuntimeError for scales that FSDP2 has cast to a dtype that cannot hold them."""
+    if scale.dtype == torch.float16:
+        raise RuntimeError("FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no.")
 
 
 def check_gathered(weight: Tensor) -> None:
