@@ -12,6 +12,7 @@ import importlib.util
 import os
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
@@ -53,6 +54,10 @@ class DataArguments(ScriptArguments):
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on at most this many rows."})
     max_eval_rows: int = field(default=500, metadata={"help": "Evaluate on at most this many rows."})
     example_rows: int = field(default=2000, metadata={"help": "Rows that are made where no data is named."})
+    example_tasks: list[str] = field(
+        default_factory=lambda: list(EXAMPLE_TASKS),
+        metadata={"help": "Tasks of reasoning-gym that they are made of, as in grpo.py: chain_sum:max_digits=1"},
+    )
 
     def __post_init__(self):
         if self.dataset_name and self.train_files:
@@ -70,7 +75,7 @@ def load_rows(
 ) -> tuple[Rows, Rows]:
     """Return (train, held-out) rows for `task`, `sft` or `dpo`. No row is in both."""
     if not (mixture.datasets or args.dataset_name or args.train_files):
-        parts = example_rows(task, args.example_rows)
+        parts = example_rows(task, args.example_rows, args.example_tasks)
     else:
         parts = split_rows(_load_splits(args, mixture), args, mixture.test_split_size)
     for rows in parts:
@@ -99,16 +104,19 @@ def split_rows(splits: DatasetDict, args: DataArguments, test_size: float | None
     return parts["train"], parts["test"]
 
 
-def example_rows(task: str, count: int) -> tuple[Dataset, Dataset]:
-    """Return (train, held-out) questions with their answers; no question is in both. For `dpo` a wrong answer too."""
+def example_rows(task: str, count: int, names: Sequence[str] = EXAMPLE_TASKS) -> tuple[Dataset, Dataset]:
+    """Return (train, held-out) questions with their answers; no question is in both. For `dpo` a wrong answer too.
+
+    `grpo.py` holds out the same questions of the tasks `names`.
+    """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise InputError(
             "No data: give --train_files FILE.jsonl or --dataset_name NAME, or pip install reasoning-gym, "
             "which makes questions on the spot."
         )
-    held_out = max(len(EXAMPLE_TASKS), round(count * HELD_OUT))
+    held_out = max(2, len(names), round(count * HELD_OUT))
     sizes = {"train_size": count, "eval_size": held_out, "system_prompt": None}
-    tasks = ReasoningTasks(TaskArguments(task=EXAMPLE_TASKS, **sizes))
+    tasks = ReasoningTasks(TaskArguments(task=list(names), **sizes))
     answers = [question.entry["answer"] for question in tasks.questions]
     of_task = defaultdict(set)
     for question, answer in zip(tasks.questions, answers, strict=True):
@@ -137,7 +145,7 @@ def describe_rows(args: DataArguments, mixture: DatasetMixtureConfig) -> dict[st
     if names or args.train_files:
         data = "The data are " + (", ".join(on_hub) or "local files") + "."
     else:
-        tasks = ", ".join(task.partition(":")[0] for task in EXAMPLE_TASKS)
+        tasks = ", ".join(task.partition(":")[0] for task in args.example_tasks)
         data = f"The data are questions that reasoning-gym made ({tasks})."
     return {"datasets": on_hub, "data": data}
 

@@ -16,6 +16,7 @@ pytest.importorskip("trl")
 import finetuning_data
 import offline_model
 from finetuning_place import RECIPES, ROOT, TASKS, assistant, parse
+from reasoning_tasks import ReasoningTasks, TaskArguments
 from trl import SFTConfig
 
 
@@ -137,6 +138,16 @@ def test_rows_of_a_stream_are_held_out_from_its_start(monkeypatch):
     train, held_out = finetuning_data.split_rows({"train": stream}, args, None)
     assert [row["text"] for row in held_out] == ["0", "1", "2"]
     assert [row["text"] for row in train] == [str(i) for i in range(3, 9)]
+
+
+def test_rows_of_a_named_task_hold_out_the_questions_that_grpo_holds_out():
+    pytest.importorskip("reasoning_gym")
+    name = "word_sequence_reversal:min_words=3,max_words=4"
+    train, held_out = finetuning_data.example_rows("sft", 40, [name])
+    tasks = ReasoningTasks(TaskArguments(task=[name], train_size=40, eval_size=80, system_prompt=None))
+    asked, unseen = ({row["prompt"][0]["content"] for row in rows} for rows in (train, held_out))
+    assert asked == {row["prompt"][0]["content"] for row in tasks.train}
+    assert unseen < {row["prompt"][0]["content"] for row in tasks.held_out}
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])

@@ -47,7 +47,7 @@ WORDS = _names(
     log_level_replica metric_for_best_model ddp_backend dtype torch_compile_backend torch_compile_mode fsdp
     train_sampling_strategy optim_target_modules attn_implementation lora_target_modules lora_task_type
     bnb_4bit_quant_type bnb_4bit_quant_storage model_config task text_column dataset_config dataset_train_split
-    dataset_test_split dataset_text_field packing_strategy truncation_mode loss_type answer_tag
+    dataset_test_split dataset_text_field example_tasks packing_strategy truncation_mode loss_type answer_tag
     importance_sampling_level vllm_mode mixed_precision dynamo_backend adamw_rates
     """
 )
