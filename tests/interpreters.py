@@ -1,12 +1,15 @@
-"""Interpreters started in an empty folder, with the package or with a light stand-in for it."""
+"""Interpreters started in an empty folder, with the package or with a light stand-in for it, and a cheaper twin."""
 
+import contextlib
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from rank_processes import FORKED
 
 import hf_stateless
 
@@ -24,6 +27,31 @@ def write(folder, files):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(text))
+
+
+def forked(arguments, folder, output):
+    """Run `python ARGUMENTS` in a folder without the seconds that imports take; return its exit status.
+
+    The process is a fork of one that has imported torch and transformers, so nothing about imports can be tested by
+    it. What is printed goes to the file `output`.
+    """
+    process = FORKED.Process(target=_as_main, args=([str(a) for a in arguments], str(folder), str(output)))
+    process.start()
+    process.join(400)
+    return process.exitcode
+
+
+def _as_main(arguments, folder, output):
+    os.chdir(folder)
+    is_module = arguments[0] == "-m"
+    name, *flags = arguments[is_module:]
+    sys.argv = [name, *flags]
+    sys.path.insert(0, folder if is_module else os.path.dirname(os.path.abspath(name)))
+    with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        if is_module:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 
 # One process imports these once and is forked for every rank. It has run nothing, so there is no thread to lose.
-multiprocessing.set_forkserver_preload(["torch", "transformers", "accelerate", "peft", "hypothesis", "pytest"])
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["torch", "transformers", "accelerate", "peft", "hypothesis", "pytest"])
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """What the pages show works as shown: their Python blocks run, their commands exist with the flags they are given."""
 
 import re
-import subprocess
-import sys
+import tempfile
 from functools import cache
 from importlib.metadata import metadata
 
@@ -11,6 +10,7 @@ import torch
 from conftest import tiny_inputs
 from datasets import Dataset
 from documents import LIMIT, ROOT, blocks, commands, guides, markdown_pages, read, section, tables
+from interpreters import forked
 from push_worker import tiny_tokenizer
 
 import hf_stateless
@@ -128,10 +128,12 @@ def test_the_perplexities_of_the_smallest_recipe_are_those_of_its_table():
 
 @cache
 def flags_of(*command):
-    """The flags that a command lists in its help."""
-    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command} --help: {done.stderr[-1000:]}"
-    return set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", done.stdout))
+    """The flags that a command of Python lists in its help."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        status = forked([*command, "--help"], ROOT, file.name)
+        text = file.read()
+    assert status == 0, f"{command} --help: {text[-1000:]}"
+    return set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", text))
 
 
 def split_launch(words):
@@ -154,20 +156,20 @@ def check_launch(words):
     own, script, flags = split_launch(words)
     assert (ROOT / script).is_file(), f"{script} is not there"
     if own:
-        assert set(own) <= flags_of(sys.executable, "-m", "accelerate.commands.launch")
+        assert set(own) <= flags_of("-m", "accelerate.commands.launch")
     unknown = set(flags) - {CONFIG_FLAG}
     if unknown:
-        assert unknown <= flags_of(sys.executable, script), f"{script} has no such flag"
+        assert unknown <= flags_of(script), f"{script} has no such flag"
 
 
 def check_pytest(words):
     flags = {word.split("=")[0] for word in words if word.startswith("-")}
-    assert flags <= flags_of(sys.executable, "-m", "pytest", "--noconftest")
+    assert flags <= flags_of("-m", "pytest", "--noconftest")
 
 
 def check_own_command(words):
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
-    assert flags <= flags_of(sys.executable, "-m", "hf_stateless.run.command", words[1])
+    assert flags <= flags_of("-m", "hf_stateless.run.command", words[1])
 
 
 def check_vllm(words):
