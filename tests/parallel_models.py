@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 
 import torch
@@ -59,13 +58,6 @@ def load(folder, kind, plan=None, **options):
     model = AutoModelForCausalLM.from_pretrained(Path(folder) / kind, **given)
     model.train()
     return model
-
-
-def announce_rank(rank, world):
-    """Set what torchrun would, for transformers and accelerate to read."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29501")
 
 
 def batch_of(step, share=(0, 1), one_token=False):

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -30,3 +31,10 @@ def on_ranks(worker, world):
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(worker, (folder,), nprocs=world, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def announce_rank(rank, world):
+    """Set what torchrun would, for what reads it although the process group is there."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29501")

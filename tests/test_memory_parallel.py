@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from memory_models import meta_model
-from parallel_models import NEWER, RATES, announce_rank, backward, load, save_models
-from rank_processes import joined, on_ranks
+from parallel_models import NEWER, RATES, backward, load, save_models
+from rank_processes import announce_rank, joined, on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stateless import create_optimizer

@@ -13,7 +13,6 @@ from parallel_models import (
     NEWER,
     RATES,
     VOCAB,
-    announce_rank,
     backward,
     load,
     save_models,
@@ -21,7 +20,7 @@ from parallel_models import (
     undone_cuts,
     weights_of,
 )
-from rank_processes import joined, on_ranks
+from rank_processes import announce_rank, joined, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode

@@ -1,75 +1,105 @@
-"""The Trainer's `deepspeed=` on two CPU processes; runs where DeepSpeed is installed."""
+"""The Trainer's `deepspeed=` on two and four CPU processes; runs where DeepSpeed is installed."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from distributed_models import assert_close
-from zero_worker import CASES, LOADED, save_model, train
+from rank_processes import on_ranks
+from zero_ranks import (
+    CASES,
+    LOADED,
+    ON_FOUR,
+    RECORDED,
+    RESUMED,
+    on_four,
+    on_two,
+    on_two_of_which_one_dies,
+)
+from zero_runs import OVERFLOWS, SCALE, OneProcess, save_model, train
 
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
-KILLED = (2, 3)
-WORKER = Path(__file__).with_name("zero_worker.py")
-
-
-def launch(*words):
-    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(WORKER), *map(str, words)]
-    return subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a model is, and what is left of runs of which a rank was killed in its fourth step."""
+    """Where a model is, and the checkpoints of all runs."""
     folder = tmp_path_factory.mktemp("zero")
     save_model(folder / "model")
-    for stage in KILLED:
-        assert launch(folder, stage).returncode != 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    done = launch(folder)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def survivors(folder):
+    """With what the runs ended of which a rank died in its fourth step."""
+    return {stage: on_ranks(partial(on_two_of_which_one_dies, folder=folder, stage=stage), 2)[0] for stage in RESUMED}
+
+
+@pytest.fixture(scope="module")
+def two(folder, survivors):
+    return on_ranks(partial(on_two, folder=folder), 2)
+
+
+@pytest.fixture(scope="module")
+def four(folder, two):
+    return on_ranks(partial(on_four, folder=folder), 4)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_deepspeed_equals_one_process(case, results, tmp_path):
+def test_deepspeed_equals_one_process(case, two, tmp_path):
     optim, _, options = CASES[case]
     one = train(tmp_path, optim, batch_size=4, **options)
-    for result in results:
+    for result in two:
         assert_close(result[case], one, 1e-5)
 
 
 @pytest.mark.parametrize("case", LOADED)
-def test_a_model_that_is_cut_while_it_is_loaded_equals_one_process(case, results, tmp_path):
+def test_a_model_that_is_cut_while_it_is_loaded_equals_one_process(case, two, folder, tmp_path):
     optim, options = LOADED[case]
-    save_model(tmp_path / "model")
-    one = train(tmp_path, optim, batch_size=4, loaded=tmp_path / "model", **options)
-    for result in results:
+    one = train(tmp_path, optim, batch_size=4, loaded=folder / "model", **options)
+    for result in two:
         assert_close(result[case], one, 1e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_resumed_run_of_deepspeed_equals_one_that_never_stopped(stage, results):
-    for result in results:
-        assert_close(result[f"resumed, stage {stage}"], result[f"saved, stage {stage}"], 0.0)
-        assert_close(result[f"saved, stage {stage}"], results[0][f"sinkgd, stage {stage}"], 0.0)
+@pytest.mark.parametrize("case", ON_FOUR)
+def test_deepspeed_on_four_processes_equals_one(case, four, tmp_path):
+    optim, _, options = ON_FOUR[case]
+    one = train(tmp_path, optim, batch_size=8, **options)
+    for result in four:
+        assert_close(result[case], one, 1e-5)
 
 
-@pytest.mark.parametrize("stage", KILLED)
-def test_after_a_killed_rank_the_other_ends_and_the_last_whole_checkpoint_resumes(stage, folder, results):
-    assert (folder / f"killed{stage}" / "out" / "checkpoint-3" / "trainer_state.json").is_file()
-    for result in results:
-        assert_close(result[f"after a death, stage {stage}"], results[0][f"sinkgd, stage {stage}"], 0.0)
+@pytest.mark.parametrize("case", RECORDED)
+def test_each_step_in_half_precision_equals_one_process_from_the_same_weights(case, two):
+    optim, _, dtype = RECORDED[case]
+    one, overflows = OneProcess(optim, dtype), None
+    if dtype == torch.float16:
+        one.scale, overflows = SCALE, OVERFLOWS
+    (first, weights), (second, others) = (result[case] for result in two)
+    assert len(weights) == 5
+    for step, of_ranks in enumerate(zip(first, second, strict=True)):
+        before, after = weights[step : step + 2]
+        assert_close(after, others[step + 1], 0.0)
+        if step == overflows:  # nothing moves, and the next step shows that no average has
+            one.scale /= 2
+            assert_close(after, before, 0.0)
+        else:
+            assert_close(after, one.step(of_ranks, before), 1e-6)
+
+
+@pytest.mark.parametrize("stage", RESUMED)
+def test_after_the_death_of_a_rank_the_other_ends_and_the_last_checkpoint_resumes_to_the_bit(stage, survivors, two):
+    assert survivors[stage]["error"]
+    for result in two:
+        assert_close(result[f"resumed, stage {stage}"], two[0][f"sinkgd, stage {stage}"], 0.0)
+
+
+@pytest.mark.parametrize("stage", RESUMED)
+def test_deepspeed_refuses_to_resume_on_another_number_of_ranks(stage, four):
+    assert "used a DP world size of 2 but the current world size is 4" in four[0][f"resumed, stage {stage}"]
+    assert all(f"resumed, stage {stage}" in result for result in four)

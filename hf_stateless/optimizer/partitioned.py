@@ -54,7 +54,7 @@ class PartitionedOptimizer(StatelessOptimizer):
         """Update what this rank holds; DeepSpeed calls this on all ranks, for one part after the other or for all."""
         shown = [group for group in self.param_groups if group["params"]]
         if closure is not None or not any(self._is_part(group) for group in shown):
-            return super().step(closure)
+            return None if self._makes_state() else super().step(closure)
         refuse_rules(self.param_groups)  # a checkpoint may have chosen others
         for group in shown:
             if not self._is_part(group) or group["algorithm"] != "multinorm":
@@ -74,6 +74,15 @@ class PartitionedOptimizer(StatelessOptimizer):
         """Load the state of this rank's parts; they are compared with the model again at the next step."""
         super().load_state_dict(state_dict)
         self._cuts.clear()
+
+    def _makes_state(self) -> bool:
+        """Tell whether DeepSpeed only wants moments to be made: it steps with zeros when it wraps us at stage 0.
+
+        There it has put float32 copies in the place of parameters in half precision. AdamW would count the step.
+        """
+        every = [p for group in self.param_groups for p in group["params"]]
+        copies = not self.state and all(p is not q for p, q in zip(every, self._whole.values(), strict=True))
+        return copies and all(p.grad is not None and not p.grad.any() for p in every)
 
     def _is_part(self, group: Mapping[str, Any]) -> bool:
         return [p.shape for p in group["params"]] != [self._shapes[name] for name in group["param_names"]]
