@@ -17,7 +17,7 @@ from zero_ranks import (
     on_two,
     on_two_of_which_one_dies,
 )
-from zero_runs import OVERFLOWS, SCALE, OneProcess, save_model, train
+from zero_runs import IN_HALF, OVERFLOWS, SCALE, OneProcess, save_model, train
 
 
 pytestmark = [
@@ -81,7 +81,7 @@ def test_each_step_in_half_precision_equals_one_process_from_the_same_weights(ca
     if dtype == torch.float16:
         one.scale, overflows = SCALE, OVERFLOWS
     (first, weights), (second, others) = (result[case] for result in two)
-    assert len(weights) == 5
+    assert len(weights) == IN_HALF + 1
     for step, of_ranks in enumerate(zip(first, second, strict=True)):
         before, after = weights[step : step + 2]
         assert_close(after, others[step + 1], 0.0)
@@ -89,7 +89,7 @@ def test_each_step_in_half_precision_equals_one_process_from_the_same_weights(ca
             one.scale /= 2
             assert_close(after, before, 0.0)
         else:
-            assert_close(after, one.step(of_ranks, before), 1e-6)
+            assert_close(after, one.step(of_ranks, before), 1e-5)
 
 
 @pytest.mark.parametrize("stage", RESUMED)

@@ -13,8 +13,11 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from hf_stateless import create_optimizer
 
 
+STEPS = 20
 RATES = {"lr": 1e-2, "weight_decay": 0.1}
 HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+IN_HALF = 6
+"""Steps in half precision, each of which is compared by itself."""
 SCALE, OVERFLOWS = 256.0, 1
 """Of losses in float16 at first, and the step in which the gradients of the last rank overflow there."""
 
@@ -31,7 +34,7 @@ def config_of(stage, dtype=torch.float32, **zero):
 
 
 def trainer_of(folder, optim, config=None, *, kind=Trainer, loaded=None, batch_size=2, callbacks=(), **options):
-    """Return a Trainer of 4 steps; DeepSpeed's with a config, and of the model in a folder where one is given."""
+    """Return a Trainer of 20 steps; DeepSpeed's with a config, and of the model in a folder where one is given."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, VOCAB_SIZE, (64, 12), generator=generator).tolist()
     args = TrainingArguments(
@@ -44,7 +47,7 @@ def trainer_of(folder, optim, config=None, *, kind=Trainer, loaded=None, batch_s
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **{"max_steps": 4, "save_strategy": "no", **options},
+        **{"max_steps": STEPS, "save_strategy": "no", **options},
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM.from_pretrained(loaded) if loaded else TINY_MODELS["llama"]()
@@ -96,7 +99,7 @@ class Recorded(Trainer):
 
 def record(folder, optim, stage, dtype, **options):
     """Train in half precision; return the tokens of this rank and the float32 weights, before each step and after."""
-    half = {HALF[dtype]: True, "lr_scheduler_type": "constant"}
+    half = {HALF[dtype]: True, "lr_scheduler_type": "constant", "max_steps": IN_HALF}
     trainer = trainer_of(folder, optim, config_of(stage, dtype), kind=Recorded, **half, **options)
     trainer.batches, trainer.weights = [], []
     if dtype == torch.float16:
