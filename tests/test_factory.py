@@ -402,7 +402,7 @@ REFUSED = [
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer to cpu"),
     ({"zero_optimization": {"stage": 1, "offload_param": {"device": "nvme"}}}, "offload_param to nvme"),
     ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "leave it out of zero_optimization"),
-    ({**ZERO_1, "fp16": {"enabled": True}}, "type bf16=True"),
+    ({"fp16": {"enabled": True}}, "set zero_optimization.stage to 1, or type bf16=True"),
 ]
 
 
@@ -424,6 +424,7 @@ def test_a_deepspeed_config_that_is_not_exact_is_refused_with_what_to_type(make_
         {"zero_optimization": {"stage": 0}},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
         {**ZERO_1, "bf16": {"enabled": True}},
+        {**ZERO_1, "fp16": {"enabled": True}},
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1, "mics_shard_size": -1}},
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}, "sub_group_size": 1e9}},
     ],

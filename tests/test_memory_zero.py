@@ -82,6 +82,20 @@ def test_at_stage_3_gradients_of_matrices_are_gathered_and_whitened_updates_shar
     assert row.temporary >= 4 * sum(p.numel() for p in model.parameters()) // 4 + 3 * 4 * matrices(model)
 
 
+def test_averages_of_gradients_are_kept_and_gathered_in_their_dtype():
+    def predicted(stage, **options):
+        settings = Settings(**SETTINGS, zero=stage, ranks=4)
+        model = meta_model("small_llama", settings)
+        [row] = estimate(model, ["sinkgd"], settings, options)
+        return matrices(model), row.optimizer_state, zero_optimizer_bytes(model, "sinkgd", options, settings)
+
+    entries, state, sent = predicted(3)
+    _, more_state, more_sent = predicted(3, momentum="0.9", momentum_dtype="bfloat16")
+    assert more_state - state == pytest.approx(2 * entries / 4, rel=0.01)
+    assert more_sent - sent == 2 * entries * 3 // 4
+    assert predicted(2, momentum="0.9", momentum_dtype="float32")[2] == 2 * predicted(2)[2] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -93,6 +107,7 @@ def test_at_stage_3_gradients_of_matrices_are_gathered_and_whitened_updates_shar
         ("--zero 1 --ranks 8 --layerwise", "leave out --layerwise."),
         ("--zero 1 --ranks 8 --optim adafactor", "or an optimizer of ours, got adafactor."),
         ("--zero 1 --ranks 8 --optim sinkgd --optim-args embeddings=row_moment", "leave it out, or use FSDP2."),
+        ("--zero 1 --ranks 8 --optim sinkgd --optim-args momentum=0.9", "type momentum_dtype=bfloat16"),
     ],
 )
 def test_what_is_not_known_is_refused_in_one_line(words, line, folder, capsys):

@@ -18,6 +18,8 @@ CASES = {
     "swan": ("llama", "swan", {"lr_scale": 0.2}),
     "another chain": ("gpt2", "multinorm", {"norms": "col_l2+row_l2"}),
     "experts": ("qwen3_moe", "sinkgd", {}),
+    "momentum": ("llama", "swan", {"lr_scale": 0.2, "momentum": 0.9, "momentum_dtype": "float32"}),
+    "rounded momentum of experts": ("qwen3_moe", "sinkgd", {"momentum": 0.9, "momentum_dtype": "bfloat16"}),
 }
 STEPS = 3
 
@@ -137,14 +139,12 @@ def test_a_part_that_is_not_that_of_the_model_is_not_taken(wrong):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"momentum": 0.9}, "momentum=0.9"),
+        ({"momentum": 0.9}, "type momentum_dtype=bfloat16"),
         ({"min_signal": 0.1}, "min_signal=0.1"),
         ({"embeddings": "row_moment"}, "algorithm=row_moment"),
         ({"embeddings": "adamw_8bit"}, "algorithm=adamw_8bit"),
     ],
 )
 def test_what_needs_more_than_a_gradient_is_refused(make_model, options, told):
-    with pytest.raises(ValueError, match="Under DeepSpeed") as raised:
+    with pytest.raises(ValueError, match=f"DeepSpeed.*{told}.* FSDP2"):
         refuse_rules(create_optimizer(make_model("llama"), "sinkgd", lr=1e-3, **options).param_groups)
-    assert told in str(raised.value)
-    assert "leave" in str(raised.value)

@@ -96,7 +96,7 @@ def shaped_gradients(model, step):
 
 
 VARIED = [(case, False) for case in CASES] + [(case, True) for case in ("sinkgd", "swan")]
-SPOILED = ("sinkgd", "swan")
+SPOILED = ("sinkgd", "swan", "momentum")
 
 
 def worker(rank, folder, world):

@@ -37,7 +37,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def survivors(folder):
     """With what the runs ended of which a rank died in its fourth step."""
-    return {stage: on_ranks(partial(on_two_of_which_one_dies, folder=folder, stage=stage), 2)[0] for stage in RESUMED}
+    dying = partial(on_two_of_which_one_dies, folder=folder)
+    return {case: on_ranks(partial(dying, case=case), 2)[0] for case in RESUMED}
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +93,14 @@ def test_each_step_in_half_precision_equals_one_process_from_the_same_weights(ca
             assert_close(after, one.step(of_ranks, before), 1e-5)
 
 
-@pytest.mark.parametrize("stage", RESUMED)
-def test_after_the_death_of_a_rank_the_other_ends_and_the_last_checkpoint_resumes_to_the_bit(stage, survivors, two):
-    assert survivors[stage]["error"]
+@pytest.mark.parametrize("case", RESUMED)
+def test_after_the_death_of_a_rank_the_other_ends_and_the_last_checkpoint_resumes_to_the_bit(case, survivors, two):
+    assert survivors[case]["error"]
     for result in two:
-        assert_close(result[f"resumed, stage {stage}"], two[0][f"sinkgd, stage {stage}"], 0.0)
+        assert_close(result[f"{case}, resumed"], two[0][case], 0.0)
 
 
-@pytest.mark.parametrize("stage", RESUMED)
-def test_deepspeed_refuses_to_resume_on_another_number_of_ranks(stage, four):
-    assert "used a DP world size of 2 but the current world size is 4" in four[0][f"resumed, stage {stage}"]
-    assert all(f"resumed, stage {stage}" in result for result in four)
+@pytest.mark.parametrize("case", RESUMED)
+def test_deepspeed_refuses_to_resume_on_another_number_of_ranks(case, four):
+    assert "used a DP world size of 2 but the current world size is 4" in four[0][f"{case}, resumed"]
+    assert all(f"{case}, resumed" in result for result in four)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from ..ranks.flat import FlatCut, flat_cut
 from ..ranks.slices import SliceCut, is_sliced, shapes_shown, slice_cut
 from .momentum import has_momentum
 from .optimizer import StatelessOptimizer
-from .rule import Entry, counter
+from .rule import Entry
 
 
 _RULES = ("multinorm", "adamw")
 Cut = FlatCut | SliceCut
+_Pieces = list[tuple[Tensor, Tensor]]
 
 
 class PartitionedOptimizer(StatelessOptimizer):
@@ -96,30 +98,37 @@ class PartitionedOptimizer(StatelessOptimizer):
             if p.grad is not None and p.numel()
         ]
 
-    def _matrices(self, group: dict[str, Any]) -> Iterator[tuple[list[Entry], list[tuple[Tensor, Tensor]]]]:
+    def _matrices(self, group: dict[str, Any]) -> Iterator[tuple[list[Entry], _Pieces]]:
         """Yield entries of matrices that this rank holds something of, and which pieces to write back afterwards."""
         for part in group["params"]:
             cut, names = self._cut_of(part, group)
             if part.grad is None:
                 continue
+            state = self.state_of(part, group)
+            steps = state["step"].clone()
             if group["lr"] != 0:
-                self.state_of(part, group)["step"].add_(1)
+                state["step"].add_(1)
+            average = state.get("momentum_buffer") if has_momentum(group) else None
+            averages = itertools.repeat({}) if average is None else cut.batches(average)
             first = group["param_names"].index(names[0])
-            for grads in cut.batches(part.grad):
+            for grads, averaged in zip(cut.batches(part.grad), averages, strict=False):
                 entries, pieces = [], []
                 for i, grad in grads.items():
-                    whole = piece = cut.piece(part.detach(), i)
-                    if piece.numel() != grad.numel():
+                    shape, place = self._shapes[names[i]], slice(*cut.place(i))
+                    whole = held = cut.piece(part.detach(), i)
+                    if held.numel() != grad.numel():
                         whole = torch.zeros_like(grad)
-                        updated = whole[slice(*cut.place(i))]
-                        updated.copy_(piece)
-                        pieces.append((piece, updated))
-                    param = whole.view(self._shapes[names[i]])
-                    param.grad = grad.view(param.shape)
+                        whole[place] = held
+                        pieces.append((held, whole[place]))
+                    param = whole.view(shape)
+                    param.grad = grad.view(shape)
                     # The counter of the part stands for those of its matrices.
-                    state = {"step": counter(param)}
+                    of_matrix = {"step": steps.clone()}
+                    if average is not None:
+                        of_matrix["momentum_buffer"] = averaged[i].view(shape)
+                        pieces.append((cut.piece(average, i), averaged[i][place]))
                     number = self._numbers[names[i]]
-                    entries.append(Entry(number, param, group, state, not cut.shared, first + i))
+                    entries.append(Entry(number, param, group, of_matrix, not cut.shared, first + i))
                 yield entries, pieces
 
     def _cut_of(self, part: Tensor, group: Mapping[str, Any]) -> tuple[Cut, list[str]]:
@@ -144,7 +153,7 @@ class PartitionedOptimizer(StatelessOptimizer):
 
 
 def refuse_rules(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what keeps or needs more than a gradient of each matrix.
+    """Refuse what needs more than gradients, and averages of them, of each matrix.
 
     Raises:
         ValueError: with what to type.
@@ -162,8 +171,13 @@ def refuse_rules(groups: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(
                 f"Under DeepSpeed algorithm={rule} works on whole tables or pairs: leave it out, or use FSDP2."
             )
-        for name, is_set in (("momentum", has_momentum(group)), ("min_signal", bool(group.get("min_signal")))):
-            if is_set:
-                raise ValueError(
-                    f"Under DeepSpeed {name}={group[name]} is not supported: leave {name} out, or shard with FSDP2."
-                )
+        if group.get("min_signal"):
+            raise ValueError(
+                f"Under DeepSpeed min_signal={group['min_signal']} is not supported: leave min_signal out, or shard "
+                "with FSDP2."
+            )
+        if has_momentum(group) and group["momentum_dtype"] == "int8":
+            raise ValueError(
+                "momentum_dtype=int8 has scales for groups of a row, and DeepSpeed cuts weights anywhere: type "
+                "momentum_dtype=bfloat16, or shard with FSDP2."
+            )

@@ -69,8 +69,11 @@ class SliceCut:
         return part[first : first + stop - start]
 
     def batches(self, part: Tensor) -> Iterator[dict[int, Tensor]]:
-        """Yield some parameters after others, whole and flat (a collective for each batch)."""
-        limit = GATHERED_BYTES // part.element_size()
+        """Yield some parameters after others, whole and flat (a collective for each batch).
+
+        Which are together does not depend on the dtype of the part.
+        """
+        limit = GATHERED_BYTES // torch.float32.itemsize
         for some in bounded(range(len(self)), self.sizes.__getitem__, limit):
             widths = [self.width(i) for i in some]
             mine = part[self.starts[some[0]] : self.starts[some[-1] + 1]]

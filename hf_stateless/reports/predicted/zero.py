@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...norms.chain import Chain
+from ...optimizer.momentum import has_momentum
 from ...optimizer.partitioned import refuse_rules
 from ...ranks.flat import FlatCut
 from ...ranks.slices import GATHERED_BYTES
@@ -57,10 +59,12 @@ def zero_state(model: nn.Module, name: str, optim_args: Mapping[str, Any], ranks
     if is_ours(name):
         groups = optimizer_groups(model, name, optim_args)
         refuse_rules(groups)
-        moments = sum(_part(g["params"], ranks) for g in groups if g["algorithm"] != "multinorm")
+        adamw, matrices = ([g for g in groups if (g["algorithm"] == "multinorm") == held] for held in (False, True))
+        kept = sum(2 * 4 * _part(g["params"], ranks) for g in adamw)
+        kept += sum(_average_itemsize(g) * _part(g["params"], ranks) for g in matrices)
     else:
-        moments = -(-sum(trained) // ranks)
-    return 4 * -(-sum(trained) // ranks) + 2 * 4 * moments
+        kept = 2 * 4 * -(-sum(trained) // ranks)
+    return 4 * -(-sum(trained) // ranks) + kept
 
 
 def zero_bytes(weights: int, trained: int, stage: int, ranks: int) -> int:
@@ -76,18 +80,18 @@ def zero_bytes(weights: int, trained: int, stage: int, ranks: int) -> int:
 
 
 def zero_optimizer_bytes(model: nn.Module, name: str, optim_args: Mapping[str, Any], settings: Settings) -> int:
-    """Return what an optimizer sends, the GPU that sends most, in float32.
+    """Return what an optimizer sends, the GPU that sends most: gradients in float32, and their averages.
 
-    At stages 1 and 2 these are pieces of the matrices across a border. At stage 3 all gather the gradients, and share
-    the updates where each whitens some of the matrices.
+    At stages 1 and 2 these are pieces of the matrices across a border. At stage 3 all gather them, and share the
+    updates where each whitens some of the matrices.
     """
     if not is_ours(name):
         return 0
     ranks, sent = settings.ranks, [0] * settings.ranks
     for group in _matrix_groups(optimizer_groups(model, name, optim_args)):
         if settings.zero == 3:
-            ways = 2 if Chain.of(group).whitens else 1
-            gathered = ways * 4 * sum(p.numel() for p in group["params"]) * (ranks - 1) // ranks
+            itemsize = (8 if Chain.of(group).whitens else 4) + _average_itemsize(group)
+            gathered = itemsize * sum(p.numel() for p in group["params"]) * (ranks - 1) // ranks
             sent = [of_rank + gathered for of_rank in sent]
             continue
         edges = [0, *accumulate(p.numel() for p in group["params"])]
@@ -96,7 +100,7 @@ def zero_optimizer_bytes(model: nn.Module, name: str, optim_args: Mapping[str, A
             cut = FlatCut(rank, ranks, _part(group["params"], ranks), spans)
             for i in cut.mine():
                 first, last = cut.held(i)
-                sent[rank] += 4 * (last - first) * (len(cut.holders(i)) - 1)
+                sent[rank] += (4 + _average_itemsize(group)) * (last - first) * (len(cut.holders(i)) - 1)
     return max(sent)
 
 
@@ -109,17 +113,26 @@ def zero_temporary(
         model: that is trained.
         temporary: what the optimizer needs for weights in the model's dtype.
         settings: the stage and the number of GPUs.
-        groups: of an optimizer of ours. At stage 3 gradients are gathered, and put together with a weight for each.
+        groups: of an optimizer of ours. At stage 3 gradients are gathered, and put together with a weight for each;
+            their averages too.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     itemsize = max((p.dtype.itemsize for p in trained), default=4)
-    sizes = [4 * p.numel() for group in _matrix_groups(groups) for p in group["params"]] if settings.zero == 3 else []
-    gathered = 3 * int(min(sum(sizes), GATHERED_BYTES + max(sizes, default=0)))
+    matrices = _matrix_groups(groups) if settings.zero == 3 else []
+    sizes: list[int] = [p.numel() for group in matrices for p in group["params"]]
+    at_once: int = min(sum(sizes), GATHERED_BYTES // 4 + max(sizes, default=0))
+    of_averages = max((_average_itemsize(group) for group in matrices), default=0)
+    gathered = at_once * (3 * 4 + 2 * of_averages)
     return 4 * -(-sum(p.numel() for p in trained) // settings.ranks) + gathered + temporary * 4 // itemsize
 
 
 def _matrix_groups(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [group for group in groups if group["algorithm"] == "multinorm"]
+
+
+def _average_itemsize(group: Mapping[str, Any]) -> int:
+    """Return the bytes that momentum keeps for each weight of a group."""
+    return int(getattr(torch, group["momentum_dtype"]).itemsize) if has_momentum(group) else 0
 
 
 def _part(params: Sequence[nn.Parameter], ranks: int) -> int:
