@@ -124,30 +124,39 @@ def index_hash(start: int, size: int, device: torch.device) -> Tensor:
     return mix(torch.arange(start, start + size, dtype=torch.int32, device=device) * GOLDEN)
 
 
-def index_hashes(rows: int, columns: int, key: RoundingKey, row_offset: int = 0) -> tuple[Tensor, Tensor]:
+def index_hashes(
+    rows: int, columns: int, key: RoundingKey, row_offset: int = 0, column_offset: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return a random odd int32 number for each row and for each column, of which `rounding_noise` is made."""
     value, device, get = key.value, key.value.device, key.cache.get
     of_rows = get(index_hash, row_offset, rows, device) ^ value
-    of_columns = get(index_hash, 0, columns, device) ^ (value + GOLDEN)
+    of_columns = get(index_hash, column_offset, columns, device) ^ (value + GOLDEN)
     row, column = torch.split(mix(torch.cat((of_rows, of_columns))).bitwise_or_(1), [rows, columns])
     return row, column
 
 
 def rounding_noise(
-    rows: int, columns: int, key: RoundingKey, *, row_offset: int = 0, out: Tensor | None = None
+    rows: int,
+    columns: int,
+    key: RoundingKey,
+    *,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return a (rows, columns) int32 tensor of noise, uniform in [0, 65535].
 
-    Element (i, j) is a hash of (key, row_offset + i, j): shards of a matrix draw what the whole matrix would.
+    Element (i, j) is a hash of (key, row_offset + i, column_offset + j): parts of a matrix draw what the whole would.
 
     Args:
         rows: number of rows.
         columns: number of columns.
         key: from `rounding_key`.
         row_offset: index of the first row in the whole matrix.
+        column_offset: the same of the first column.
         out: int32 buffer of that shape.
     """
-    row, column = index_hashes(rows, columns, key, row_offset)
+    row, column = index_hashes(rows, columns, key, row_offset, column_offset)
     # The product of two random odd numbers mod 2^32 is as good as a third one for a single pass over the matrix; its
     # upper half is the random part, which the arithmetic shift leaves signed.
     noise = torch.mul(row.unsqueeze(1), column, out=out)

@@ -82,7 +82,9 @@ def places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
     return owner.to(device), torch.cat([index_hash(0, size, torch.device("cpu")) for size in sizes]).to(device)
 
 
-def stochastic_round_integers_(values: Tensor, key: RoundingKey, *, first_row: int = 0) -> Tensor:
+def stochastic_round_integers_(
+    values: Tensor, key: RoundingKey, *, first_row: int = 0, first_column: int = 0
+) -> Tensor:
     r"""Round float32 values to whole numbers in place, up with probability x - floor(x).
 
     Whole numbers of magnitude up to 127 stay what they are.
@@ -91,6 +93,7 @@ def stochastic_round_integers_(values: Tensor, key: RoundingKey, *, first_row: i
         values: (rows, columns) float32; magnitudes above 2^7 lose the last bits of the probability.
         key: from `rounding_key`.
         first_row: number of the first row in the whole matrix, on which the noise depends.
+        first_column: the same of the first column.
 
     Returns:
         `values`.
@@ -103,7 +106,7 @@ def stochastic_round_integers_(values: Tensor, key: RoundingKey, *, first_row: i
         >>> sorted(set(third.flatten().tolist())), round(float(third.mean()), 1)
         ([0.0, 1.0], 0.3)
     """
-    noise = rounding_noise(values.shape[0], values.shape[1], key, row_offset=first_row)
+    noise = rounding_noise(*values.shape, key, row_offset=first_row, column_offset=first_column)
     # The noise is in the middle of its 65536 steps, so that neither direction is favoured.
     return values.add_(noise.to(values.dtype), alpha=2.0**-16).add_(2.0**-17).floor_()
 

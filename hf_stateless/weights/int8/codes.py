@@ -191,7 +191,15 @@ def checked_codes(codes: Tensor, scale: Tensor, shape: tuple[int, int], length: 
     return codes
 
 
-def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: RoundingKey | None, *, first_row: int = 0) -> None:
+def requantize_(
+    codes: Tensor,
+    scale: Tensor,
+    exact: Tensor,
+    key: RoundingKey | None,
+    *,
+    first_row: int = 0,
+    first_column: int = 0,
+) -> None:
     """Write changed weights into codes and scales; groups that did not change keep every byte.
 
     A scale stays where the largest weight of its group still has the code 126 or 127 (or lies between), else it is
@@ -204,6 +212,7 @@ def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: RoundingKey | 
         exact: (rows, columns) float32, finite, contiguous; used as working space and lost.
         key: from `rounding_key`, or None for rounding to nearest.
         first_row: number of the first row in the whole matrix, on which the noise depends.
+        first_column: the same of the first column.
     """
     grouped = exact.view(*scale.shape, -1)
     smallest, largest = torch.aminmax(grouped, dim=-1)
@@ -216,7 +225,7 @@ def requantize_(codes: Tensor, scale: Tensor, exact: Tensor, key: RoundingKey | 
     if key is None:
         exact.round_()
     else:
-        stochastic_round_integers_(exact, key, first_row=first_row)
+        stochastic_round_integers_(exact, key, first_row=first_row, first_column=first_column)
     codes.copy_(exact.clamp_(-LARGEST_CODE, LARGEST_CODE))
 
 
@@ -230,6 +239,7 @@ def write_rows_(
     *,
     usable: Tensor | None = None,
     first_row: int = 0,
+    first_column: int = 0,
     lost: Lost | None = None,
 ) -> None:
     r"""Apply W <- decay W - step_size X to codes and scales, some rows at a time in float32.
@@ -245,6 +255,7 @@ def write_rows_(
         key: from `rounding_key`, or None for rounding to nearest.
         usable: a flag on the device, where every byte stays unless it is set.
         first_row: number of the first row in the whole matrix, on which the noise depends.
+        first_column: the same of the first column.
         lost: takes a slice of rows and what rounding left out of them, in float32.
     """
     rows, columns = codes.shape
@@ -261,7 +272,7 @@ def write_rows_(
         else:
             exact.add_(update(part), alpha=-step_size)
         wanted = None if lost is None else exact.clone()
-        requantize_(some, scales, exact, key, first_row=first_row + first)
+        requantize_(some, scales, exact, key, first_row=first_row + first, first_column=first_column)
         for now, old in zip((some, scales), before or (), strict=False):
             now.copy_(torch.where(usable, now, old))  # type: ignore[arg-type]
         if lost is not None and wanted is not None:

@@ -87,14 +87,16 @@ def quantize_layer(model: nn.Module, name: str, group_size: int | None) -> Int8L
     Raises:
         ValueError: a weight is NaN or infinite, with the name of the layer.
     """
-    linear = model.get_submodule(name)
-    if not isinstance(linear, Int8Linear):
-        try:
-            linear = Int8Linear.from_float(linear, group_size)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        model.set_submodule(name, linear)
-    return linear
+    layer = model.get_submodule(name)
+    try:
+        if not isinstance(layer, Int8Linear):
+            layer = Int8Linear.from_float(layer, group_size)  # type: ignore[arg-type]
+            model.set_submodule(name, layer)
+        elif layer.is_awaited:
+            layer.adopt()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return layer
 
 
 def quantize_stack_of(model: nn.Module, name: str, group_size: int | None) -> Int8Weight:

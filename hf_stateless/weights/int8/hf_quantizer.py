@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
@@ -30,9 +31,9 @@ from .convert import (
 )
 from .folder import check_folder, is_own_class
 from .linear import Int8Linear, sizes_of
+from .parallel import check_plan, is_loaded_in_parts, quantize_part
 from .sharded_folder import is_cut, whole_state
 from .tables import expect_tables, finish_tables, quantize_table, tables_of
-from .weight import Int8Weight
 
 
 @register_quantizer(METHOD)
@@ -95,6 +96,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
             self._names = frozenset(layers_to_quantize(model, config.modules_to_not_convert))
             self._stacks = frozenset(stacks_to_quantize(model, config.modules_to_not_convert))
             self._tables = self._tables_of(model)
+            self._await_parts(model)
             return model
         layout = config.layout_of_folder()
         layers = stored_layers(model, layout) if layout else self._layers_of_0_1(model)
@@ -116,7 +118,18 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
             # Without files it is a state dict that is read, in which codes are not packed.
             empty.expect(packed=group.packed and bool(files), ours=group.ours)
             model.set_submodule(name, empty)
+        check_plan(model, self._stacks, self._tables)
         return model
+
+    def _await_parts(self, model: PreTrainedModel) -> None:
+        """Put 8-bit layers into a model that transformers will cut: it hooks modules, so they have to be there."""
+        check_plan(model, self._stacks, self._tables)
+        for name in self._names if is_loaded_in_parts(model) else ():
+            linear = model.get_submodule(name)
+            if isinstance(linear, nn.Linear):
+                empty = Int8Linear.like(linear, self.quantization_config.group_size)
+                empty.expect_float()
+                model.set_submodule(name, empty)
 
     def _tables_of(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """Return the embedding and the head that are stored in 8 bits."""
@@ -144,7 +157,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
                 quantize_layer(model, name, self.quantization_config.group_size)
                 continue
             try:
-                if self.pre_quantized and not layer.adopt():
+                if layer.is_awaited and not layer.adopt():
                     if is_own_class(model):
                         raise ValueError("its codes and scales are missing.")
                     self._renew(model, name, layer)
@@ -216,13 +229,17 @@ class _QuantizeLayer(ConversionOps):  # type: ignore[misc]
         self.group_size, self.stacks = group_size, stacks
         self.tables = {f"{name}.weight" for name in tables}
 
-    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any) -> dict[str, Int8Weight]:
+    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Put 8-bit layers into the model, and return their parameters."""
-        weights: dict[str, Int8Weight] = {}
+        weights: dict[str, torch.Tensor] = {}
         for name, weight in input_dict.items():
             path, _, own = name.rpartition(".")
             module = model.get_submodule(path)
             read = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=True)
+            place = module._parameters[own]
+            if isinstance(place, DTensor):
+                weights[name] = quantize_part(place, read.detach(), self.group_size)
+                continue
             setattr(module, own, read)
             if name in self.tables:
                 weights[name] = quantize_table(module, self.group_size)

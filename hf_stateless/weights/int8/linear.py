@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -20,12 +21,14 @@ from .codes import (
     stored_length,
 )
 from .packed import unpack, words
-from .sharded import check_gathered, check_scale, refuse_to_float, shard_of
+from .parallel import cut_parameters, whole_groups
+from .sharded import Int8Shard, check_gathered, check_scale, local_of, note_scale, refuse_to_float, shard_of
 from .sharded_layer import codes_of, load_sharded, move_sharded
 from .weight import Int8Weight, Scale
 
 
 _STORED = ("weight", "weight_scale", "weight_packed", "weight_shape")
+_IN_FLOAT = ("weight",)
 
 
 class Int8Linear(nn.Linear):
@@ -63,6 +66,8 @@ class Int8Linear(nn.Linear):
     from_conv1d: bool = False
     """Whether it stands for a `Conv1D` of GPT-2, whose float weight is (in, out); codes are (out, in) all the same."""
     _read_as: tuple[str, ...] = ()
+    _hf_quantized_needs_local_tp = True
+    """Tensor parallelism of transformers shall have `forward` see this rank's parts, without DTensors."""
 
     def __init__(
         self,
@@ -119,7 +124,20 @@ class Int8Linear(nn.Linear):
     @property
     def length(self) -> int:
         """How many weights share a scale."""
+        if self._read_as == _IN_FLOAT:
+            return stored_length(self.in_features, self.group_size)
         return self.in_features // max(1, self.weight_scale.shape[1])
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether there is no memory yet for what a file holds, until `adopt`."""
+        return bool(self._read_as)
+
+    def expect_float(self) -> None:
+        """Make room, without memory, for a float weight, which may be cut over ranks before it is read."""
+        self._read_as = _IN_FLOAT
+        room = torch.empty(self.out_features, self.in_features, dtype=self.float_dtype, device="meta")
+        self._parameters["weight"], self._parameters["weight_scale"] = nn.Parameter(room), None
 
     def expect(self, *, packed: bool, ours: bool) -> None:
         """Make room, without memory, for what a file names, until `adopt`.
@@ -146,6 +164,9 @@ class Int8Linear(nn.Linear):
         Raises:
             ValueError: codes or scales are missing or damaged.
         """
+        if self._read_as == _IN_FLOAT:
+            self._adopt_float()
+            return True
         tensors = {name: self._parameters[name] for name in self._read_as}
         read = [getattr(tensor, "_is_hf_initialized", False) for tensor in tensors.values()]
         if any(read) and not all(read):
@@ -156,18 +177,50 @@ class Int8Linear(nn.Linear):
         self._read_as = ()
         if all(read):
             codes, scale, *shape = (tensor.detach() for tensor in tensors.values() if tensor is not None)
+            if isinstance(scale, DTensor):
+                self._adopt_part(codes, scale)
+                return True
             if shape:
-                codes = self._unpacked(codes, shape[0])
-            self.store(*self._as_ours(codes, scale), self.float_dtype)
+                self._check_shape(shape[0])
+                codes = unpack(codes, self.in_features)
+            self.store(*self._as_ours(codes, scale, self._shape), self.float_dtype)
         return all(read)
 
-    def _unpacked(self, packed: Tensor, shape: Tensor) -> Tensor:
-        expected = [self.out_features, self.in_features]
-        if not shape.is_meta and shape.tolist() != expected:
-            raise ValueError(f"its weight_shape is {shape.tolist()}, expected {expected}.")
-        return unpack(packed, self.in_features)
+    def _adopt_float(self) -> None:
+        """Store what was read in float, or initialised; of what is cut over ranks most is stored as it is read."""
+        weight, length = self._parameters["weight"], self.length
+        assert weight is not None
+        self._read_as = ()
+        if isinstance(weight, DTensor):
+            whole_groups(weight, self.in_features, length)
+            local = local_of(weight)
+            both = local.stored if isinstance(local, Int8Shard) else quantize_matrix(local, length)
+            self._store_part(weight, *both)
+        elif not isinstance(weight, Int8Weight):
+            self.store(*quantize_matrix(weight, length), self.float_dtype)
 
-    def _as_ours(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _adopt_part(self, codes: Tensor, scale: DTensor) -> None:
+        """Take over this rank's part of what was read."""
+        packed = codes.dtype == torch.int32
+        whole_groups(scale, self.in_features, self._length, packed=packed)
+        codes, scales = (local_of(t) if isinstance(t, DTensor) else t for t in (codes, scale))
+        shape = (len(scales), scales.shape[1] * self._length)
+        codes = unpack(codes, shape[1]) if packed else codes
+        self._store_part(scale, *self._as_ours(codes, scales, shape))
+
+    def _store_part(self, like: DTensor, codes: Tensor, scale: Tensor) -> None:
+        both = cut_parameters(like, self._shape, codes, scale, self.float_dtype)
+        self._parameters["weight"], self._parameters["weight_scale"] = both
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _check_shape(self, shape: Tensor) -> None:
+        if not shape.is_meta and shape.tolist() != list(self._shape):
+            raise ValueError(f"its weight_shape is {shape.tolist()}, expected {list(self._shape)}.")
+
+    def _as_ours(self, codes: Tensor, scale: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return what was read in our dtypes; codes of another program are made anew if a scale is no bfloat16."""
         short = scale.bfloat16()
         if not self.ours:
@@ -176,7 +229,7 @@ class Int8Linear(nn.Linear):
                     "a scale is NaN, infinite or negative, so the file is damaged: copy the folder again."
                 )
             short.clamp_(min=SMALLEST_SCALE)
-        codes = self._checked(codes, short, self._length)
+        codes = checked_codes(codes, short, shape, self._length, ours=self.ours)
         if self.ours or torch.equal(short.float(), scale.float().clamp(min=SMALLEST_SCALE)):
             return codes, short
         self.ours = True
@@ -199,6 +252,7 @@ class Int8Linear(nn.Linear):
         """Return X W^T + b in the dtype of X, or of autocast."""
         check_gathered(self.weight)
         check_scale(self.weight_scale)
+        note_scale(self.weight, self.weight_scale)
         device = input.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
@@ -261,9 +315,6 @@ class Int8Linear(nn.Linear):
         if "weight_scale" not in taken and not ("weight" in taken and taken["weight"].is_floating_point()):
             missing.append(f"{prefix}weight_scale")
 
-    def _checked(self, codes: Tensor, scale: Tensor, length: int) -> Tensor:
-        return checked_codes(codes, scale, (self.out_features, self.in_features), length, ours=self.ours)
-
     def _load_stored(self, weight: Tensor | None, scale: Tensor | None) -> None:
         """Copy codes and scales, or the codes and scales of a float weight."""
         if weight is None or (scale is None and not weight.is_floating_point()):
@@ -276,7 +327,8 @@ class Int8Linear(nn.Linear):
         assert scale is not None
         by_0_1 = group_length(self.in_features, self.group_size)
         as_in_0_1 = tuple(scale.shape) == (self.out_features, self.in_features // by_0_1)
-        weight = self._checked(weight, scale, by_0_1 if as_in_0_1 else self.length)
+        length = by_0_1 if as_in_0_1 else self.length
+        weight = checked_codes(weight, scale, self._shape, length, ours=self.ours)
         if self.weight.is_meta:
             self.store(weight, scale, self.weight.dtype)
             return

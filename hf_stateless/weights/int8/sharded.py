@@ -1,8 +1,9 @@
-"""`Int8Shard`: the rows of an 8-bit weight that a rank holds under FSDP2, and what all-gathers them as int8.
+"""`Int8Shard`: the part of an 8-bit weight that a rank holds, and what all-gathers it as int8 under FSDP2.
 
 FSDP2 cuts a parameter in chunks of rows, gathers it before it is used, and reduces its gradient to the same chunks.
 Codes travel as int8 by FSDP2's extension for tensor subclasses. Scales are a frozen parameter beside them, which FSDP2
 cuts in the same rows by itself; a group never leaves its row, so no group is cut. A stack is cut between its matrices.
+Tensor parallelism of transformers cuts while it loads, see `parallel.py`; it computes with the parts and gathers none.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ class Place:
 
     whole: Callable[[], Any] = lambda: None
     """The weight that is being cut, as long as it lives."""
-    groups: int = 1
-    """How many scales a row has."""
+    length: int = 1
+    """How many weights of a row share a scale."""
     first: int = 0
     """Number of the first row in the whole matrix, or of the first matrix in the whole stack."""
+    first_column: int = 0
+    """Number of the first column in the whole matrix."""
+    runs: tuple[tuple[int, int], ...] = ()
+    """Where rows do not simply follow `first`: the number of the first one of each run, and how many follow it."""
     scale: Tensor | None = None
     """The scales of the rows; known from the first time that the weight was gathered."""
     beside: Callable[[], Tensor | None] | None = None
@@ -69,8 +74,9 @@ class Int8Shard(StoredWeight):
 
     @property
     def kernel(self) -> str:  # type: ignore[override]
-        """As for whole weights, once the scales are known."""
-        return "" if self.place.scale is None else "int8"
+        """As for whole weights, once the scales are known; kernels count rows on from the first, and all columns."""
+        counted = self.place.scale is not None and not self.place.runs and not self.place.first_column
+        return "int8" if counted else ""
 
     @property
     def first_row(self) -> int:  # type: ignore[override]
@@ -115,7 +121,7 @@ class Int8Shard(StoredWeight):
                 f"An 8-bit weight {tuple(codes.shape)} can be cut between {between} only, got parts {tuple(size)}: "
                 "leave shard_placement_fn out, or return Shard(0) for it."
             )
-        place = Place(weakref.ref(whole), whole.stored[1].shape[-1])
+        place = Place(weakref.ref(whole), whole.shape[-1] // max(1, whole.stored[1].shape[-1]))
         return cls(codes.new_zeros(tuple(size)), place, whole.dtype)
 
     @classmethod
@@ -194,7 +200,10 @@ class Int8Shard(StoredWeight):
         if self.place.scale is None:
             return []
         both = zip(self.codes.flatten(0, -3), self.scale.detach().flatten(0, -3), strict=True)
-        return [Int8Shard(codes, Place(scale=scale), self.dtype) for codes, scale in both]
+        return [
+            Int8Shard(codes, replace(self.place, first=0, scale=scale, beside=None), self.dtype)
+            for codes, scale in both
+        ]
 
     @torch.no_grad()
     def write_rows_(
@@ -210,8 +219,22 @@ class Int8Shard(StoredWeight):
         """Apply the update of these rows, with the noise that they have in the whole matrix."""
         if self.place.scale is None and usable is not None:
             return  # never gathered, so that there is no gradient: how checkpoints have a state made
-        first = self.first_row
-        write_rows_(self.codes, self.scale, update, step_size, decay, key, usable=usable, first_row=first, lost=lost)
+        scale, start = self.scale, 0
+        for first, count in self.place.runs or ((self.first_row, len(self)),):
+            rows = slice(start, start + count)
+            write_rows_(
+                self.codes[rows],
+                scale[rows],
+                _counted_from(start, update),
+                step_size,
+                decay,
+                key,
+                usable=usable,
+                first_row=first,
+                first_column=self.place.first_column,
+                lost=lost and _told_from(start, lost),
+            )
+            start += count
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Shard:
         copied: Int8Shard = memo.setdefault(id(self), self.clone())
@@ -282,6 +305,12 @@ def check_scale(scale: Tensor) -> None:
         raise RuntimeError("FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no.")
 
 
+def note_scale(weight: Tensor, scale: Tensor) -> None:
+    """Note the scales of a part that a module computes with as it is, without gathering it: a copy has others."""
+    if isinstance(weight, Int8Shard) and not weight.place.beside:
+        weight.place.scale = scale.detach()
+
+
 def check_gathered(weight: Tensor) -> None:
     """Refuse to compute with a weight that is not here as a whole.
 
@@ -294,6 +323,14 @@ def check_gathered(weight: Tensor) -> None:
             "applied to. Wrappers other than DDP and FSDP2 are not supported with 8-bit weights: load the model "
             "without quantization_config."
         )
+
+
+def _counted_from(start: int, update: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
+    return lambda rows: update(slice(start + rows.start, start + rows.stop))
+
+
+def _told_from(start: int, lost: Lost) -> Lost:
+    return lambda rows, values: lost(slice(start + rows.start, start + rows.stop), values)
 
 
 def _stride_of_nothing(whole: StoredWeight) -> tuple[int, ...]:

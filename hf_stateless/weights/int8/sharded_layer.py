@@ -22,9 +22,11 @@ def codes_of(weight: Tensor) -> DTensor:
     shard = shard_of(weight)
     assert shard is not None
     assert isinstance(weight, DTensor)
-    *rows, columns = weight.shape
-    shape = (*rows, shard.place.groups, columns // shard.place.groups)
-    return _cut_as(weight, shard.codes.view(len(shard), *shape[1:]), shape)
+    shape, local = (
+        (*rows, columns // shard.place.length, shard.place.length)
+        for *rows, columns in (weight.shape, shard.codes.shape)
+    )
+    return cut_as(weight, shard.codes.view(local), shape)
 
 
 def load_sharded(module: nn.Module, name: str, weight: Tensor, scale: Tensor | None, *, ours: bool = True) -> None:
@@ -55,8 +57,8 @@ def load_sharded(module: nn.Module, name: str, weight: Tensor, scale: Tensor | N
         shard.codes.copy_(codes.reshape(shard.shape))
         return
     of_scales, columns = local_of(scale), shard.shape[-1]
-    rows, length = shard.shape[:-1].numel(), columns // shard.place.groups
-    grouped = (*shard.shape[:-1], shard.place.groups)
+    rows, length = shard.shape[:-1].numel(), shard.place.length
+    grouped = (*shard.shape[:-1], columns // length)
     if codes.shape not in ((*grouped, length), shard.shape) or of_scales.shape != grouped:
         raise ValueError(
             f"got codes {tuple(codes.shape)} and scales {tuple(of_scales.shape)} on this rank, expected "
@@ -100,13 +102,14 @@ def _replace(module: Any, name: str, codes: Tensor, scale: Tensor) -> None:
     param, scales = module._parameters[name], _scales(module, name)
     shard = shard_of(param)
     assert shard is not None
-    weight = _cut_as(param, Int8Shard(codes, replace(shard.place, scale=None), shard.dtype), param.shape)
+    weight = cut_as(param, Int8Shard(codes, replace(shard.place, scale=None), shard.dtype), param.shape)
     shard.place.moved_to = module._parameters[name] = nn.Parameter(weight, param.requires_grad)
-    beside = nn.Parameter(_cut_as(scales, scale, scales.shape), requires_grad=False)
+    beside = nn.Parameter(cut_as(scales, scale, scales.shape), requires_grad=False)
     module._parameters[module.name_of_scale(name)] = beside
 
 
-def _cut_as(param: DTensor, local: Tensor, shape: Any) -> DTensor:
+def cut_as(param: DTensor, local: Tensor, shape: Any) -> DTensor:
+    """Return a tensor of some shape of which this rank holds a part, cut in the dimensions that a parameter is cut in."""
     stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(
         local, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=stride
