@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-
 from torch import nn
 
 from ..ranks.placement import is_sharded
+from ..weights.plans import style_of
 
 
 def refuse_unknown_shards(model: nn.Module) -> None:
@@ -48,20 +46,3 @@ def refuse_doubled_gradients(model: nn.Module, steps: int) -> None:
             f"{names[0]} ({len(names)} such) over the ranks again in each micro-batch, expected once in a step: set "
             "gradient_accumulation_steps=1 and a larger batch, or freeze these by requires_grad_(False)."
         )
-
-
-def style_of(name: str, plan: Mapping[str, str]) -> str | None:
-    """Return how a parallel plan of transformers cuts a parameter: by its own name, or that of its module.
-
-    Example:
-        >>> from hf_stateless.trainer.parallel_models import style_of
-        >>> style_of("layers.3.mlp.up_proj.weight", {"layers.*.mlp.up_proj": "colwise"})
-        'colwise'
-    """
-    own = in_plan(name)
-    return plan.get(own) or plan.get(own.rpartition(".")[0])
-
-
-def in_plan(name: str) -> str:
-    """Return a name as plans write it: a star for the number of a layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

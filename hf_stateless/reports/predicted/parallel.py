@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...trainer.parallel_models import in_plan, style_of
+from ...weights.plans import in_plan, style_of
 from ..run_facts import base_of
 from .state import refuse_unknown_in_parts
 from .table import Settings

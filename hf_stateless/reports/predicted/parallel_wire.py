@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...norms.chain import Chain
-from ...trainer.parallel_models import in_plan
+from ...weights.plans import in_plan
 from ...update.layout import layout_at
 from ..run_facts import base_of
 from .model import tensor_bytes

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from .codes import stored_length
+from .codes import checked_codes, stored_length
 from .holder import Int8Holder, checked_held, codes_name, mix, put, scale_name
+from .parallel import cut_parameters, whole_groups
+from .sharded import local_of
 
 
-def expect(module: nn.Module, name: str, group_size: int | None) -> None:
-    """Make room, without memory, for what a file names, until `adopt`."""
+def expect(module: nn.Module, name: str, group_size: int | None, *, in_parts: bool = False) -> tuple[str, str]:
+    """Make room, without memory, for what a file names, until `adopt`.
+
+    Args:
+        module: that computes with the weight.
+        name: of the weight there.
+        group_size: see `stored_length`.
+        in_parts: the room may be cut over ranks, so that it has the dimensions of the weight.
+
+    Returns:
+        The names of codes and scales there.
+    """
     weight = module._parameters[name]
     assert weight is not None
     holder: nn.Module = mix(module, Int8Holder)
@@ -21,11 +34,13 @@ def expect(module: nn.Module, name: str, group_size: int | None) -> None:
     holder.__dict__[name] = stand_in = torch.empty(shape, dtype=weight.dtype, device="meta")
     stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
     holder._parameters[name] = None  # keeps its place
-    rooms = {codes_name(name): ((*grouped, length), torch.int8), scale_name(name): (grouped, torch.bfloat16)}
+    of_codes = shape if in_parts else (*grouped, length)
+    rooms = {codes_name(name): (of_codes, torch.int8), scale_name(name): (grouped, torch.bfloat16)}
     for part, (size, dtype) in rooms.items():
         room = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
         holder._parameters[part] = room
     holder.awaited_in_8_bits = (*holder.awaited_in_8_bits, name)
+    return codes_name(name), scale_name(name)
 
 
 def adopt(module: nn.Module, name: str) -> bool:
@@ -43,12 +58,27 @@ def adopt(module: nn.Module, name: str) -> bool:
     read = [getattr(tensor, "_is_hf_initialized", False) for tensor in (codes, scale)]
     if any(read) and not all(read):
         raise ValueError(f"only its {'codes' if read[0] else 'scales'} are there.")
+    if isinstance(scale, DTensor):
+        _adopt_part(module, name, codes, scale, like)
+        return all(read)
     if codes.numel() != like.numel():  # as older versions of transformers only report afterwards
         raise ValueError(f"got codes {tuple(codes.shape)}, expected those of {tuple(like.shape)}: save it again.")
     shown = put(module, name, codes.detach().view(like.shape), scale.detach(), like.dtype, True)
     if all(read):
         checked_held(codes.detach(), scale.detach(), shown)
     return all(read)
+
+
+def _adopt_part(module: nn.Module, name: str, codes: Tensor, scale: DTensor, like: Tensor) -> None:
+    """Take over this rank's part of what was read."""
+    length = like.shape[-1] // scale.shape[-1]
+    whole_groups(scale, like.shape[-1], length, read_as=1)
+    codes, scales = (local_of(t) if isinstance(t, DTensor) else t for t in (codes, scale))
+    *matrices, groups = scales.shape
+    shape = (scales.shape[:-1].numel(), groups * length)
+    codes = checked_codes(codes.reshape(shape), scales.reshape(-1, groups), shape, length)
+    both = cut_parameters(scale, like.shape, codes.view(*matrices, -1), scales, like.dtype)
+    module._parameters[name], module._parameters[scale_name(name)] = both
 
 
 def is_expected(module: nn.Module, name: str) -> bool:

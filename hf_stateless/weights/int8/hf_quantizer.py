@@ -31,7 +31,8 @@ from .convert import (
 )
 from .folder import check_folder, is_own_class
 from .linear import Int8Linear, sizes_of
-from .parallel import check_plan, is_loaded_in_parts, quantize_part
+from .holder import Int8Holder, mix
+from .parallel import check_plan, cut_like, is_loaded_in_parts, quantize_part, store_part
 from .sharded_folder import is_cut, whole_state
 from .tables import expect_tables, finish_tables, quantize_table, tables_of
 
@@ -46,6 +47,8 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
     """Embedding and head, where they are stored in 8 bits."""
     _stacks: frozenset[str] = frozenset()
     """Parameters in modules that compute with them by themselves."""
+    _rooms: frozenset[str] = frozenset()
+    """What is in their places until parts of it are read."""
 
     def __init__(self, quantization_config: Int8TrainingConfig, **kwargs: Any) -> None:
         # A copy: it will describe this model, and the user's object may be passed for another one.
@@ -54,7 +57,8 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Tell whether a weight that is read in float becomes 8-bit."""
         module, _, name = param_name.rpartition(".")
-        return (name == "weight" and module in self._names | self._tables.keys()) or param_name in self._stacks
+        weights = self._stacks | self._rooms
+        return (name == "weight" and module in self._names | self._tables.keys()) or param_name in weights
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Return the bytes per element that a parameter will take."""
@@ -105,9 +109,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         check_folder(files, model, layers)
         if config.has_stacks:
             self._stacks = frozenset(stacks_to_quantize(model, config.modules_to_not_convert))
-        for name in self._stacks:
-            path, _, own = name.rpartition(".")
-            expect(model.get_submodule(path), own, config.group_size)
+        self._expect_stacks(model)
         self._tables = self._tables_of(model)
         if config.has_tables:
             tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -118,13 +120,29 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
             # Without files it is a state dict that is read, in which codes are not packed.
             empty.expect(packed=group.packed and bool(files), ours=group.ours)
             model.set_submodule(name, empty)
-        check_plan(model, self._stacks, self._tables)
+        check_plan(model, self._tables)
         return model
+
+    def _expect_stacks(self, model: PreTrainedModel) -> None:
+        """Make room for the stacks of a folder."""
+        in_parts, rooms = is_loaded_in_parts(model), set()
+        for name in self._stacks:
+            path, _, own = name.rpartition(".")
+            size = self.quantization_config.group_size
+            parts = [f"{path}.{part}" for part in expect(model.get_submodule(path), own, size, in_parts=in_parts)]
+            if in_parts:
+                cut_like(model, name, parts)
+                rooms.update(parts)
+        self._rooms = frozenset(rooms)
 
     def _await_parts(self, model: PreTrainedModel) -> None:
         """Put 8-bit layers into a model that transformers will cut: it hooks modules, so they have to be there."""
-        check_plan(model, self._stacks, self._tables)
-        for name in self._names if is_loaded_in_parts(model) else ():
+        check_plan(model, self._tables)
+        if not is_loaded_in_parts(model):
+            return
+        for name in self._stacks:
+            mix(model.get_submodule(name.rpartition(".")[0]), Int8Holder)
+        for name in self._names:
             linear = model.get_submodule(name)
             if isinstance(linear, nn.Linear):
                 empty = Int8Linear.like(linear, self.quantization_config.group_size)
@@ -183,6 +201,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         try:
             if is_expected(module, own) and not adopt(module, own):
                 raise ValueError("its codes and scales are missing.")
+            store_part(module, own, self.quantization_config.group_size)
         except ValueError as error:
             raise ValueError(f"{model.name_or_path}: {name}: {error}") from None
         quantize_stack_of(model, name, self.quantization_config.group_size)

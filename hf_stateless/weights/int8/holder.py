@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from .codes import checked_codes, quantize_stack
 from .lent import Loan, Purse, Uses, before_backward_of
-from .sharded import Int8Shard, check_gathered, shard_of
+from .sharded import Int8Shard, check_gathered, note_scale, shard_of
 from .sharded_layer import codes_of, load_sharded, move_sharded
 from .weight import Int8Weight, Scale
 
@@ -230,8 +230,8 @@ def hold(module: nn.Module, name: str, group_size: int | None) -> Int8Weight:
         >>> attention.in_proj_weight.grad.shape
         torch.Size([24, 8])
     """
-    weight = module._parameters[name]
-    if isinstance(weight, Int8Weight):
+    weight: Any = module._parameters[name]
+    if isinstance(weight, Int8Weight) or shard_of(weight) is not None:
         return weight
     assert weight is not None
     return put(
@@ -326,4 +326,6 @@ def _places(module: Int8Holder) -> Iterator[tuple[dict[str, Any], str, Int8Weigh
             weight: Any = where[key]
             if isinstance(weight, Int8Weight | Int8Shard) or shard_of(weight) is not None:
                 check_gathered(weight)
+                if scale_name(name) in holder._parameters:
+                    note_scale(weight, holder._parameters[scale_name(name)])
                 yield where, key, weight, holder._purses.setdefault(name, Purse())

@@ -20,9 +20,9 @@ from .codes import (
     quantize_matrix,
     stored_length,
 )
-from .packed import unpack, words
-from .parallel import cut_parameters, whole_groups
-from .sharded import Int8Shard, check_gathered, check_scale, local_of, note_scale, refuse_to_float, shard_of
+from .packed import PER_WORD, unpack, words
+from .parallel import cut_parameters, store_part, whole_groups
+from .sharded import check_gathered, check_scale, local_of, note_scale, refuse_to_float, shard_of
 from .sharded_layer import codes_of, load_sharded, move_sharded
 from .weight import Int8Weight, Scale
 
@@ -192,24 +192,18 @@ class Int8Linear(nn.Linear):
         assert weight is not None
         self._read_as = ()
         if isinstance(weight, DTensor):
-            whole_groups(weight, self.in_features, length)
-            local = local_of(weight)
-            both = local.stored if isinstance(local, Int8Shard) else quantize_matrix(local, length)
-            self._store_part(weight, *both)
+            store_part(self, "weight", length)
         elif not isinstance(weight, Int8Weight):
             self.store(*quantize_matrix(weight, length), self.float_dtype)
 
     def _adopt_part(self, codes: Tensor, scale: DTensor) -> None:
         """Take over this rank's part of what was read."""
         packed = codes.dtype == torch.int32
-        whole_groups(scale, self.in_features, self._length, packed=packed)
+        whole_groups(scale, self.in_features, self._length, read_as=PER_WORD if packed else 1)
         codes, scales = (local_of(t) if isinstance(t, DTensor) else t for t in (codes, scale))
         shape = (len(scales), scales.shape[1] * self._length)
         codes = unpack(codes, shape[1]) if packed else codes
-        self._store_part(scale, *self._as_ours(codes, scales, shape))
-
-    def _store_part(self, like: DTensor, codes: Tensor, scale: Tensor) -> None:
-        both = cut_parameters(like, self._shape, codes, scale, self.float_dtype)
+        both = cut_parameters(scale, self._shape, *self._as_ours(codes, scales, shape), self.float_dtype)
         self._parameters["weight"], self._parameters["weight_scale"] = both
 
     @property

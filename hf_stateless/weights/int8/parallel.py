@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..plans import in_plan, style_of
 from .codes import COMMON_LENGTHS, quantize_stack, stored_length
-from .packed import PER_WORD
-from .sharded import Int8Shard, Place
+from .sharded import Int8Shard, Place, local_of
 from .sharded_layer import cut_as
 
 
 _SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size", "ep_size")
 _SHARD = "and shard by accelerate launch with fsdp_version: 2, or by fully_shard."
+_IN_FLOAT = "leave its module in float by modules_to_not_convert."
 _INSTEAD = {
     "fsdp_size": f"leave fsdp_size out, {_SHARD}",
     "dp_replicate_size": f"leave dp_replicate_size out, {_SHARD}",
     "pp_size": "leave pp_size out.",
-    "ep_size": "leave ep_size out, or quantization_config.",
 }
 
 
@@ -37,12 +37,11 @@ def is_loaded_in_parts(model: PreTrainedModel) -> bool:
     return any(size > 1 for size in _sizes(model).values())
 
 
-def check_plan(model: PreTrainedModel, stacks: Collection[str], tables: Collection[str]) -> None:
+def check_plan(model: PreTrainedModel, tables: Collection[str]) -> None:
     """Refuse what cannot be trained in 8 bits in the way in which transformers shall cut a model.
 
     Args:
         model: without weights yet.
-        stacks: names of the parameters in modules that compute with them by themselves.
         tables: names of the embedding and the head that shall be in 8 bits.
 
     Raises:
@@ -53,16 +52,28 @@ def check_plan(model: PreTrainedModel, stacks: Collection[str], tables: Collecti
         if sizes[name] > 1:
             raise ValueError(
                 f"got DistributedConfig({name}={sizes[name]}) for weights in 8 bits, which transformers can cut by "
-                f"tp_size alone: {instead}"
+                f"tp_size and ep_size alone: {instead}"
             )
-    if sizes["tp_size"] > 1 and (stacks or tables):
-        name = min([*stacks, *tables])
-        fix = "leave embeddings=True out" if tables else f"add modules_to_not_convert={[_owner(name)]}"
-        raise ValueError(f"tensor parallelism cannot cut {name} in 8 bits: {fix} of Int8TrainingConfig.")
+    if tables and sizes["tp_size"] > 1:
+        raise ValueError(
+            f"tensor parallelism cannot cut {min(tables)} in 8 bits: leave embeddings=True out of Int8TrainingConfig."
+        )
 
 
-def _owner(name: str) -> str:
-    return name.split(".")[-2]
+def cut_like(model: PreTrainedModel, name: str, parts: Sequence[str]) -> None:
+    """Have transformers cut what is read for a weight as its plans cut the weight.
+
+    Args:
+        model: that it has not cut yet.
+        name: of the parameter.
+        parts: names of the parameters that are in its place until they are read.
+    """
+    config = getattr(model.config, "distributed_config", None)
+    for kind in ("tp_plan", "ep_plan"):
+        plan, own = getattr(model, kind, None) or {}, getattr(config, kind, None)
+        style = style_of(name, {**plan, **(own if isinstance(own, dict) else {})})
+        if style is not None:
+            plan.update({in_plan(part): style for part in parts})
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -110,14 +121,38 @@ def cut_parameters(
     return nn.Parameter(weight), nn.Parameter(groups, requires_grad=False)
 
 
-def whole_groups(like: DTensor, columns: int, length: int, *, packed: bool = False) -> None:
+def store_part(module: Any, name: str, group_size: int | None) -> None:
+    """Give a module this rank's part of a weight, which was read by `quantize_part` or is still in float.
+
+    Nothing is done where the weight is whole, or where the scales are there already.
+
+    Args:
+        module: an `Int8Linear` or `Int8Holder`, or any other with a whole weight.
+        name: of the weight there.
+        group_size: see `stored_length`.
+
+    Raises:
+        ValueError: the cut goes through groups, or a weight is NaN or infinite.
+    """
+    weight = module._parameters[name]
+    if not isinstance(weight, DTensor) or module._parameters.get(beside := module.name_of_scale(name)) is not None:
+        return
+    length = stored_length(weight.shape[-1], group_size)
+    whole_groups(weight, weight.shape[-1], length)
+    local = local_of(weight)
+    codes, scale = local.stored if isinstance(local, Int8Shard) else quantize_stack(local, length)
+    both = cut_parameters(weight, weight.shape, codes, scale, weight.dtype)
+    module._parameters[name], module._parameters[beside] = both
+
+
+def whole_groups(like: DTensor, columns: int, length: int, *, read_as: int = 0) -> None:
     """Refuse a cut that goes through groups of weights which share a scale.
 
     Args:
         like: cut as the weight is.
         columns: of the weight.
         length: how many weights share a scale.
-        packed: a file has four codes in one number, and says what shares a scale.
+        read_as: how many codes are one number in the file that has them; 0 for a weight that is read in float.
 
     Raises:
         ValueError: it does.
@@ -125,12 +160,14 @@ def whole_groups(like: DTensor, columns: int, length: int, *, packed: bool = Fal
     for mesh_dim, pieces in _cuts(like, like.ndim - 1):
         ranks = like.device_mesh.size(mesh_dim)
         part = -(-columns // ranks)
-        if pieces == 1 and part % length == 0 and not (packed and part % PER_WORD):
+        if pieces == 1 and part % length == 0 and part % max(1, read_as) == 0:
             continue
         cut = f"{ranks} ranks would have {part} of the {columns} columns each, and {length} weights share a scale: "
         divisors = [size for size in range(min(length, part), 0, -1) if math.gcd(part, columns) % size == 0]
         fits = next((size for size in divisors if size in COMMON_LENGTHS), divisors[0])
-        if packed or pieces > 1:
+        if pieces > 1:
+            raise ValueError(f"{pieces} matrices lie side by side in it, and each is cut: {_IN_FLOAT}")
+        if read_as:
             raise ValueError(cut + "load it on another number of ranks, or hf-stateless export it and begin anew.")
         raise ValueError(cut + f"type Int8TrainingConfig(group_size={fits}), or take another number of ranks.")
 

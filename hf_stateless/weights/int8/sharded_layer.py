@@ -109,7 +109,7 @@ def _replace(module: Any, name: str, codes: Tensor, scale: Tensor) -> None:
 
 
 def cut_as(param: DTensor, local: Tensor, shape: Any) -> DTensor:
-    """Return a tensor of some shape of which this rank holds a part, cut in the dimensions that a parameter is cut in."""
+    """Return a tensor of some shape of which this rank holds a part, cut in the dimensions of a parameter."""
     stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(
         local, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=stride
