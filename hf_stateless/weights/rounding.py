@@ -106,7 +106,8 @@ def stochastic_round_integers_(
         >>> sorted(set(third.flatten().tolist())), round(float(third.mean()), 1)
         ([0.0, 1.0], 0.3)
     """
-    noise = rounding_noise(*values.shape, key, row_offset=first_row, column_offset=first_column)
+    rows, columns = values.shape
+    noise = rounding_noise(rows, columns, key, row_offset=first_row, column_offset=first_column)
     # The noise is in the middle of its 65536 steps, so that neither direction is favoured.
     return values.add_(noise.to(values.dtype), alpha=2.0**-16).add_(2.0**-17).floor_()
 

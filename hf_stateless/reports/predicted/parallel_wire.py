@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...norms.chain import Chain
-from ...weights.plans import in_plan
 from ...update.layout import layout_at
+from ...weights.plans import in_plan
 from ..run_facts import base_of
 from .model import tensor_bytes
 from .parallel import COLUMNS, ROWS, plans_of, whole_shape, widths

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .codes import checked_codes, stored_length
+from .codes import stored_length
 from .holder import Int8Holder, checked_held, codes_name, mix, put, scale_name
-from .parallel import cut_parameters, whole_groups
-from .sharded import local_of
+from .parallel import adopt_part
 
 
 def expect(module: nn.Module, name: str, group_size: int | None, *, in_parts: bool = False) -> tuple[str, str]:
@@ -59,7 +58,7 @@ def adopt(module: nn.Module, name: str) -> bool:
     if any(read) and not all(read):
         raise ValueError(f"only its {'codes' if read[0] else 'scales'} are there.")
     if isinstance(scale, DTensor):
-        _adopt_part(module, name, codes, scale, like)
+        adopt_part(module, name, codes, scale, like.shape, like.dtype)
         return all(read)
     if codes.numel() != like.numel():  # as older versions of transformers only report afterwards
         raise ValueError(f"got codes {tuple(codes.shape)}, expected those of {tuple(like.shape)}: save it again.")
@@ -67,18 +66,6 @@ def adopt(module: nn.Module, name: str) -> bool:
     if all(read):
         checked_held(codes.detach(), scale.detach(), shown)
     return all(read)
-
-
-def _adopt_part(module: nn.Module, name: str, codes: Tensor, scale: DTensor, like: Tensor) -> None:
-    """Take over this rank's part of what was read."""
-    length = like.shape[-1] // scale.shape[-1]
-    whole_groups(scale, like.shape[-1], length, read_as=1)
-    codes, scales = (local_of(t) if isinstance(t, DTensor) else t for t in (codes, scale))
-    *matrices, groups = scales.shape
-    shape = (scales.shape[:-1].numel(), groups * length)
-    codes = checked_codes(codes.reshape(shape), scales.reshape(-1, groups), shape, length)
-    both = cut_parameters(scale, like.shape, codes.view(*matrices, -1), scales, like.dtype)
-    module._parameters[name], module._parameters[scale_name(name)] = both
 
 
 def is_expected(module: nn.Module, name: str) -> bool:

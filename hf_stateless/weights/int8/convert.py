@@ -99,7 +99,7 @@ def quantize_layer(model: nn.Module, name: str, group_size: int | None) -> Int8L
     return layer
 
 
-def quantize_stack_of(model: nn.Module, name: str, group_size: int | None) -> Int8Weight:
+def quantize_stack_of(model: nn.Module, name: str, group_size: int | None) -> nn.Parameter:
     """Store a weight in 8 bits in the module that computes with it; nothing is done where it is stored so already.
 
     Raises:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .awaited import adopt, expect, is_expected
+from .awaited import adopt, is_expected
 from .codes import group_length, stored_length
 from .compressed import Group, stored_layers
 from .config import DEFAULT_GROUP_SIZE, METHOD, Int8TrainingConfig
@@ -31,10 +30,10 @@ from .convert import (
 )
 from .folder import check_folder, is_own_class
 from .linear import Int8Linear, sizes_of
-from .holder import Int8Holder, mix
-from .parallel import check_plan, cut_like, is_loaded_in_parts, quantize_part, store_part
+from .parallel import check_plan, is_loaded_in_parts, store_part
+from .reading import QuantizeLayer, await_parts, expect_stacks
 from .sharded_folder import is_cut, whole_state
-from .tables import expect_tables, finish_tables, quantize_table, tables_of
+from .tables import expect_tables, finish_tables, tables_of
 
 
 @register_quantizer(METHOD)
@@ -66,7 +65,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that turns one float weight into an 8-bit layer."""
-        return _QuantizeLayer(self.quantization_config.group_size, self._stacks, self._tables)
+        return QuantizeLayer(self.quantization_config.group_size, self._stacks, self._tables)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Codes and scales are saved as plain tensors."""
@@ -95,12 +94,14 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         return (packed_state(model, whole) if packed else whole), {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        config = self.quantization_config
+        check_plan(model)
+        config, in_parts = self.quantization_config, is_loaded_in_parts(model)
         if not self.pre_quantized:
             self._names = frozenset(layers_to_quantize(model, config.modules_to_not_convert))
             self._stacks = frozenset(stacks_to_quantize(model, config.modules_to_not_convert))
             self._tables = self._tables_of(model)
-            self._await_parts(model)
+            if in_parts:
+                await_parts(model, self._names, self._stacks, self._tables, config.group_size)
             return model
         layout = config.layout_of_folder()
         layers = stored_layers(model, layout) if layout else self._layers_of_0_1(model)
@@ -109,45 +110,20 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         check_folder(files, model, layers)
         if config.has_stacks:
             self._stacks = frozenset(stacks_to_quantize(model, config.modules_to_not_convert))
-        self._expect_stacks(model)
+        self._rooms = frozenset(expect_stacks(model, self._stacks, config.group_size, in_parts=in_parts))
         self._tables = self._tables_of(model)
         if config.has_tables:
             tied = getattr(model, "all_tied_weights_keys", None) or {}
             read = {name: table for name, table in self._tables.items() if f"{name}.weight" not in tied}
-            expect_tables(read, config.group_size)
+            expect_tables(read, config.group_size, in_parts=in_parts)
         for name, group in layers.items():
             empty = Int8Linear.like(model.get_submodule(name), group.group_size)
             # Without files it is a state dict that is read, in which codes are not packed.
-            empty.expect(packed=group.packed and bool(files), ours=group.ours)
+            empty.expect(packed=group.packed and bool(files), ours=group.ours, in_parts=in_parts)
             model.set_submodule(name, empty)
-        check_plan(model, self._tables)
+        if in_parts:
+            await_parts(model, (), (), self._tables, config.group_size)
         return model
-
-    def _expect_stacks(self, model: PreTrainedModel) -> None:
-        """Make room for the stacks of a folder."""
-        in_parts, rooms = is_loaded_in_parts(model), set()
-        for name in self._stacks:
-            path, _, own = name.rpartition(".")
-            size = self.quantization_config.group_size
-            parts = [f"{path}.{part}" for part in expect(model.get_submodule(path), own, size, in_parts=in_parts)]
-            if in_parts:
-                cut_like(model, name, parts)
-                rooms.update(parts)
-        self._rooms = frozenset(rooms)
-
-    def _await_parts(self, model: PreTrainedModel) -> None:
-        """Put 8-bit layers into a model that transformers will cut: it hooks modules, so they have to be there."""
-        check_plan(model, self._tables)
-        if not is_loaded_in_parts(model):
-            return
-        for name in self._stacks:
-            mix(model.get_submodule(name.rpartition(".")[0]), Int8Holder)
-        for name in self._names:
-            linear = model.get_submodule(name)
-            if isinstance(linear, nn.Linear):
-                empty = Int8Linear.like(linear, self.quantization_config.group_size)
-                empty.expect_float()
-                model.set_submodule(name, empty)
 
     def _tables_of(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """Return the embedding and the head that are stored in 8 bits."""
@@ -239,34 +215,6 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return to_float(model, dtype or torch.bfloat16)
-
-
-class _QuantizeLayer(ConversionOps):  # type: ignore[misc]
-    """Called with each float weight of a checkpoint as it is read."""
-
-    def __init__(self, group_size: int | None, stacks: Collection[str], tables: Collection[str]) -> None:
-        self.group_size, self.stacks = group_size, stacks
-        self.tables = {f"{name}.weight" for name in tables}
-
-    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Put 8-bit layers into the model, and return their parameters."""
-        weights: dict[str, torch.Tensor] = {}
-        for name, weight in input_dict.items():
-            path, _, own = name.rpartition(".")
-            module = model.get_submodule(path)
-            read = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=True)
-            place = module._parameters[own]
-            if isinstance(place, DTensor):
-                weights[name] = quantize_part(place, read.detach(), self.group_size)
-                continue
-            setattr(module, own, read)
-            if name in self.tables:
-                weights[name] = quantize_table(module, self.group_size)
-            elif name in self.stacks:
-                weights[name] = quantize_stack_of(model, name, self.group_size)
-            else:
-                weights[name] = quantize_layer(model, path, self.group_size).weight
-        return weights
 
 
 def quantize(model: PreTrainedModel, config: Int8TrainingConfig | None = None) -> PreTrainedModel:

@@ -208,7 +208,7 @@ def held_scales(module: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in module._parameters.items() if name.startswith(_SCALES) and p is not None]
 
 
-def hold(module: nn.Module, name: str, group_size: int | None) -> Int8Weight:
+def hold(module: nn.Module, name: str, group_size: int | None) -> nn.Parameter:
     """Store a float weight of a module in 8 bits, in place; return the 8-bit weight.
 
     Args:
@@ -230,10 +230,10 @@ def hold(module: nn.Module, name: str, group_size: int | None) -> Int8Weight:
         >>> attention.in_proj_weight.grad.shape
         torch.Size([24, 8])
     """
-    weight: Any = module._parameters[name]
+    weight = module._parameters[name]
+    assert weight is not None
     if isinstance(weight, Int8Weight) or shard_of(weight) is not None:
         return weight
-    assert weight is not None
     return put(
         mix(module, Int8Holder), name, *quantize_stack(weight.detach(), group_size), weight.dtype, weight.requires_grad
     )
@@ -326,6 +326,6 @@ def _places(module: Int8Holder) -> Iterator[tuple[dict[str, Any], str, Int8Weigh
             weight: Any = where[key]
             if isinstance(weight, Int8Weight | Int8Shard) or shard_of(weight) is not None:
                 check_gathered(weight)
-                if scale_name(name) in holder._parameters:
-                    note_scale(weight, holder._parameters[scale_name(name)])
+                if (scale := holder._parameters.get(scale_name(name))) is not None:
+                    note_scale(weight, scale)
                 yield where, key, weight, holder._purses.setdefault(name, Purse())

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .codes import (
@@ -21,8 +20,9 @@ from .codes import (
     stored_length,
 )
 from .packed import PER_WORD, unpack, words
-from .parallel import cut_parameters, store_part, whole_groups
-from .sharded import check_gathered, check_scale, local_of, note_scale, refuse_to_float, shard_of
+from .parallel import adopt_part, store_part
+from .product import int8_product
+from .sharded import check_gathered, check_scale, note_scale, refuse_to_float, shard_of
 from .sharded_layer import codes_of, load_sharded, move_sharded
 from .weight import Int8Weight, Scale
 
@@ -139,12 +139,13 @@ class Int8Linear(nn.Linear):
         room = torch.empty(self.out_features, self.in_features, dtype=self.float_dtype, device="meta")
         self._parameters["weight"], self._parameters["weight_scale"] = nn.Parameter(room), None
 
-    def expect(self, *, packed: bool, ours: bool) -> None:
+    def expect(self, *, packed: bool, ours: bool, in_parts: bool = False) -> None:
         """Make room, without memory, for what a file names, until `adopt`.
 
         Args:
             packed: it has `weight_packed` and `weight_shape` in place of `weight`.
             ours: this package wrote it.
+            in_parts: the room may be cut over ranks.
         """
         self.ours, self._length = ours, self.length
         self._read_as = ("weight_packed", "weight_scale", "weight_shape") if packed else ("weight", "weight_scale")
@@ -157,6 +158,8 @@ class Int8Linear(nn.Linear):
             stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
             self.weight_packed = _room((self.out_features, words(self.in_features)), torch.int32)
             self.weight_shape = _room((2,), torch.int64)
+        elif in_parts:
+            self._parameters["weight"] = _room(self._shape, torch.int8)
 
     def adopt(self) -> bool:
         """Take over what `from_pretrained` has read; False if it found nothing, and the weight is still to be made.
@@ -178,11 +181,11 @@ class Int8Linear(nn.Linear):
         if all(read):
             codes, scale, *shape = (tensor.detach() for tensor in tensors.values() if tensor is not None)
             if isinstance(scale, DTensor):
-                self._adopt_part(codes, scale)
+                read_as = PER_WORD if shape else 1
+                adopt_part(self, "weight", codes, scale, self._shape, self.float_dtype, self._as_ours, read_as=read_as)
                 return True
-            if shape:
-                self._check_shape(shape[0])
-                codes = unpack(codes, self.in_features)
+            if shape and not shape[0].is_meta and shape[0].tolist() != list(self._shape):
+                raise ValueError(f"its weight_shape is {shape[0].tolist()}, expected {list(self._shape)}.")
             self.store(*self._as_ours(codes, scale, self._shape), self.float_dtype)
         return all(read)
 
@@ -196,26 +199,13 @@ class Int8Linear(nn.Linear):
         elif not isinstance(weight, Int8Weight):
             self.store(*quantize_matrix(weight, length), self.float_dtype)
 
-    def _adopt_part(self, codes: Tensor, scale: DTensor) -> None:
-        """Take over this rank's part of what was read."""
-        packed = codes.dtype == torch.int32
-        whole_groups(scale, self.in_features, self._length, read_as=PER_WORD if packed else 1)
-        codes, scales = (local_of(t) if isinstance(t, DTensor) else t for t in (codes, scale))
-        shape = (len(scales), scales.shape[1] * self._length)
-        codes = unpack(codes, shape[1]) if packed else codes
-        both = cut_parameters(scale, self._shape, *self._as_ours(codes, scales, shape), self.float_dtype)
-        self._parameters["weight"], self._parameters["weight_scale"] = both
-
     @property
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def _check_shape(self, shape: Tensor) -> None:
-        if not shape.is_meta and shape.tolist() != list(self._shape):
-            raise ValueError(f"its weight_shape is {shape.tolist()}, expected {list(self._shape)}.")
-
     def _as_ours(self, codes: Tensor, scale: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return what was read in our dtypes; codes of another program are made anew if a scale is no bfloat16."""
+        codes = unpack(codes, shape[1]) if codes.dtype == torch.int32 else codes
         short = scale.bfloat16()
         if not self.ours:
             if not bool(((scale >= 0) & (scale <= LARGEST_SCALE)).all()):
@@ -250,7 +240,7 @@ class Int8Linear(nn.Linear):
         device = input.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        output: Tensor = _Int8Product.apply(input, self.weight, self.weight.codes, self.weight_scale)  # type: ignore[no-untyped-call]
+        output = int8_product(input, self.weight, self.weight.codes, self.weight_scale)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:
@@ -340,22 +330,3 @@ def sizes_of(linear: nn.Module) -> tuple[int, int]:
 
 def _room(shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"), requires_grad=False)
-
-
-class _Int8Product(torch.autograd.Function):
-    """X W^T from codes and scales; the codes are arguments so that autograd notices when they change too early."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(input, codes, scale)
-        return functional.linear(input, dequantize_matrix(codes, scale, input.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        input, codes, scale = ctx.saved_tensors
-        of_input = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_input = grad.matmul(dequantize_matrix(codes, scale, grad.dtype))
-        if ctx.needs_input_grad[1]:
-            of_weight = grad.reshape(-1, grad.shape[-1]).mT.matmul(input.reshape(-1, input.shape[-1]))
-        return of_input, of_weight, None, None

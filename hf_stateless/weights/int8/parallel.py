@@ -8,7 +8,7 @@ modules that hold 8-bit weights have to be in the model before it is cut, and pa
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..plans import in_plan, style_of
-from .codes import COMMON_LENGTHS, quantize_stack, stored_length
+from .codes import COMMON_LENGTHS, checked_codes, quantize_stack, stored_length
 from .sharded import Int8Shard, Place, local_of
 from .sharded_layer import cut_as
 
@@ -37,15 +37,11 @@ def is_loaded_in_parts(model: PreTrainedModel) -> bool:
     return any(size > 1 for size in _sizes(model).values())
 
 
-def check_plan(model: PreTrainedModel, tables: Collection[str]) -> None:
-    """Refuse what cannot be trained in 8 bits in the way in which transformers shall cut a model.
-
-    Args:
-        model: without weights yet.
-        tables: names of the embedding and the head that shall be in 8 bits.
+def check_plan(model: PreTrainedModel) -> None:
+    """Refuse ways of cutting a model, without weights yet, in which its 8-bit weights cannot be trained.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: with what to type.
     """
     sizes = _sizes(model)
     for name, instead in _INSTEAD.items():
@@ -54,10 +50,6 @@ def check_plan(model: PreTrainedModel, tables: Collection[str]) -> None:
                 f"got DistributedConfig({name}={sizes[name]}) for weights in 8 bits, which transformers can cut by "
                 f"tp_size and ep_size alone: {instead}"
             )
-    if tables and sizes["tp_size"] > 1:
-        raise ValueError(
-            f"tensor parallelism cannot cut {min(tables)} in 8 bits: leave embeddings=True out of Int8TrainingConfig."
-        )
 
 
 def cut_like(model: PreTrainedModel, name: str, parts: Sequence[str]) -> None:
@@ -119,6 +111,46 @@ def cut_parameters(
     weight = cut_as(like, Int8Shard(codes, place, dtype), shape)
     groups = cut_as(like, scale, (*shape[:-1], shape[-1] // length))
     return nn.Parameter(weight), nn.Parameter(groups, requires_grad=False)
+
+
+def adopt_part(
+    module: Any,
+    name: str,
+    codes: Tensor,
+    scale: DTensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    ours: Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]] | None = None,
+    *,
+    read_as: int = 1,
+) -> None:
+    """Give a module this rank's part of a weight, of which codes and scales were read.
+
+    Args:
+        module: an `Int8Linear` or `Int8Holder`.
+        name: of the weight there.
+        codes: a DTensor as it was read.
+        scale: the same, (..., rows, groups).
+        shape: of the whole weight.
+        dtype: what the weight counts as.
+        ours: takes what this rank has of both, and of the weight as a matrix the shape, and returns them as they are
+            stored; `checked_codes` by default.
+        read_as: see `whole_groups`.
+
+    Raises:
+        ValueError: the cut goes through groups, or codes and scales are damaged.
+    """
+    length = shape[-1] // scale.shape[-1]
+    whole_groups(scale, shape[-1], length, read_as=read_as)
+    scales, part = local_of(scale), local_of(codes) if isinstance(codes, DTensor) else codes
+    *matrices, groups = scales.shape
+    flat, size = scales.reshape(-1, groups), (scales.shape[:-1].numel(), groups * length)
+    if ours is None:
+        part = checked_codes(part.reshape(size), flat, size, length)
+    else:
+        part, flat = ours(part, flat, size)
+    both = cut_parameters(scale, shape, part.view(*matrices, size[1]), flat.view(scales.shape), dtype)
+    module._parameters[name], module._parameters[module.name_of_scale(name)] = both
 
 
 def store_part(module: Any, name: str, group_size: int | None) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .codes import checked_codes, dequantize_matrix, quantize_stack, stored_length
 from .holder import Int8Holder, mix, put, scale_name
-from .sharded import check_gathered
+from .parallel import adopt_part, store_part
+from .sharded import Int8Shard, check_gathered, note_scale, shard_of
 from .weight import Int8Weight
 
 
@@ -26,6 +28,9 @@ class Int8Table(Int8Holder):
     Codes are saved under the name of the weight, so that what transformers knows of tied names stays true.
     """
 
+    _hf_quantized_needs_local_tp = True
+    """As for `Int8Linear`."""
+
     def codes_name(self, name: str) -> str:
         """Return the name of the weight."""
         return name
@@ -36,6 +41,15 @@ class Int8Table(Int8Holder):
         mixin = Int8Embedding if issubclass(kind, nn.Embedding) else Int8Head
         return (mixin,) if kind in (nn.Embedding, nn.Linear) else (kind, mixin)
 
+    def _held_weight(self) -> Any:
+        """Return the weight to compute with: whole, or this rank's part where the module shall compute with that."""
+        weight, scale = self._parameters["weight"], self._parameters.get(scale_name("weight"))
+        assert weight is not None
+        check_gathered(weight)
+        if scale is not None:  # a tied head has none
+            note_scale(weight, scale)
+        return weight
+
 
 class Int8Embedding(Int8Table, nn.Embedding):
     """Looks up the rows of a table in 8 bits."""
@@ -44,12 +58,17 @@ class Int8Embedding(Int8Table, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of tokens, (..., features)."""
-        weight = self.weight
-        check_gathered(weight)
+        weight, padding, elsewhere = self._held_weight(), self.padding_idx, None
+        if isinstance(weight, Int8Shard) and not weight.place.beside:
+            # This rank has the rows of some tokens; the others are zero here, and the ranks add up.
+            first = weight.first_row
+            padding = None if padding is None or padding < first else padding - first
+            elsewhere = (input < first) | (input >= first + len(weight))
+            input = (input - first).masked_fill(elsewhere, 0)
         rows: Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
-            weight, weight.codes, weight.scale, input, self.padding_idx, self.scale_grad_by_freq
+            weight, weight.codes, weight.scale, input, padding, self.scale_grad_by_freq
         )
-        return rows
+        return rows if elsewhere is None else rows.masked_fill(elsewhere.unsqueeze(-1), 0)
 
 
 class Int8Head(Int8Table, nn.Linear):
@@ -59,8 +78,7 @@ class Int8Head(Int8Table, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the scores, (..., tokens)."""
-        device, weight = input.device.type, self.weight
-        check_gathered(weight)
+        device, weight = input.device.type, self._held_weight()
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
         scores: Tensor = _Scores.apply(input, weight, weight.codes, weight.scale)  # type: ignore[no-untyped-call]
@@ -128,16 +146,16 @@ def _is_plain(table: Any) -> bool:
     return (looked_up or type(table) is nn.Linear) and min(table.weight.shape) > 1
 
 
-def quantize_table(table: nn.Module, group_size: int | None) -> Int8Weight:
+def quantize_table(table: nn.Module, group_size: int | None) -> nn.Parameter:
     """Store an embedding or a head in 8 bits, in place; nothing is done where it is stored so already.
 
     Raises:
         ValueError: a weight is NaN or infinite.
     """
     weight = table._parameters["weight"]
-    if isinstance(weight, Int8Weight):
-        return weight
     assert weight is not None
+    if isinstance(weight, Int8Weight) or shard_of(weight) is not None:
+        return weight
     stored = quantize_stack(weight.detach(), group_size)
     return put(mix(table, Int8Table), "weight", *stored, weight.dtype, weight.requires_grad)
 
@@ -157,6 +175,7 @@ def finish_tables(tables: Mapping[str, nn.Module], group_size: int | None) -> No
         try:
             if "_float_dtype" in table.__dict__:
                 _adopt(table)
+            store_part(table, "weight", group_size)
             weight = quantize_table(table, group_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -165,16 +184,22 @@ def finish_tables(tables: Mapping[str, nn.Module], group_size: int | None) -> No
                 mix(other, Int8Table)._parameters["weight"] = weight
 
 
-def expect_tables(tables: Mapping[str, nn.Module], group_size: int | None) -> None:
-    """Make room, without memory, for what a file names, until `finish_tables`; for tied tables in one of them."""
+def expect_tables(tables: Mapping[str, nn.Module], group_size: int | None, *, in_parts: bool = False) -> None:
+    """Make room, without memory, for what a file names, until `finish_tables`; for tied tables in one of them.
+
+    Args:
+        tables: by name.
+        group_size: see `stored_length`.
+        in_parts: the rooms may be cut over ranks, so that they have the dimensions of the weights.
+    """
     for table in tables.values():
         weight = table._parameters["weight"]
         assert weight is not None
         (tokens, features), holder = weight.shape, mix(table, Int8Table)
         groups = features // stored_length(features, group_size)
         holder.__dict__["_float_dtype"] = weight.dtype
-        sizes = {"weight": (tokens, groups, features // groups), scale_name("weight"): (tokens, groups)}
-        for name, size in sizes.items():
+        of_codes = weight.shape if in_parts else (tokens, groups, features // groups)
+        for name, size in {"weight": of_codes, scale_name("weight"): (tokens, groups)}.items():
             dtype = torch.int8 if name == "weight" else torch.bfloat16
             room = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
             holder._parameters[name] = room
@@ -187,6 +212,9 @@ def _adopt(table: nn.Module) -> None:
     assert scale is not None
     if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in (codes, scale)):
         raise ValueError("its codes and scales are missing.")
+    if isinstance(scale, DTensor):
+        adopt_part(table, "weight", codes, scale, codes.shape, dtype)
+        return
     tokens, groups, length = codes.shape
     checked = checked_codes(codes.detach(), scale.detach(), (tokens, groups * length), length)
     put(table, "weight", checked, scale.detach(), dtype, True)
