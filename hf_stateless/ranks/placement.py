@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..update.batches import alike
-from ..weights.stored import StoredWeight
 from .splits import Split, cuts_of, groups_of, splits_of
 
 
@@ -49,8 +48,7 @@ def fill_gradients_(params: Iterable[Tensor]) -> set[int]:
     """
     filled = set()
     for p in params:
-        cut = isinstance(p, DTensor) and p.grad is None and p.requires_grad
-        if cut and not isinstance(local_shard(p), StoredWeight):
+        if isinstance(p, DTensor) and p.grad is None and p.requires_grad:
             p.grad = torch.zeros_like(p.detach())
             filled.add(id(p))
     return filled

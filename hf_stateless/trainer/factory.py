@@ -17,6 +17,7 @@ from ..optimizer.options import EVERY_RULE, group_values
 from ..optimizer.release import is_released
 from ..optimizer.rules import RULES
 from ..ranks.placement import local_shard
+from ..ranks.splits import cuts_of
 from ..update.layout import listed_layouts
 from ..weights.int8.compressed import METHOD as COMPRESSED
 from ..weights.int8.convert import int8_weights
@@ -96,11 +97,15 @@ def _refuse_feedback(options: Options, entries: Sequence[PartitionedParameter]) 
     """Refuse `rounding_feedback` where there is no momentum to feed, or nothing that is rounded at random to codes."""
     if not options.rounding_feedback:
         return
-    stored = any(isinstance(local_shard(e.parameter), StoredWeight) and e.role == "matrix" for e in entries)
+    stored = [
+        e.parameter for e in entries if isinstance(local_shard(e.parameter), StoredWeight) and e.role == "matrix"
+    ]
+    rows_are_cut = any(split.dim == p.ndim - 1 for p in stored for split in cuts_of(p) or ())
     needs = {
         "an average to feed: type momentum=0.9 as well": options.momentum,
         "stochastic rounding: leave out stochastic_rounding=false": options.stochastic_rounding,
         "weights in 8 bits: load the model with quantization_config=hf_stateless.Int8TrainingConfig()": stored,
+        "whole rows on each rank: load the model without tensor parallelism": not rows_are_cut,
     }
     for need, met in needs.items():
         if not met:

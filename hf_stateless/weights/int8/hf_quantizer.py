@@ -145,7 +145,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         return layers
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name in self._names:
+        for name in sorted(self._names):  # the same one is refused on all ranks
             layer = model.get_submodule(name)
             if not isinstance(layer, Int8Linear):  # the checkpoint does not hold it: it was initialised in float
                 quantize_layer(model, name, self.quantization_config.group_size)

@@ -24,7 +24,7 @@ from .sharded_layer import cut_as
 
 _SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size", "ep_size")
 _SHARD = "and shard by accelerate launch with fsdp_version: 2, or by fully_shard."
-_IN_FLOAT = "leave its module in float by modules_to_not_convert."
+_IN_FLOAT = "add its module to modules_to_not_convert of Int8TrainingConfig."
 _INSTEAD = {
     "fsdp_size": f"leave fsdp_size out, {_SHARD}",
     "dp_replicate_size": f"leave dp_replicate_size out, {_SHARD}",
