@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .checks import refuse_to_float
 from .holder import Int8Holder, held_scales, hold, release
 from .kinds import computed_by_modules, routers
 from .linear import Int8Linear, sizes_of
 from .packed import pack
-from .sharded import refuse_to_float, shard_of
+from .sharded import shard_of
 from .weight import Int8Weight
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .checks import check_gathered, note_scale
 from .codes import checked_codes, quantize_stack
 from .lent import Loan, Purse, Uses, before_backward_of
-from .sharded import Int8Shard, check_gathered, note_scale, shard_of
+from .sharded import Int8Shard, shard_of
 from .sharded_layer import codes_of, load_sharded, move_sharded
 from .weight import Int8Weight, Scale
 

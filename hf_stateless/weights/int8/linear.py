@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from .checks import check_gathered, note_scale, refuse_to_float
 from .codes import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
@@ -22,7 +23,7 @@ from .codes import (
 from .packed import PER_WORD, unpack, words
 from .parallel import adopt_part, store_part
 from .product import int8_product
-from .sharded import check_gathered, check_scale, note_scale, refuse_to_float, shard_of
+from .sharded import check_scale, shard_of
 from .sharded_layer import codes_of, load_sharded, move_sharded
 from .weight import Int8Weight, Scale
 

@@ -176,6 +176,10 @@ class Int8Shard(StoredWeight):
         """The codes and their scales."""
         return (self.codes,) if self.place.scale is None else (self.codes, self.place.scale)
 
+    def data_ptr(self) -> int:
+        """Return where the codes are: accelerate tells by it which parameter of an optimizer is which of a model."""
+        return self.codes.data_ptr()
+
     def element_size(self) -> int:
         """Return 1: what a weight takes."""
         return self.codes.element_size()
@@ -287,42 +291,10 @@ def local_of(tensor: DTensor) -> Tensor:
     return local
 
 
-def refuse_to_float(weight: Tensor) -> None:
-    """Refuse to make a float weight of one that is cut over ranks.
-
-    Raises:
-        ValueError: it is.
-    """
-    if shard_of(weight) is not None:
-        raise ValueError(
-            "The weights are cut over ranks: save the model, and load the folder in one process to have floats."
-        )
-
-
 def check_scale(scale: Tensor) -> None:
     """Raise a RuntimeError for scales that FSDP2 has cast to a dtype that cannot hold them."""
     if scale.dtype == torch.float16:
         raise RuntimeError("FSDP2 casts scales of 8-bit weights to float16: type mixed_precision: bf16 or no.")
-
-
-def note_scale(weight: Tensor, scale: Tensor) -> None:
-    """Note the scales of a part that a module computes with as it is, without gathering it: a copy has others."""
-    if isinstance(weight, Int8Shard) and not weight.place.beside:
-        weight.place.scale = scale.detach()
-
-
-def check_gathered(weight: Tensor) -> None:
-    """Refuse to compute with a weight that is not here as a whole.
-
-    Raises:
-        RuntimeError: a wrapper has put something else in the place of the weight, or has not gathered it.
-    """
-    if not isinstance(weight, StoredWeight):
-        raise RuntimeError(
-            f"The weight of an 8-bit layer has become a {type(weight).__name__}: call the module that fully_shard was "
-            "applied to. Wrappers other than DDP and FSDP2 are not supported with 8-bit weights: load the model "
-            "without quantization_config."
-        )
 
 
 def _counted_from(start: int, update: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:

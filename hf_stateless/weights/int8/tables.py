@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from .checks import check_gathered, note_scale
 from .codes import checked_codes, dequantize_matrix, quantize_stack, stored_length
 from .holder import Int8Holder, mix, put, scale_name
 from .parallel import adopt_part, store_part
-from .sharded import Int8Shard, check_gathered, note_scale, shard_of
+from .sharded import Int8Shard, shard_of
 from .weight import Int8Weight
 
 
