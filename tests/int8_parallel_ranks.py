@@ -18,6 +18,7 @@ from hf_stateless.ranks.placement import local_shard, part_of
 from hf_stateless.weights.int8.convert import int8_weights
 
 
+TP, EP = {"tp_plan": "auto"}, {"tp_size": 2, "ep_size": 2}
 # Four ranks have a head each, and a group of each row.
 GROUP = 8
 TOKENS = 61 if NEWER else 64  # which 5.17 wants to be a multiple of the ranks
@@ -26,7 +27,14 @@ OWN_SIZES = {
     "qwen3_moe": {"moe_intermediate_size": 32, "num_key_value_heads": 4},
     "gpt_oss": {"intermediate_size": 32, "num_key_value_heads": 4},
 }
-TP, EP = {"tp_plan": "auto"}, {"tp_size": 2, "ep_size": 2}
+# Sizes of which two ranks have whole groups of 128, for which predictions are made.
+WIDE = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 1, "num_key_value_heads": 4}
+WIDE |= {"vocab_size": 64, "num_attention_heads": 4}
+PREDICTED = {
+    "llama": {**WIDE, "intermediate_size": 512},
+    "qwen3_moe": {**WIDE, "moe_intermediate_size": 256},
+}
+PREDICTED_PLANS = {"llama": TP, "qwen3_moe": EP if NEWER else TP}
 TABLES = {"embeddings": "factored"}
 # What one process saves, in both layouts, and how others cut it.
 SAVED = {"llama": TP, "qwen3_moe": EP if NEWER else TP}
@@ -66,6 +74,8 @@ def save_models(folder):
         model, config, sizes = MODELS[kind]
         torch.manual_seed(0)
         model(config(**{**SIZES, **sizes, **own, "vocab_size": TOKENS})).save_pretrained(Path(folder) / kind)
+        if kind in PREDICTED:
+            model(config(**{**SIZES, **sizes, **PREDICTED[kind]})).save_pretrained(Path(folder) / f"predicted {kind}")
     return Path(folder)
 
 
@@ -128,6 +138,7 @@ def worker(world, folder, rank, out):
         results["kept"] = kept(folder)
         if world == 2:
             results["sent"] = sent(folder)
+            results["shapes"] = {kind: shapes(folder, kind) for kind in PREDICTED}
             results["absent"] = whole_state(run_absent(folder, rank))
             results["refused"] = refused(folder)
             distributed_worker.let_accelerate_shard_on_cpu()
@@ -198,6 +209,12 @@ def kept(folder):
         shards = [local_shard(p) for _, p in int8_weights(model)]
         counted[kind] = sum(t.untyped_storage().nbytes() for shard in shards for t in shard.stored)
     return counted
+
+
+def shapes(folder, kind):
+    """The shapes of what a rank has, in groups of 128."""
+    model = in_8_bits(folder, f"predicted {kind}", PREDICTED_PLANS[kind], group_size=128)
+    return {name: tuple(local_shard(p).shape) for name, p in model.named_parameters()}
 
 
 def sent(folder):

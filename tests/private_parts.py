@@ -41,6 +41,14 @@ PRIVATE_PARTS = (
         until="conversions of transformers take packed weights, or a model tells them by a method",
     ),
     PrivatePart(
+        part="transformers.distributed.tensor_parallel#_hf_quantized_needs_local_tp",
+        used_by=("weights/int8/linear.py", "weights/int8/tables.py"),
+        why="a module says by it that its forward computes with this rank's parts of weights, and not with DTensors",
+        upstream="transformers/distributed/tensor_parallel.py, for its own quantizers of torchao and fp8",
+        until="modules can say it by a name without an underscore",
+        everywhere=False,
+    ),
+    PrivatePart(
         part="huggingface_hub.utils._http:_GLOBAL_CLIENT_FACTORY",
         used_by=("reports/card/hub_client.py",),
         why="a client that somebody has set keeps what it has, and gets bounds for what it waits",
@@ -266,6 +274,7 @@ PRIVATE_PARTS = (
             "weights/int8/awaited.py",
             "weights/int8/holder.py",
             "weights/int8/linear.py",
+            "weights/int8/parallel.py",
             "weights/int8/sharded.py",
             "weights/int8/sharded_layer.py",
             "weights/int8/tables.py",

@@ -1,6 +1,7 @@
 """8-bit weights that transformers cuts by tensor and expert parallelism: several gloo processes against one."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from int8_parallel_ranks import (
     GROUP,
     NEWER,
     ON_FOUR,
+    PREDICTED,
+    PREDICTED_PLANS,
     SAVED,
     TOKENS,
     TRAINED,
@@ -25,7 +28,11 @@ from int8_parallel_ranks import (
 )
 from rank_processes import on_ranks
 
+from hf_stateless.reports.predicted import Settings, build_model, estimate
+from hf_stateless.reports.predicted.model import load_config
 from hf_stateless.weights.int8.convert import int8_weights
+from hf_stateless.weights.int8.parallel import check_plan
+from hf_stateless.weights.int8.weight import Int8Weight
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -138,6 +145,19 @@ def test_the_optimizer_sends_what_it_sends_for_float_weights(ranks):
         assert of_rank["sent"]["int8"] == of_rank["sent"]["float"]
 
 
+@pytest.mark.parametrize("kind", PREDICTED)
+def test_a_rank_holds_what_is_predicted(kind, ranks, folder):
+    plan = PREDICTED_PLANS[kind]
+    settings = Settings(dtype="int8", tp=2, ep=plan.get("ep_size", 1), batch=4, seq=8)
+    model = build_model(load_config(f"{folder}/predicted {kind}"), settings)
+    held = ranks[2][0]["shapes"][kind]
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == held
+    itemsize = {name: 1 if isinstance(p, Int8Weight) else p.itemsize for name, p in model.named_parameters()}
+    expected = sum(itemsize[name] * torch.Size(shape).numel() for name, shape in held.items())
+    (row,) = estimate(model, ["sinkgd"], settings)
+    assert row.weights == pytest.approx(expected, rel=0.02)
+
+
 def test_what_has_no_gradient_on_a_rank_steps_as_if_it_were_zero_there(ranks, folder):
     for of_rank in ranks[2]:
         assert_bytes(of_rank["absent"], run_absent(folder).state_dict())
@@ -152,6 +172,12 @@ def test_the_trainer_clips_logs_and_saves_as_on_one_process(ranks, folder):
             sorted(file.name for file in (folder / f"by the trainer{parts}").iterdir()) for parts in ("", " in parts")
         ]
         assert files[0] == files[1]
+
+
+def test_expert_parallelism_of_older_versions_is_refused():
+    config = SimpleNamespace(distributed_config=SimpleNamespace(tp_size=2, enable_expert_parallel=True))
+    with pytest.raises(ValueError, match="ep_size in place of enable_expert_parallel"):
+        check_plan(SimpleNamespace(config=config))
 
 
 @pytest.mark.parametrize(

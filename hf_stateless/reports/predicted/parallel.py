@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...weights.int8.weight import Int8Weight, Scale
 from ...weights.plans import in_plan, style_of
 from ..run_facts import base_of
 from .state import refuse_unknown_in_parts
@@ -43,7 +44,7 @@ def check_parallel(names: Sequence[str], settings: Settings) -> None:
     if tp == ep == 1:
         return
     flag = f"--tp {tp}" if tp > 1 else f"--ep {ep}"
-    others = {"--zero": settings.zero, "--lora": settings.lora, "--dtype int8": settings.dtype == "int8"}
+    others = {"--zero": settings.zero, "--lora": settings.lora}
     if beside := next((name for name, is_set in others.items() if is_set), None):
         raise ValueError(f"{flag}: got {beside} beside it, expected one of the two.")
     refuse_unknown_in_parts(names, flag)
@@ -71,12 +72,18 @@ def cut_by_plans(model: nn.Module, settings: Settings) -> None:
     cut: dict[int, nn.Parameter] = {}
     for path, module in base.named_modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            style = style_of(f"{path}.{name}", plans)
+            style = None if isinstance(p, Scale) else style_of(f"{path}.{name}", plans)  # cut with their weights
             dimension = None if style is None else _dimension(style, name, p)
             if dimension is not None:
                 if id(p) not in cut:
                     cut[id(p)] = _part(p, dimension, f"{path}.{name}", str(style), settings)
+                    if isinstance(p, Int8Weight):
+                        cut[id(p)] = _in_8_bits(p, cut[id(p)], f"{path}.{name}", settings)
                 setattr(module, name, cut[id(p)])
+            if isinstance(p, Int8Weight):
+                beside = module.name_of_scale(name)  # type: ignore[operator]
+                if beside in dict(module.named_parameters(recurse=False)):  # a tied head has none
+                    setattr(module, beside, getattr(module, name).scale)
         if plans.get(in_plan(path)) == "colwise_gather_output":
             module.register_forward_hook(_gather(widths(module)[1], settings.tp))
         if isinstance(module, nn.Embedding):
@@ -136,6 +143,21 @@ def _part(p: nn.Parameter, dimension: int, name: str, style: str, settings: Sett
     return part
 
 
+def _in_8_bits(weight: Int8Weight, part: nn.Parameter, name: str, settings: Settings) -> Int8Weight:
+    """Return the part of a weight in 8 bits, of which the codes have the shape of a float part."""
+    length, columns = weight.shape[-1] // weight.scale.shape[-1], part.shape[-1]
+    if columns % length:
+        raise ValueError(
+            f"--tp {settings.tp}: of {name} a GPU would have {columns} of {weight.shape[-1]} columns, expected a "
+            f"multiple of the {length} weights that share a scale: type another, or --fsdp."
+        )
+    scale = Scale(torch.empty(*part.shape[:-1], columns // length, dtype=weight.scale.dtype, device="meta"))
+    codes = torch.empty(part.shape, dtype=torch.int8, device="meta")
+    stored = Int8Weight(codes, scale, weight.dtype, weight.requires_grad)
+    stored.__dict__.update(part.__dict__)
+    return stored
+
+
 def _check_heads(base: Any, plans: Mapping[str, str], tp: int) -> None:
     """Refuse attention heads that GPUs cannot share: a part of a head is none."""
     config = base.config.get_text_config()
@@ -155,7 +177,7 @@ def _gather(width: int, parts: int) -> Any:
 
 def widths(module: nn.Module) -> tuple[int, int]:
     """Return the width of the input and of the output of a module as a whole."""
-    shapes = [whole_shape(p) for p in module.parameters(recurse=False)]
+    shapes = [whole_shape(p) for p in module.parameters(recurse=False) if not isinstance(p, Scale)]
     stacks = [set(shape[1:]) for shape in shapes if len(shape) == 3]
     if stacks:  # experts take and give the width of the model, which their stacks have in common
         width = max(set.intersection(*stacks) or stacks[0])

@@ -67,8 +67,6 @@ class Int8Linear(nn.Linear):
     from_conv1d: bool = False
     """Whether it stands for a `Conv1D` of GPT-2, whose float weight is (in, out); codes are (out, in) all the same."""
     _read_as: tuple[str, ...] = ()
-    _hf_quantized_needs_local_tp = True
-    """Tensor parallelism of transformers shall have `forward` see this rank's parts, without DTensors."""
 
     def __init__(
         self,
@@ -121,6 +119,11 @@ class Int8Linear(nn.Linear):
     def name_of_scale(self, name: str) -> str:
         """Return how the scales of a weight are called."""
         return "weight_scale"
+
+    @property
+    def _hf_quantized_needs_local_tp(self) -> bool:
+        """Have `forward` see this rank's parts under tensor parallelism of transformers, without DTensors."""
+        return True
 
     @property
     def length(self) -> int:

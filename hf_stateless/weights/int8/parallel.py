@@ -44,6 +44,12 @@ def check_plan(model: PreTrainedModel) -> None:
         ValueError: with what to type.
     """
     sizes = _sizes(model)
+    config = getattr(model.config, "distributed_config", None)
+    if getattr(config, "enable_expert_parallel", False) and not hasattr(config, "ep_size"):
+        raise ValueError(
+            "this transformers cuts experts in a way that is not known for weights in 8 bits: type pip install -U "
+            "'transformers>=5.24', and ep_size in place of enable_expert_parallel."
+        )
     for name, instead in _INSTEAD.items():
         if sizes[name] > 1:
             raise ValueError(

@@ -80,7 +80,7 @@ class QuantizeLayer(ConversionOps):  # type: ignore[misc]
             path, _, own = name.rpartition(".")
             module = model.get_submodule(path)
             read = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=True)
-            place = module._parameters[own]
+            place = getattr(module, own)
             if isinstance(place, DTensor):
                 weights[name] = quantize_part(place, read.detach(), self.group_size)
                 continue

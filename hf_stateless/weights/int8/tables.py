@@ -29,8 +29,10 @@ class Int8Table(Int8Holder):
     Codes are saved under the name of the weight, so that what transformers knows of tied names stays true.
     """
 
-    _hf_quantized_needs_local_tp = True
-    """As for `Int8Linear`."""
+    @property
+    def _hf_quantized_needs_local_tp(self) -> bool:
+        """Have `forward` see this rank's parts under tensor parallelism of transformers, without DTensors."""
+        return True
 
     def codes_name(self, name: str) -> str:
         """Return the name of the weight."""
