@@ -146,7 +146,7 @@ def told(models, capsys):
         (
             "llama",
             "--tp 2 --dtype int8",
-            "o_proj.weight a GPU would have 16 of 32 columns, expected a multiple of the 32 weights that share a scale",
+            "a GPU would have 16 of 32 columns, expected a multiple of the 32 weights that share a scale",
         ),
         ("llama", "--tp 2 --lora 8", "--tp 2: got --lora beside it, expected one of the two."),
         (
