@@ -45,8 +45,10 @@ CONFIGS = {
 }
 
 
-def expert_model(kind, dtype=torch.bfloat16):
+def expert_model(kind, dtype=torch.bfloat16, **sizes):
     """Return a model of a kind, the same at each call; experts are computed one by one, which all sizes allow."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype, experts_implementation="eager")
+    config = CONFIGS[kind]()
+    config.update(sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
     return model.train()

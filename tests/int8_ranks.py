@@ -13,6 +13,7 @@ from int8_held_ranks import OwnExperts, held, hold_all
 from rank_checkpoints import FULL, load_full, load_sharded, save_full, save_sharded, whole_state
 from rank_processes import joined
 from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -221,16 +222,24 @@ def refusals():
     return said
 
 
-def killed(world, shared, rank, folder):
-    """Save in the middle; the last rank kills itself in the step after that."""
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(world, moment, shared, rank, folder):
+    """Save in the middle; the last rank kills itself in the step after that, or as it writes the next checkpoint."""
     with joined(rank, folder, world):
         model = sharded(Parallel())
         optimizer = optimizer_of(model, "swan")
         steps(model, optimizer, last=SAVED_AT, rank=rank, ranks=world)
         save_sharded(model, optimizer, Path(shared) / "killed")
-        if rank == world - 1:
-            ways.whole_matrix = lambda gradient: os.kill(os.getpid(), signal.SIGKILL)
+        if rank == world - 1 and moment == "step":
+            ways.whole_matrix = die
         steps(model, optimizer, first=SAVED_AT, rank=rank, ranks=world)
+        if rank == world - 1:
+            write = FileSystemWriter.write_data
+            FileSystemWriter.write_data = lambda *given: die(write(*given))
+        save_sharded(model, optimizer, Path(shared) / "half written")
 
 
 def resumed(world, shared, rank, folder):

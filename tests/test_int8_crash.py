@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import VOCAB_SIZE
+from expert_models import expert_model
 from int8_folders import load_int8_folder
 from script_start import find_checkpoint
 from test_int8_training import assert_equal, fit, load_int8, state_of
@@ -16,6 +18,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
 OPTIONS = {"optim": "sinkgd_layerwise", "save_strategy": "steps", "save_steps": 1}
+# What is trained: how it is loaded, and options of the Trainer.
+MODELS = {"layers": ({}, {}), "experts": ({"embeddings": True}, {"optim_args": "embeddings=factored"})}
 LAST_STEP = 3  # what is killed is step 4 or the writing of its checkpoint
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="SIGKILL and fork")
 
@@ -75,56 +79,68 @@ KILLS = {
     "before_optimizer": (before_optimizer, []),
     "in_state": (in_state, []),
 }
+# What comes after the weights does not depend on them.
+DIED = [("layers", kind) for kind in KILLS] + [("experts", kind) for kind in ("between_layers", "in_weights")]
 
 
-def train_and_die(source, folder):
+def train(folder, model, run, resume=None, **more):
+    """Train a model into a folder below that of the models."""
+    load, options = MODELS[model]
+    return fit(
+        load_int8(Path(folder, model), **load), Path(folder, f"{model} {run}"), resume, **OPTIONS, **options, **more
+    )
+
+
+def train_and_die(folder):
     """Train in one forked process for each kind of death; print how it ended."""
     torch.set_num_threads(1)
-    for kind, (prepare, callbacks) in KILLS.items():
+    for model, kind in DIED:
+        prepare, callbacks = KILLS[kind]
         child = os.fork()
         if not child:
             prepare()
-            fit(load_int8(source), Path(folder, kind), callbacks=[make() for make in callbacks], **OPTIONS)
+            train(folder, model, kind, callbacks=[make() for make in callbacks])
             os._exit(0)
-        print(kind, -os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
+        print(model, kind, -os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of a tiny bf16 model, and those of the runs that died."""
+    """The folder of tiny bf16 models, and of the runs that died."""
     from conftest import TINY_MODELS
 
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
-    TINY_MODELS["llama"]().to(torch.bfloat16).save_pretrained(folder / "float")
-    command = [sys.executable, __file__, folder / "float", folder]
+    TINY_MODELS["llama"]().to(torch.bfloat16).save_pretrained(folder / "layers")
+    expert_model("qwen3_moe", vocab_size=VOCAB_SIZE).save_pretrained(folder / "experts")
+    command = [sys.executable, __file__, folder]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    ends = [line.split() for line in done.stdout.splitlines() if line.startswith(tuple(KILLS))]
-    assert dict(ends) == dict.fromkeys(KILLS, "-9"), done.stdout + done.stderr
+    ends = [tuple(line.split()) for line in done.stdout.splitlines() if line.startswith(tuple(MODELS))]
+    assert ends == [(*died, "-9") for died in DIED], done.stdout + done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def straight(runs):
-    """The folder of the run that nobody killed."""
-    fit(load_int8(runs / "float"), runs / "straight", **OPTIONS)
-    return runs / "straight"
+    """The folders of the runs that nobody killed."""
+    return {model: Path(train(runs, model, "straight").args.output_dir) for model in MODELS}
 
 
-@pytest.mark.parametrize("kind", KILLS)
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(kind, runs, straight, capsys):
-    half_written = runs / kind / f"checkpoint-{LAST_STEP + 1}"
+@pytest.mark.parametrize(("model", "kind"), DIED)
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(model, kind, runs, straight, capsys):
+    folder = runs / f"{model} {kind}"
+    half_written = folder / f"checkpoint-{LAST_STEP + 1}"
     assert half_written.is_dir() == (kind != "between_layers")
-    arguments = TrainingArguments(str(runs / kind), resume_from_checkpoint="true", use_cpu=True)
-    found = find_checkpoint(arguments)
-    assert found == str(runs / kind / f"checkpoint-{LAST_STEP}")
+    found = find_checkpoint(TrainingArguments(str(folder), resume_from_checkpoint="true", use_cpu=True))
+    assert found == str(folder / f"checkpoint-{LAST_STEP}")
     assert (f"{half_written} is left out" in capsys.readouterr().out) == half_written.is_dir()
-    assert_equal(state_of(load_int8_folder(found)), state_of(load_int8_folder(straight / f"checkpoint-{LAST_STEP}")))
-    resumed = fit(load_int8(runs / "float"), runs / kind, found, **OPTIONS)
+    before = load_int8_folder(straight[model] / f"checkpoint-{LAST_STEP}")
+    assert_equal(state_of(load_int8_folder(found)), state_of(before))
+    resumed = train(runs, model, kind, found)
     for step in (LAST_STEP + 1, 5):
-        expected = load_int8_folder(straight / f"checkpoint-{step}")
-        assert_equal(state_of(load_int8_folder(runs / kind / f"checkpoint-{step}")), state_of(expected))
+        expected = load_int8_folder(straight[model] / f"checkpoint-{step}")
+        assert_equal(state_of(load_int8_folder(folder / f"checkpoint-{step}")), state_of(expected))
     assert_equal(state_of(resumed.model), state_of(expected))
 
 

@@ -129,10 +129,15 @@ def test_what_cannot_work_is_refused_in_one_line(case, message, ranks):
         assert message in of_rank["refusals"][case]
 
 
-def test_after_a_killed_rank_the_checkpoint_before_is_gone_on_from_to_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("moment", ["step", "checkpoint"])
+def test_after_a_killed_rank_the_checkpoint_before_is_gone_on_from_to_the_same_bytes(moment, tmp_path):
     ends = torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException
     with pytest.raises(ends, match=r"SIGKILL|Connection"):
-        on_ranks(partial(killed, 2, str(tmp_path)), 2)
+        on_ranks(partial(killed, 2, moment, str(tmp_path)), 2)
+    assert (tmp_path / "killed" / ".metadata").is_file()  # what torch writes last
+    half_written = tmp_path / "half written"
+    assert half_written.is_dir() == (moment == "checkpoint")
+    assert not (half_written / ".metadata").exists()
     expected = alone("swan", 2)
     for state in on_ranks(partial(resumed, 2, str(tmp_path)), 2):
         assert_bytes([{"resumed": state}], "resumed", expected)
