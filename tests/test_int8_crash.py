@@ -16,6 +16,8 @@ from script_start import find_checkpoint
 from test_int8_training import assert_equal, fit, load_int8, state_of
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from hf_stateless.weights.int8.convert import int8_weights
+
 
 OPTIONS = {"optim": "sinkgd_layerwise", "save_strategy": "steps", "save_steps": 1}
 # What is trained: how it is loaded, and options of the Trainer.
@@ -124,7 +126,10 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def straight(runs):
     """The folders of the runs that nobody killed."""
-    return {model: Path(train(runs, model, "straight").args.output_dir) for model in MODELS}
+    trained = {model: train(runs, model, "straight") for model in MODELS}
+    stored = {name.split(".")[-2] for name, _ in int8_weights(trained["experts"].model)}
+    assert {"experts", "embed_tokens", "lm_head", "q_proj"} <= stored
+    return {model: Path(trainer.args.output_dir) for model, trainer in trained.items()}
 
 
 @pytest.mark.parametrize(("model", "kind"), DIED)
