@@ -1,5 +1,7 @@
 """Seeds, hypothesis profile and strategies, and tiny models made from configs, without any download."""
 
+import gc
+
 import environment  # noqa: F401
 
 
@@ -32,6 +34,18 @@ pytest.register_assert_rewrite(
 
 settings.register_profile("hf_stateless", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("hf_stateless")
+
+
+def pytest_collection_finish():
+    """Leave what is imported out of garbage collection: every Trainer collects, and went through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Let the modules go in the ordinary way."""
+    gc.unfreeze()
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EDGE_SHAPES = ((1, 1), (1, 7), (7, 1), (1, 1, 1), (2, 1, 5), (3, 4, 1), (2, 3, 5), (2, 5, 3), (2, 2, 3, 4))

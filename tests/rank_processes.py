@@ -1,6 +1,7 @@
 """Several ranks on this machine, without the seconds that each would need to import torch and transformers."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -19,6 +20,7 @@ FORKED.set_forkserver_preload(["torch", "transformers", "accelerate", "peft", "h
 @contextlib.contextmanager
 def joined(rank, folder, world):
     """Join the other ranks of `on_ranks` by gloo; the given function saves what `on_ranks` returns of this one."""
+    gc.freeze()  # as in conftest.py
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
         yield partial(torch.save, f=Path(folder) / f"{rank}.pt")
