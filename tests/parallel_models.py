@@ -32,6 +32,7 @@ SIZES |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"intermediate_size": 45 if NEWER else 46}),
+    "llama_of_4_heads": (LlamaForCausalLM, LlamaConfig, {"intermediate_size": 45, "num_key_value_heads": 4}),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24}),
     "gpt_oss": (
         GptOssForCausalLM,
@@ -47,7 +48,7 @@ def save_models(folder):
     """Write one folder for each model; return the folder of all."""
     for name, (model, config, sizes) in MODELS.items():
         torch.manual_seed(0)
-        model(config(**SIZES, **sizes)).save_pretrained(Path(folder) / name)
+        model(config(**{**SIZES, **sizes})).save_pretrained(Path(folder) / name)
     return Path(folder)
 
 

@@ -53,6 +53,9 @@ ON_TWO = {
 }
 FSDP_TP = {"fsdp_size": 2, "tp_size": 2}
 ON_FOUR = {
+    "llama_of_4_heads, tp, sinkgd": ("llama_of_4_heads", TP, "sinkgd", 20),
+    "llama_of_4_heads, tp, swan": ("llama_of_4_heads", TP, "swan", 3),
+    "qwen3_moe, ep and fsdp, sinkgd": ("qwen3_moe", {"fsdp_size": 4, "ep_size": 4}, "sinkgd", 20),
     "llama, fsdp and tp, sinkgd": ("llama", FSDP_TP, "sinkgd", 20),
     "llama, fsdp and tp, swan_layerwise": ("llama", FSDP_TP, "swan_layerwise", 3),
     "llama, replicas and tp, sinkgd": ("llama", {"dp_replicate_size": 2, "tp_size": 2}, "sinkgd", 3),
@@ -331,7 +334,7 @@ def test_a_model_cut_by_transformers_trains_as_on_one_process(case, two, models)
 
 
 @pytest.mark.parametrize("case", ON_FOUR)
-def test_a_model_cut_along_two_mesh_dimensions_trains_as_on_one_process(case, four, models):
+def test_a_model_cut_over_four_ranks_trains_as_on_one_process(case, four, models):
     expected = run(models, case, ON_FOUR)
     for of_rank in four:
         assert_same(of_rank[case], expected)
