@@ -271,3 +271,19 @@ def test_the_table_on_the_page_is_that_of_the_runs():
         ends = {r["seed"]: f"{r['after']:.2f}" for r in same}
         rows.append(f"| {title} | {ends[0]} | {ends[1]} |")
     assert page_with("\n".join(rows))
+
+
+def test_the_table_of_learning_rates_of_grpo_is_that_of_the_runs():
+    pytest.importorskip("trl")
+    from zero_signal import rate_table
+
+    records = json.loads((SCRIPT.parent / "results" / "grpo-rates-cpu.json").read_text())["records"]
+    assert {r["empty_steps"] for r in records} == {0}
+    assert page_with(rate_table(records))
+    for optimizer in ("AdamW", "sinkgd", "swan"):
+        ends = {}
+        for r in records:
+            if r["optimizer"] == optimizer:
+                ends.setdefault(r["learning_rate"], []).append(r["after"])
+        means = [sum(of_rate) / len(of_rate) for _, of_rate in sorted(ends.items())]
+        assert 0 < means.index(max(means)) < len(means) - 1, "the best rate is an edge"

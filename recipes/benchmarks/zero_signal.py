@@ -1,13 +1,16 @@
 """GRPO where most groups of completions say nothing: what the steps of such groups do, and what a guard saves.
 
     python recipes/benchmarks/zero_signal.py --learning_rates 1e-3 3e-3 --seeds 0 1 --output results.json
+    python recipes/benchmarks/zero_signal.py --empty 0 --steps 100 --rows AdamW "AdamW, matrices apart" sinkgd swan \
+        --learning_rates 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 --seeds 0 1 2 --output results.json
 
 A tiny LLaMA is to answer a word with words of its kind, one of four. One group of completions is one step; in a known
 share of the steps (`--empty`) all completions get the same reward up to a noise of 1e-3. Rewards are not scaled, so
 that the gradient is about a hundredth of its usual size there: AdamW's moments keep its step small, while a normalised
 update has its full size, in a random direction. Shown is the share of right words before and after, sampled from the
 model: with the informative groups alone and with the empty ones in between, with the guard (`min_signal`) and without.
-The table stands in hf_stateless/optimizer/README.md.
+The table stands in hf_stateless/optimizer/README.md. With `--empty 0` all groups say something, and what is printed
+is the share after training by learning rate, which stands in recipes/README.md.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset, disable_progress_bars
+from quality_plan import AdamWFactory
 from result_files import write_results
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
@@ -33,10 +37,13 @@ import hf_stateless
 
 
 ANSWER, GROUP, NOISE = 8, 32, 1e-3
+# The rate of matrices, as a part of that of the words, which learn most here.
+MATRICES = 0.2
 SPECIAL = ["<pad>", "<end>"]
 WORDS = [f"{kind}{number}" for kind in "abcd" for number in range(8)]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"optim": "adamw_torch"},
+    "AdamW, matrices apart": {"optim": "adamw_torch", "apart": True},
     "sinkgd": {"optim": "sinkgd"},
     "sinkgd, guarded": {"optim": "sinkgd", "min_signal": True},
     "swan": {"optim": "swan"},
@@ -106,7 +113,8 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample
 def train(row: str, lr: float, questions: Dataset, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train once and return the rewards and what was held back."""
     options = dict(OPTIMIZERS[row])
-    ours = ["embeddings=adamw"] if options["optim"] in hf_stateless.PRESETS else []
+    ours = [f"embeddings=adamw,lr_scale={MATRICES}"] if options["optim"] in hf_stateless.PRESETS else []
+    apart = options.pop("apart", False)
     ours += [f"min_signal={args.min_signal}"] if options.pop("min_signal", False) else []
     optim_args = ",".join(ours) or None
     model, tokenizer, start = make_model(seed), make_tokenizer(), time.perf_counter()
@@ -134,7 +142,10 @@ def train(row: str, lr: float, questions: Dataset, seed: int, args: argparse.Nam
             logging_strategy="no",
             disable_tqdm=True,
         )
-        trainer = GRPOTrainer(model, rewards, config, train_dataset=questions, processing_class=tokenizer)
+        optimizers = (AdamWFactory()(model, MATRICES * lr, lr) if apart else None, None)
+        trainer = GRPOTrainer(
+            model, rewards, config, train_dataset=questions, processing_class=tokenizer, optimizers=optimizers
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -167,6 +178,25 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rate_table(records: list[dict[str, Any]]) -> str:
+    """Render the share of right words after training by learning rate, means over seeds; the best of a row is bold."""
+    rates = sorted({r["learning_rate"] for r in records})
+    lines = [f"| Optimizer | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---|" + "---:|" * len(rates)]
+    for row in dict.fromkeys(r["optimizer"] for r in records):
+        ends: dict[float, list[float]] = {}
+        for r in records:
+            if r["optimizer"] == row:
+                ends.setdefault(r["learning_rate"], []).append(r["after"])
+        means = {rate: statistics.mean(of_rate) for rate, of_rate in ends.items()}
+        best = max(means.values())
+        cells = [
+            "not run" if rate not in means else f"**{mean:.3f}**" if (mean := means[rate]) == best else f"{mean:.3f}"
+            for rate in rates
+        ]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Parse the command line, train, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,10 +219,11 @@ def main() -> None:
         for lr in args.learning_rates:
             for seed in args.seeds:
                 mixed = make_questions(args.steps, args.empty, seed)
-                for questions in (mixed.filter(lambda question: question["informative"]), mixed):
+                alone = [mixed.filter(lambda question: question["informative"])] if args.empty else []
+                for questions in (*alone, mixed):
                     records.append(train(row, lr, questions, seed, args))
                     print(json.dumps(records[-1]), flush=True)
-    print(table(records))
+    print(table(records) if args.empty else rate_table(records))
     if args.output:
         write_results(args.output, setup, records=records)
 
