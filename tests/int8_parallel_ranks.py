@@ -8,7 +8,7 @@ import distributed_worker
 import torch
 from parallel_models import MODELS, NEWER, RATES, SIZES, VOCAB, load, train
 from rank_checkpoints import load_full, load_sharded, save_full, save_sharded, whole_state
-from rank_processes import announce_rank, joined
+from rank_processes import announce_rank, errors_of, joined
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import Trainer, TrainingArguments
@@ -278,23 +278,17 @@ def run_trainer(folder, plan=None):
 
 def refused(folder):
     """Return the errors of what cannot work."""
-    said = {}
-
-    def attempt(name, act):
-        try:
-            act()
-        except Exception as error:
-            said[name] = f"{type(error).__name__}: {error}"
-
-    attempt("groups", lambda: in_8_bits(folder, "llama", TP, group_size=64))
-    attempt("rows", lambda: in_8_bits(folder, "llama", TP, group_size=None))
-    attempt("stored groups", lambda: load(folder, "wide", TP, quantization_config=Int8TrainingConfig()))
     packed = {"tp_size": 2, "tp_plan": {"model.layers.*.mlp.experts.gate_up_proj": "packed_rowwise"}}
-    attempt("packed columns", lambda: in_8_bits(folder, "gpt_oss", packed))
-    attempt("fsdp", lambda: in_8_bits(folder, "llama", {"fsdp_size": 2}))
     model = in_8_bits(folder, "llama", TP)
-    attempt("floats", lambda: dequantize(model))
-    attempt("int8 momentum", lambda: take_steps(model, "swan", {"momentum": 0.5}))
     fed = {"momentum": 0.5, "momentum_dtype": "float32", "rounding_feedback": True}
-    attempt("feedback", lambda: take_steps(model, "swan", fed))
-    return said
+    acts = {
+        "groups": lambda: in_8_bits(folder, "llama", TP, group_size=64),
+        "rows": lambda: in_8_bits(folder, "llama", TP, group_size=None),
+        "stored groups": lambda: load(folder, "wide", TP, quantization_config=Int8TrainingConfig()),
+        "packed columns": lambda: in_8_bits(folder, "gpt_oss", packed),
+        "fsdp": lambda: in_8_bits(folder, "llama", {"fsdp_size": 2}),
+        "floats": lambda: dequantize(model),
+        "int8 momentum": lambda: take_steps(model, "swan", {"momentum": 0.5}),
+        "feedback": lambda: take_steps(model, "swan", fed),
+    }
+    return errors_of(acts)

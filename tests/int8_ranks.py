@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from int8_held_ranks import OwnExperts, held, hold_all
 from rank_checkpoints import FULL, load_full, load_sharded, save_full, save_sharded, whole_state
-from rank_processes import joined
+from rank_processes import errors_of, joined
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
@@ -193,33 +193,27 @@ def traffic(rank, world):
 
 def refusals():
     """Return the errors of what cannot work."""
-    said = {}
-
-    def attempt(name, act):
-        try:
-            act()
-        except Exception as error:
-            said[name] = f"{type(error).__name__}: {error}"
-
-    attempt("columns", lambda: sharded(Parallel(), shard_placement_fn=lambda p: Shard(1)))
     half = MixedPrecisionPolicy(param_dtype=torch.float16)
     stack = nn.Module()
     stack.experts = Int8Weight(torch.zeros(4, 6, 8, dtype=torch.int8), torch.ones(4, 6, 1, dtype=torch.bfloat16))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    attempt("stack", lambda: fully_shard(stack, mesh=mesh, shard_placement_fn=lambda p: Shard(1)))
     halves = hold_all(OwnExperts(3, 8, 16, torch.float32))
     given = torch.ones(1, 3, 16, dtype=torch.float16), torch.ones(1, 3, 8, dtype=torch.float16)
-    attempt("float16 stack", lambda: fully_shard(halves, mesh=mesh, mp_policy=half)(*given))
-    attempt("float16", lambda: sharded(Parallel(), mp_policy=half)(batch(0)))
     model = sharded(Parallel())
-    attempt("not gathered", lambda: model.layers["even"](torch.ones(1, 32)))
-    attempt("read as floats", lambda: model.layers["even"].weight.float().sum())
-    attempt("written as floats", lambda: shard_of(model.layers["even"].weight).copy_(torch.ones(64, 32)))
-    attempt("float copy", lambda: model.layers["even"].to_float(torch.float32))
-    attempt("whole state", lambda: model.load_state_dict(Parallel().state_dict()))
     spoilt = {n: torch.ones_like(t) if t.dtype == torch.int8 else t for n, t in Parallel().state_dict().items()}
-    attempt("damaged", lambda: set_model_state_dict(model, spoilt, options=FULL))
-    return said
+    acts = {
+        "columns": lambda: sharded(Parallel(), shard_placement_fn=lambda p: Shard(1)),
+        "stack": lambda: fully_shard(stack, mesh=mesh, shard_placement_fn=lambda p: Shard(1)),
+        "float16 stack": lambda: fully_shard(halves, mesh=mesh, mp_policy=half)(*given),
+        "float16": lambda: sharded(Parallel(), mp_policy=half)(batch(0)),
+        "not gathered": lambda: model.layers["even"](torch.ones(1, 32)),
+        "read as floats": lambda: model.layers["even"].weight.float().sum(),
+        "written as floats": lambda: shard_of(model.layers["even"].weight).copy_(torch.ones(64, 32)),
+        "float copy": lambda: model.layers["even"].to_float(torch.float32),
+        "whole state": lambda: model.load_state_dict(Parallel().state_dict()),
+        "damaged": lambda: set_model_state_dict(model, spoilt, options=FULL),
+    }
+    return errors_of(acts)
 
 
 def die(*_):

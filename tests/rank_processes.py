@@ -40,3 +40,14 @@ def announce_rank(rank, world):
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29501")
+
+
+def errors_of(acts):
+    """Do what cannot work, one after the other; return the errors by name."""
+    said = {}
+    for name, act in acts.items():
+        try:
+            act()
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
