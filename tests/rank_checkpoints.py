@@ -12,13 +12,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from hf_stateless.ranks.placement import whole_matrix
+
 
 FULL = StateDictOptions(full_state_dict=True)
 
 
 def whole_state(model):
-    """What one process would save of the model."""
-    return {name: t.clone() for name, t in get_model_state_dict(model, options=FULL).items()}
+    """What one process would save of the model; FULL of torch 2.11 cannot gather packed projections."""
+    return {name: whole_matrix(t).clone() for name, t in get_model_state_dict(model).items()}
 
 
 def save_sharded(model, optimizer, folder):

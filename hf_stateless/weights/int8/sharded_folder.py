@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import PreTrainedModel
 
+from .parallel import whole_of
 from .sharded import shard_of
 
 
@@ -26,7 +28,11 @@ def whole_state(model: PreTrainedModel) -> dict[str, Any]:
     """
     given: dict[str, Any] | None = getattr(model.hf_quantizer, "given_state", None)
     if given is None:
-        given = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        given = {}
+        for name, part in get_model_state_dict(model).items():
+            whole = whole_of(part)
+            if dist.get_rank() == 0:
+                given[name] = whole.cpu()
     names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     first = {key: name for name, key in reversed(names.items())}
     return {name: given.get(first.get(names.get(name, 0), name), tensor) for name, tensor in given.items()}
