@@ -6,11 +6,13 @@ from documents import ROOT
 from huggingface_hub import ModelCard
 from push_worker import tiny_tokenizer
 from test_model_card import card, plain_trainer, sft_trainer
+from transformers import AutoModelForCausalLM
 
 import hf_stateless
 from hf_stateless.reports.card.attach import attach_model_card, save
 from hf_stateless.reports.card.facts import CARD_FILE, CardFacts
 from hf_stateless.reports.card.render import render
+from hf_stateless.reports.card.training_log import LONGEST_TABLE, results
 from hf_stateless.reports.files import size_text
 from hf_stateless.reports.measured.picture import draw
 from hf_stateless.reports.measured.schema import MemoryReport
@@ -85,6 +87,39 @@ def test_what_trl_is_told_wins(tmp_path):
     assert {"own", "trl", "sinkgd"} <= set(data.tags)
     assert "# Named\n" in card(tmp_path)
     assert "It was trained on ada/rows." in card(tmp_path)
+
+
+@pytest.mark.parametrize("origin", ["ada/base", "/home/ada/base", "[ada/base, ada/other]"])
+def test_a_base_in_a_folder_is_traced_to_what_its_card_says_it_was_made_of(origin, tmp_path):
+    base = tmp_path / "first-step"
+    TINY_MODELS["llama"]().save_pretrained(base)
+    (base / CARD_FILE).write_text(f"---\nlicense: mit\nbase_model: {origin}\n---\n")
+    trainer = plain_trainer(tmp_path / "run", AutoModelForCausalLM.from_pretrained(base))
+    attach_model_card(trainer)
+    trainer.create_model_card()
+    data, text = ModelCard.load(tmp_path / "run" / CARD_FILE).data, card(tmp_path / "run")
+    known = origin == "ada/base"
+    assert data.license == "mit"
+    assert (data.base_model, data.get("base_model_relation")) == (("ada/base", "finetune") if known else (None, None))
+    made_of = ", made of [ada/base](https://huggingface.co/ada/base)" if known else ""
+    assert f"\n`first-step`{made_of}, trained further with" in text
+    assert "home/ada" not in text
+
+
+def test_a_training_log_is_told_in_means_and_evaluations_as_they_are():
+    log = [{"step": step, "loss": 1.0, "reward": float(step % 2)} for step in range(1, 101)]
+    rows = results([*log, {"step": 100, "train_loss": 9.0}])
+    assert len(rows) == LONGEST_TABLE
+    assert [rows[0]["step"], rows[-1]["step"]] == [8, 100]
+    assert all(0.4 < row["mean reward"] < 0.6 and row["loss"] == 1.0 for row in rows)
+    assert results(log[:3]) == [{"step": s, "loss": 1.0, "mean reward": float(s % 2)} for s in (1, 2, 3)]
+    assert results([]) == []
+    held_out = [{"step": step, "eval_loss": float(step)} for step in range(100)]
+    assert all(row["held-out loss"] == row["step"] for row in results(held_out))
+    facts = {"name": "m", "model": "LlamaForCausalLM", "parameters": 1, "optimizer": "swan"}
+    told = "Each row is the mean since the row before."
+    assert told in render(CardFacts(**facts, results=rows))
+    assert told not in render(CardFacts(**facts, results=results(held_out)))
 
 
 def quick_start(text):

@@ -11,7 +11,7 @@ import yaml
 from documents import ROOT, tracked_files
 
 from hf_stateless.reports.provenance import published_command, published_options, published_values, without_folders
-from hf_stateless.reports.published_flags import NAMED, NUMBERS, OPTIONS, PLACES, WORDS
+from hf_stateless.reports.published_flags import NAMED, NUMBERS, OPTIONS, PLACES, TASKS, WORDS
 from hf_stateless.reports.secrets import looks_secret, without_secrets
 
 
@@ -57,6 +57,9 @@ NAMES = [
         ("python /opt/bin/trl sft --learning-rate=1e-4 --seed -1", "python trl sft --learning-rate=1e-4 --seed -1"),
         ("python -m torch.distributed.run --rdzv_endpoint node7:29500 s.py --seed 3",
          "python -m torch.distributed.run --rdzv_endpoint ... s.py --seed 3"),
+        *([f"python t.py --task chain_sum:min_terms=2,max_digits=1 leg_counting --{flag} ''"] * 2
+          for flag in ("system_prompt", "example_tasks", "seed")),
+        ("python t.py --task a:b=c d:e=-1.5,f=g h: i:j=2,", "python t.py --task ..."),
         ("python t.py --optim_args num_iterations=3,token=abc", "python t.py --optim_args num_iterations=3"),
         (*["""python t.py --lr_scheduler_kwargs '{"min_lr_rate": 0.1}'"""] * 2,),
     ],
@@ -115,7 +118,7 @@ def test_no_secret_is_told_by_whatever_name(words):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_what_looks_like_a_key_is_dropped_whatever_the_flag(key):
-    for flag in sorted(NUMBERS | WORDS | PLACES | OPTIONS | NAMED):
+    for flag in sorted(NUMBERS | WORDS | TASKS | PLACES | OPTIONS | NAMED):
         for words in (
             [f"--{flag}", key],
             [f"--{flag}={key}"],
@@ -162,12 +165,12 @@ def test_options_of_a_schedule_are_told_if_they_are_known_numbers():
 
 
 def test_flags_of_the_recipes_are_told():
-    known = NUMBERS | WORDS | PLACES | OPTIONS | NAMED
+    known = NUMBERS | WORDS | TASKS | PLACES | OPTIONS | NAMED
     recipes = [name for name in tracked_files() if re.fullmatch(r"recipes/[\w-]+/[\w-]+/\w+\.yaml", name)]
     assert len(recipes) > 10
     for name in recipes:  # a sentence of one's own is not told
         assert set(yaml.safe_load(Path(ROOT, name).read_text(encoding="utf-8"))) - {"compare_with"} <= known, name
-    assert not NAMED & (NUMBERS | WORDS | PLACES | OPTIONS)
+    assert not NAMED & (NUMBERS | WORDS | TASKS | PLACES | OPTIONS)
     for report in Path(ROOT, "hub_cards").glob("*/memory_report.json"):
         command = json.loads(report.read_text(encoding="utf-8"))["provenance"]["command"]
         assert published_command(shlex.split(command)) == command

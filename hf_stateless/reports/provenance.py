@@ -89,6 +89,8 @@ def _interpreter_words(rest: Sequence[str]) -> list[str]:
 def _value(flag: str, text: str) -> str:
     """Return the value of a known flag as it may be published."""
     name, fits = name_of(flag), shape_of(flag)
+    if not text:
+        return text
     if name == "optim_args":
         return ",".join(f"{key}={value}" for key, value in published_options(text).items()) or HIDDEN
     if name == "lr_scheduler_kwargs":

@@ -46,12 +46,14 @@ WORDS = _names(
     optim lr_scheduler_type logging_strategy eval_strategy save_strategy hub_strategy report_to log_level
     log_level_replica metric_for_best_model ddp_backend dtype torch_compile_backend torch_compile_mode fsdp
     train_sampling_strategy optim_target_modules attn_implementation lora_target_modules lora_task_type
-    bnb_4bit_quant_type bnb_4bit_quant_storage model_config task text_column dataset_config dataset_train_split
-    dataset_test_split dataset_text_field example_tasks packing_strategy truncation_mode loss_type answer_tag
+    bnb_4bit_quant_type bnb_4bit_quant_storage model_config text_column dataset_config dataset_train_split
+    dataset_test_split dataset_text_field packing_strategy truncation_mode loss_type answer_tag
     importance_sampling_level vllm_mode mixed_precision dynamo_backend adamw_rates
     """
 )
 """One name or several."""
+TASKS = frozenset({"task", "example_tasks"})
+"""Names, perhaps with numbers as options: `chain_sum:max_digits=1`."""
 PLACES = _names(
     """
     config config_file output_dir resume_from_checkpoint model_config model_name_or_path model tokenizer_name
@@ -79,6 +81,8 @@ SUBCOMMANDS = _names(
 _NUMBER = re.compile(
     r"[-+]?(\d{1,12}(\.\d{0,12})?|\.\d{1,12})(e[-+]?\d{1,3})?|true|false|yes|no|none|inf", re.IGNORECASE
 )
+_OPTION = rf"\w{{1,40}}=({_NUMBER.pattern})"
+_TASK = re.compile(rf"[A-Za-z]\w{{0,79}}(:{_OPTION}(,{_OPTION})*)?", re.IGNORECASE)
 _WORD = re.compile(r"[A-Za-z][\w.+,-]{0,79}|10m|60m|130m|350m|1b")
 _PLACE = re.compile(r"~?[\w.{][\w .@+=,{}/\\-]{0,199}|~")
 
@@ -90,7 +94,7 @@ def shape_of(flag: str) -> Callable[[str], bool] | None:
         flag: as it was typed, such as `--learning-rate`.
     """
     name = name_of(flag)
-    kinds = ((NUMBERS, is_number), (WORDS, is_word), (PLACES, is_place), (NAMED | OPTIONS, _never))
+    kinds = ((NUMBERS, is_number), (WORDS, is_word), (TASKS, is_task), (PLACES, is_place), (NAMED | OPTIONS, _never))
     found = [test for names, test in kinds if name in names]
     return (lambda text: any(test(text) for test in found)) if found and flag.startswith("--") else None
 
@@ -112,6 +116,11 @@ def is_number(text: str) -> bool:
 def is_word(text: str) -> bool:
     """Tell whether a value is a plain name, or several joined by commas."""
     return _WORD.fullmatch(text) is not None or is_number(text)
+
+
+def is_task(text: str) -> bool:
+    """Tell whether a value is the name of a task, perhaps with numbers as its options."""
+    return _TASK.fullmatch(text) is not None
 
 
 def is_place(text: str) -> bool:

@@ -30,6 +30,8 @@ class CardFacts:
     base_model: str | None = None
     """Id on the Hub, or the last name of a local folder."""
     base_is_local: bool = False
+    origin: str | None = None
+    """Id on the Hub of the model that a local base was made of, by its card."""
     adapter: str | None = None
     """Kind of adapter, like LoRA; None where the model itself was trained."""
     task: str | None = None

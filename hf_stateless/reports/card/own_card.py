@@ -80,7 +80,7 @@ def metadata(
         for entry in facts.evaluation
         if pipeline_tag
     ]
-    base = None if facts.base_is_local else facts.base_model
+    base = facts.origin if facts.base_is_local else facts.base_model
     if base:
         kept["base_model_relation"] = "adapter" if facts.adapter else "finetune"
     data = ModelCardData(

@@ -64,14 +64,16 @@ def render(
     """
     section = memory_section(report, picture) if report else None
     found = {**facts.metadata, **training_memory(report)} if report and facts.metadata else facts.metadata
+    columns = list(dict.fromkeys(name for row in reversed(facts.results) for name in row))
     page = _template().render(
         facts=facts,
         metadata=yaml_dump(metadata_values(found)).strip() if found else "",
-        base=link(facts.base_model) if facts.base_model and not facts.base_is_local else code(facts.base_model or ""),
+        base=_base(facts),
         quick_start=_quick_start(facts),
         citation=facts.preset.citation if facts.preset else None,
         dashboard=DASHBOARD_FILE if dashboard else None,
-        columns=list(dict.fromkeys(name for row in reversed(facts.results) for name in row)),
+        columns=columns,
+        means=not any(name.startswith("held-out") for name in columns),
         section=section,
         beside=beside_section(facts, report) if facts.beside else [],
         differences=[differences(facts, report, other) for other in facts.beside],
@@ -87,6 +89,13 @@ def _template() -> Template:
     environment.filters.update(size=size_text, number=number, cell=_cell, plain=plain, code=code)
     environment.filters.update(sentences=sentences, section=section)
     return environment.get_template("model_card.md.jinja")
+
+
+def _base(facts: CardFacts) -> str:
+    """Return the base model: a link, or the name of a local folder with what that was made of."""
+    if facts.base_is_local:
+        return code(facts.base_model) + (f", made of {link(facts.origin)}" if facts.origin else "")
+    return link(facts.base_model) if facts.base_model else ""
 
 
 def _cell(value: Any) -> str:

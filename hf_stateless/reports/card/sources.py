@@ -17,7 +17,7 @@ from ...weights.int8.compressed import has_kernels
 from ...weights.int8.convert import can_be_packed, int8_layers, int8_weights, without_scales
 from ..measured.footprint import count_parameters
 from ..provenance import published_options, published_values, versions, without_folders
-from ..run_facts import adapter_of, base_of, hub_id
+from ..run_facts import adapter_of, base_of, hub_id, is_hub_id
 from .facts import CARD_FILE, CardFacts
 from .markdown import metadata_values, one_line, plain, visible
 from .own_card import metadata, take_sections
@@ -38,6 +38,8 @@ TASKS = {
     "RewardTrainer": ("reward-trainer", "reward modelling"),
 }
 """Trainers of TRL with the tag and the words for what they do."""
+LICENCE = ("license", "license_name", "license_link")
+"""Keys of a card that tell the licence."""
 HYPERPARAMETERS = (
     *("optim", "optim_args", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -88,8 +90,10 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
     for raw in filter(None, (loaded, args.optim_args)):  # a line break in them would begin a section of its own
         text = text.replace(raw, one_line(raw))
     take_sections(facts, text)
-    licence = given.get("license") or theirs.get("license")
-    licences = {"license": licence} if licence else _licence_of(name, args.hub_token) if base else {}
+    licence, of_base = given.get("license") or theirs.get("license"), _told_of(name, args.hub_token) if base else {}
+    if is_local and not adapter and is_hub_id(of_base.get("base_model", "")):
+        facts.origin = of_base["base_model"]
+    licences = {"license": licence} if licence else {key: of_base[key] for key in LICENCE if key in of_base}
     facts.metadata = metadata_values({**metadata(facts, theirs, tag, datasets, given), **licences})
     private = {loaded: Path(loaded).name} if os.path.isdir(loaded) else {}
     private |= {os.path.abspath(args.output_dir): facts.name, os.getcwd(): ".", str(Path.home()): "~"}
@@ -139,12 +143,12 @@ def _shortened(value: Any, private: Mapping[str, Any]) -> Any:
 
 
 @cache
-def _licence_of(model: str, token: str | None) -> dict[str, str]:
-    """Return the keys of a model's card that tell its licence; nothing if the card cannot be had."""
+def _told_of(model: str, token: str | None) -> dict[str, str]:
+    """Return what a model's card tells of its licence and of the model it was made of; nothing without a card."""
     place = Path(model) / CARD_FILE if os.path.isdir(model) else model
     try:
         data = ModelCard.load(place, token=token, ignore_metadata_errors=True).data
-        found = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+        found = {key: data[key] for key in (*LICENCE, "base_model") if data.get(key)}
     except Exception:  # whatever stands in somebody else's card, ours is written
         return {}
     return {key: value for key, value in found.items() if isinstance(value, str)}

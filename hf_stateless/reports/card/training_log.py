@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..files import read_json
@@ -26,7 +27,10 @@ LONGEST_TABLE = 12
 
 
 def results(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the evaluations with the last training loss before each, or the training log if there are none."""
+    """Return the evaluations with the last training loss before each, or the training log if there are none.
+
+    Of many evaluations some are left out. Of a training log each row is the mean since the row before.
+    """
     rows, loss = [], None
     for entry in log:
         loss = entry.get("loss", loss)
@@ -34,15 +38,19 @@ def results(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if known:
             held_out = {f"held-out {METRICS[name].lower()}": value for name, value in known.items()}
             rows.append({"step": entry["step"], **({} if loss is None else {"training loss": loss}), **held_out})
-    if not rows:
-        names = {name: METRICS[name].lower() for name in METRICS if any(name in entry for entry in log)}
-        rows = [
-            {"step": entry["step"], **{text: entry[name] for name, text in names.items() if name in entry}}
-            for entry in log
-            if any(name in entry for name in names)
-        ]
     every = -(-len(rows) // LONGEST_TABLE) or 1
-    return rows[:-1][::every] + rows[-1:]
+    return rows[:-1][::every] + rows[-1:] or _training_means(log)
+
+
+def _training_means(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    known = [entry for entry in log if any(name in entry for name in METRICS)]
+    count, rows = min(len(known), LONGEST_TABLE), []
+    for row in range(count):
+        entries = known[row * len(known) // count : (row + 1) * len(known) // count]
+        values = {text: [entry[name] for entry in entries if name in entry] for name, text in METRICS.items()}
+        means = {text.lower(): fmean(found) for text, found in values.items() if found}
+        rows.append({"step": entries[-1]["step"], **means})
+    return rows
 
 
 def evaluation_of(log: list[dict[str, Any]], folder: str, dataset: str) -> list[dict[str, Any]]:
