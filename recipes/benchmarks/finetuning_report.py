@@ -84,18 +84,15 @@ def _over(loss: float | None) -> str:
 
 
 def weights_table(records: Records) -> str:
-    """Render runs at one learning rate as a Markdown table: the loss beside that of the first kind of weights."""
+    """Render runs at one learning rate as a Markdown table: the loss beside that of the same optimizer in bf16."""
     names = sorted({record["row"] for record in records})
     rows = {row: {r["seed"]: r["eval_loss"] for r in records if r["row"] == row} for row in names}
-    first = next(iter(rows.values()))
-    reference = statistics.mean(first.values())
-    lines = [
-        f"| Trained with | Held-out loss | Each seed | Over `{next(iter(rows))}` | Each seed |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    lines = ["| Trained with | Held-out loss | Each seed | Over bf16 | Each seed |", "|---|---:|---:|---:|---:|"]
     for row, losses in rows.items():
+        base = rows[f"{row.partition('int8')[0].removesuffix('bf16')}bf16"]
         mean, each = statistics.mean(losses.values()), ", ".join(f"{losses[seed]:.4f}" for seed in sorted(losses))
-        apart = ", ".join(f"{100 * (losses[seed] / first[seed] - 1):+.2f} %" for seed in sorted(losses))
-        over = [f"{100 * (mean / reference - 1):+.2f} %", apart] if losses is not first else ["", ""]
-        lines.append(f"| `{row}` | {mean:.4f} | {each} | {' | '.join(over)} |".replace("|  |", "| |"))
+        apart = ", ".join(f"{100 * (losses[seed] / base[seed] - 1):+.2f} %" for seed in sorted(losses))
+        total = f"{100 * (mean / statistics.mean(base.values()) - 1):+.2f} %"
+        over = f" {total} | {apart} " if losses is not base else " | "
+        lines.append(f"| `{row}` | {mean:.4f} | {each} |{over}|")
     return "\n".join(lines)
