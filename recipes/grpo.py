@@ -49,8 +49,11 @@ def check_arguments(args: GRPOConfig) -> None:
         args.eval_on_start = False  # TRL's own evaluation; this script evaluates before and after in any case
 
 
-def make_trainer(args: GRPOConfig, model_args: ModelArguments, tasks: ReasoningTasks) -> GRPOTrainer:
-    """Return the trainer, with the verifier's score and the format as two rewards that are logged apart."""
+def make_trainer(args: GRPOConfig, model_args: ModelArguments, tasks: ReasoningTasks) -> tuple[GRPOTrainer, list[str]]:
+    """Return the trainer and what its card remarks on the model.
+
+    The verifier's score and the format are two rewards that are logged apart.
+    """
     with args.main_process_first(desc="model"):
         model = find_model(args, model_args)
     with building(args):
@@ -64,9 +67,10 @@ def make_trainer(args: GRPOConfig, model_args: ModelArguments, tasks: ReasoningT
         )
     prepare_trainer(trainer)
     hf_stateless.attach_memory_report(trainer)
-    attach_model_card(trainer, **describe_model(model_args, model), data=describe_questions(tasks))
+    said = describe_model(model_args, model)
+    attach_model_card(trainer, **said, data=describe_questions(tasks))
     prepare_push(trainer, model_args)
-    return trainer
+    return trainer, list(said.get("remarks", []))
 
 
 def describe_questions(tasks: ReasoningTasks) -> str:
@@ -83,7 +87,7 @@ def main() -> None:
     checkpoint = find_checkpoint(args)
     use_all_cores(args, model_args.cpu_threads)
     tasks = ReasoningTasks(task_args)
-    trainer = make_trainer(args, model_args, tasks)
+    trainer, remarks = make_trainer(args, model_args, tasks)
     if trainer.is_world_process_zero():
         print(f"{len(tasks.train):,} train and {len(tasks.held_out):,} held-out questions, none in both")
     before = evaluate(trainer, tasks)
@@ -91,7 +95,7 @@ def main() -> None:
     report = compare(tasks, before, evaluate(trainer, tasks))
     if trainer.is_world_process_zero():
         file = write_evaluation(report, args.output_dir)
-    attach_model_card(trainer, data=" ".join([describe_questions(tasks), *describe(report).splitlines()]))
+    attach_model_card(trainer, remarks=[*remarks, " ".join(describe(report).splitlines())])
     save(trainer)
     if trainer.is_world_process_zero():
         print(f"\n{describe(report)}\nEach question with its answers: {file}")

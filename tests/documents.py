@@ -1,6 +1,8 @@
 """The repository's own files: which are tracked, the pages that explain it, and what stands on them."""
 
+import json
 import re
+import shlex
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -129,3 +131,14 @@ def commands(page):
             words = part.split("#", 1)[0].split()
             if words:
                 yield block, [word.strip("\"'") for word in words]
+
+
+def card_commands(script):
+    """What was typed in the runs of the cards after the name of a recipe's script, by card."""
+    found = {}
+    for report in sorted((ROOT / "hub_cards").glob("*/memory_report.json")):
+        words = shlex.split(json.loads(report.read_text(encoding="utf-8"))["provenance"]["command"])
+        if f"recipes/{script}" in words:
+            typed = words[words.index(f"recipes/{script}") + 1 :]
+            found[report.parent.name] = [str(ROOT / word) if word.startswith("recipes/") else word for word in typed]
+    return found

@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 import yaml
+from documents import card_commands
 from tiny_models import save_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -388,3 +389,11 @@ def test_a_mistake_is_answered_with_one_line(gym, workplace, monkeypatch, argume
     with pytest.raises(SystemExit, match=f"^grpo.py: error: {message}") as error:
         grpo.run_script(grpo.main)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("card", card_commands("grpo.py"))
+def test_the_command_of_a_card_trains(card, gym, workplace, monkeypatch):
+    typed = shlex.join(card_commands("grpo.py")[card])
+    report = run(f"{typed} {RUN} --max_steps 1 --bf16 false", monkeypatch)
+    assert report["questions"] == 6
+    assert Path("out/memory_report.json").is_file()

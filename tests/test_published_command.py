@@ -36,7 +36,7 @@ NAMES = [
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
     "mistralai/Mixtral-8x7B-Instruct-v0.1",
     "recipes/smollm2-135m/sft-lora/sinkgd.yaml",
-    "runs/llama-tiny-pretrain-sinkgd-int8",
+    "runs/llama-tiny-pretrain-swan-int8",
     "hf_stateless",
     "Salesforce/wikitext-103-raw-v1",
 ]

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from documents import card_commands
 from int8_folders import load_int8_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -381,3 +382,11 @@ def test_a_finished_run_that_is_resumed_takes_no_step_and_finishes_the_rest(work
     assert files[0].read_bytes() == weights
     assert all(file.is_file() for file in files)
     assert sorted(path.name for path in workplace.glob("out/checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("card", card_commands("pretrain.py"))
+def test_the_command_of_a_card_trains(card, workplace, monkeypatch, capsys):
+    typed = shlex.join(card_commands("pretrain.py")[card])
+    run_in_process(f"{typed} {RUN} --train_files 'text/*.txt' --max_steps 2", monkeypatch)
+    assert "after 2 steps" in capsys.readouterr().out
+    assert json.loads(Path("out/memory_report.json").read_text())["complete"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import card_commands
 from int8_folders import load_int8_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -171,3 +172,11 @@ def test_a_mistake_ends_the_script_with_one_line(workplace, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         finetuning_model.run_script(sft.main)
     assert ended.value.code == "sft.py: error: File not found: nowhere.jsonl"
+
+
+@pytest.mark.parametrize("card", card_commands("sft.py"))
+def test_the_command_of_a_card_trains(card, workplace, monkeypatch, capsys):
+    typed = shlex.join(card_commands("sft.py")[card])
+    run_in_process(sft, f"{typed} {RUN} --train_files chats.jsonl --max_steps 1", monkeypatch)
+    assert "after 1 steps" in capsys.readouterr().out
+    assert Path("out/memory_report.json").is_file()
