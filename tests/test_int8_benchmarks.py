@@ -1,5 +1,6 @@
 """What the pages say of memory and 8-bit training is what the results of the benchmarks say, and these hold."""
 
+import itertools
 import json
 import re
 import sys
@@ -108,6 +109,14 @@ def test_8_bits_with_stochastic_rounding_end_within_2_percent_of_bf16_and_neares
         assert losses["sinkgd, int8"][seed] < 1.02 * bf16 < losses["sinkgd, int8 nearest"][seed]
     same = {key: {record[key] for record in records} for key in ("model", "steps", "learning_rate", "layers")}
     assert all(len(values) == 1 for values in same.values())
+    assert page_with(finetuning.weights_table(records))
+
+
+def test_the_table_of_all_layers_in_8_bits_is_the_measurement_with_three_seeds():
+    records = results("finetuning-int8-all-cpu.json")["records"]
+    runs = {(record["row"], record["seed"]) for record in records}
+    assert runs == set(itertools.product(("sinkgd, row moments, bf16", "sinkgd, row moments, int8"), range(3)))
+    assert all((record["tuning"], record["learning_rate"]) == ("all", 1e-4) for record in records)
     assert page_with(finetuning.weights_table(records))
 
 
