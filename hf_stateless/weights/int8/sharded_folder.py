@@ -32,7 +32,7 @@ def whole_state(model: PreTrainedModel) -> dict[str, Any]:
         for name, part in get_model_state_dict(model).items():
             whole = whole_of(part)
             if dist.get_rank() == 0:
-                given[name] = whole.cpu()
+                given[name] = whole.cpu() if isinstance(whole, Tensor) else whole
     names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     first = {key: name for name, key in reversed(names.items())}
     return {name: given.get(first.get(names.get(name, 0), name), tensor) for name, tensor in given.items()}
