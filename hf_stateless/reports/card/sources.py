@@ -90,7 +90,8 @@ def collect(trainer: Trainer, own_card: ModelCard, given: Mapping[str, Any]) -> 
     for raw in filter(None, (loaded, args.optim_args)):  # a line break in them would begin a section of its own
         text = text.replace(raw, one_line(raw))
     take_sections(facts, text)
-    licence, of_base = given.get("license") or theirs.get("license"), _told_of(name, args.hub_token) if base else {}
+    licence = given.get("license") or theirs.get("license")
+    of_base = _told_of(name, args.hub_token) if base and (is_local or not licence) else {}
     if is_local and not adapter and is_hub_id(of_base.get("base_model", "")):
         facts.origin = of_base["base_model"]
     licences = {"license": licence} if licence else {key: of_base[key] for key in LICENCE if key in of_base}
