@@ -228,7 +228,7 @@ def killed(world, moment, shared, rank, folder):
         steps(model, optimizer, last=SAVED_AT, rank=rank, ranks=world)
         save_sharded(model, optimizer, Path(shared) / "killed")
         if rank == world - 1 and moment == "step":
-            ways.whole_matrix = die
+            ways.whole_tensor = die
         steps(model, optimizer, first=SAVED_AT, rank=rank, ranks=world)
         if rank == world - 1:
             write = FileSystemWriter.write_data

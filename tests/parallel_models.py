@@ -20,8 +20,8 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from hf_stateless import create_optimizer
-from hf_stateless.ranks.placement import part_of, whole_matrix
-from hf_stateless.ranks.splits import splits_of
+from hf_stateless.ranks.placement import part_of
+from hf_stateless.weights.cuts import splits_of, whole_tensor
 
 
 # transformers that has it also cuts into uneven parts and along two mesh dimensions; 5.17 does neither.
@@ -110,7 +110,7 @@ def train(
 
 
 def weights_of(model):
-    return {name: whole_matrix(p.detach()).clone() for name, p in model.named_parameters()}
+    return {name: whole_tensor(p.detach()).clone() for name, p in model.named_parameters()}
 
 
 def chunk(tensor, dim, which):
@@ -159,6 +159,6 @@ def undone_cuts():
                     torch.distributed.broadcast(got[source], group=split.group, group_src=source)
                 assert torch.equal(split.parts(split.whole(got))[split.rank], part)
                 part = split.whole(got)
-            gathered, kept = whole_matrix(p.detach()), part_of(value, p.detach())
+            gathered, kept = whole_tensor(p.detach()), part_of(value, p.detach())
             right = torch.equal(part, value) and torch.equal(gathered, value) and torch.equal(kept, p.to_local())
             yield str(cut), shape, "right" if right else "wrong"

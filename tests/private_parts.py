@@ -122,7 +122,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         part="torch.distributed.tensor.placement_types:_StridedShard",
-        used_by=("ranks/splits.py",),
+        used_by=("weights/cuts.py",),
         why="how DTensor writes what FSDP2 and tensor parallelism both cut, and projections packed in one",
         upstream="torch/distributed/tensor/placement_types.py",
         until="torch makes the placement public",

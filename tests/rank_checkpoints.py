@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from hf_stateless.ranks.placement import whole_matrix
+from hf_stateless.weights.cuts import whole_tensor
 
 
 FULL = StateDictOptions(full_state_dict=True)
@@ -20,7 +20,7 @@ FULL = StateDictOptions(full_state_dict=True)
 
 def whole_state(model):
     """What one process would save of the model; FULL of torch 2.11 cannot gather packed projections."""
-    return {name: whole_matrix(t).clone() for name, t in get_model_state_dict(model).items()}
+    return {name: whole_tensor(t).clone() for name, t in get_model_state_dict(model).items()}
 
 
 def save_sharded(model, optimizer, folder):

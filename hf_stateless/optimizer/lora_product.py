@@ -22,12 +22,13 @@ from ..norms.projections import power_of_two_inverse
 from ..norms.scale import UPDATE_SCALES
 from ..norms.whitening import eigh
 from ..ranks.matrix_update import decay_of
-from ..ranks.placement import local_shard, part_of, whole_matrix
+from ..ranks.placement import local_shard, part_of
 from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.layout import LAYOUTS, Layout
 from ..update.rate import learning_rate
 from ..update.reads import both, reads_at_once
 from ..update.write import judged, write_update_
+from ..weights.cuts import whole_tensor
 from ..weights.noise import RoundingKey
 from .rule import Entry, Host, Rule, counter, keys_of
 
@@ -119,7 +120,7 @@ def update_pairs_(
 
 def _update_batch_(batch: Sequence[Pair], group: Mapping[str, Any], usable: Tensor | None) -> list[bool | Tensor]:
     layouts = batch[0].layouts
-    a, b = _stacked([tuple(whole_matrix(p) for p in pair.factors) for pair in batch], layouts)
+    a, b = _stacked([tuple(whole_tensor(p) for p in pair.factors) for pair in batch], layouts)
     grads = _stacked([tuple(_whole_gradient(p) for p in pair.factors) for pair in batch], layouts)
     (rank, columns), rows = a.shape[-2:], b.shape[-2]
     lr = learning_rate(group)
@@ -166,7 +167,7 @@ def _stacked(factors: Sequence[tuple[Tensor, ...]], layouts: Sequence[Layout]) -
 
 
 def _whole_gradient(p: Tensor) -> Tensor:
-    return torch.zeros_like(whole_matrix(p)) if p.grad is None else whole_matrix(p.grad)
+    return torch.zeros_like(whole_tensor(p)) if p.grad is None else whole_tensor(p.grad)
 
 
 def product_chain(norms: Sequence[str], num_iterations: int) -> tuple[tuple[str, ...], int]:

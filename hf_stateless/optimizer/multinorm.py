@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..ranks.matrix_update import MatrixUpdate
-from ..ranks.placement import local_shard, part_of, whole_matrix
+from ..ranks.placement import local_shard, part_of
 from ..ranks.ways import apply_, shares_whitening
 from ..update.reads import reads_at_once
+from ..weights.cuts import whole_tensor
 from ..weights.noise import TensorCache
 from ..weights.stored import Lost, StoredWeight
 from .momentum import feed_back_, has_momentum, momentum_bytes, momentum_direction_, momentum_state
@@ -59,7 +60,7 @@ def _feed(entry: Entry, cache: TensorCache) -> Lost | None:
 
 def _still(entry: Entry) -> Tensor | None:
     """Tell of this rank's part of several matrices in one which entries are of a matrix without gradient, if any."""
-    grad = whole_matrix(entry.grad)
+    grad = whole_tensor(entry.grad)
     zero = entry.layout.norms(grad) == 0
     if reads_at_once(zero.device) and not bool(zero.any()):
         return None

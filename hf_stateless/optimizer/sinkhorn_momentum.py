@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..ranks.placement import local_shard, sum_over_cut, whole_if_unknown
 from ..ranks.sinkhorn import sinkhorn_of_part
-from ..ranks.splits import splits_of
 from ..update.rate import learning_rate
 from ..update.write import write_update_
+from ..weights.cuts import splits_of
 from ..weights.noise import RoundingKey
 from .rule import Entry, Host, Rule, counter, keys_of
 

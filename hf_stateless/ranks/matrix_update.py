@@ -19,10 +19,10 @@ from ..update.rate import learning_rate
 from ..update.reads import both, reads_at_once, where_usable
 from ..update.width import width_factor
 from ..update.write import Judged, Workspace, write_scaled_, write_update_
+from ..weights.cuts import splits_of
 from ..weights.noise import RoundingKey
 from ..weights.stored import Lost, StoredWeight
 from .placement import local_shard, part_of
-from .splits import splits_of
 
 
 @dataclass

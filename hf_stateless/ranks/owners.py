@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..update.layout import Layout
 from ..update.reads import Later, reads_at_once
+from ..weights.cuts import Split
 from .placement import wide_norm
-from .splits import Split
 
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """What a rank holds of a parameter, its gradient and its state, and what all ranks know of them together.
 
 A sharded parameter is a `DTensor` of which each rank holds a part, while row norms, column norms and whitening are
-defined on whole matrices; `splits.py` describes the parts.
+defined on whole matrices; `weights/cuts.py` describes the parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..update.batches import alike
-from .splits import Split, cuts_of, groups_of, splits_of
+from ..weights.cuts import cuts_of, groups_of, splits_of, whole_tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -64,31 +64,6 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_matrix(tensor: Tensor) -> Tensor:
-    """Return the gathered tensor (a collective on all ranks of its mesh); a plain tensor is returned as it is."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    sendable = tensor.to(tensor.device_mesh.device_type)  # what is offloaded to the CPU cannot be sent from there
-    assert isinstance(sendable, DTensor)
-    splits = cuts_of(sendable) or ()
-    if all(split.pieces == 1 for split in splits):
-        return sendable.full_tensor()
-    whole = sendable.to_local()  # packed projections, which DTensor of torch 2.11 cannot gather
-    for split in splits:
-        whole = split.whole(_parts_of_all(whole, split))
-    return whole
-
-
-def _parts_of_all(part: Tensor, split: Split) -> list[Tensor]:
-    """Return the parts of all ranks; they are sent at one size, though some may be smaller."""
-    shapes = [torch.Size(split.part(rank)) for rank in range(split.ranks)]
-    length = max(shape.numel() for shape in shapes)
-    sent = torch.nn.functional.pad(part.reshape(-1), (0, length - part.numel()))
-    gathered = list(sent.new_empty(split.ranks, length).unbind())
-    dist.all_gather(gathered, sent, group=split.group)
-    return [flat[: shape.numel()].view(shape) for flat, shape in zip(gathered, shapes, strict=True)]
-
-
 def part_of(update: Tensor, param: Tensor) -> Tensor:
     """Return the part of a whole update that belongs to this rank's shard of the parameter, without communication."""
     if not isinstance(param, DTensor):
@@ -110,8 +85,8 @@ def whole_if_unknown(param: Tensor, grad: Tensor, state: Tensor) -> Iterator[tup
     if splits_of(param) is not None:
         yield param, grad, state
         return
-    whole, whole_state = whole_matrix(param), whole_matrix(state)
-    yield whole, whole_matrix(grad), whole_state
+    whole, whole_state = whole_tensor(param), whole_tensor(state)
+    yield whole, whole_tensor(grad), whole_state
     local_shard(param).copy_(part_of(whole, param))
     local_shard(state).copy_(part_of(whole_state, state))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..norms.projections import power_of_two_inverse
 from ..norms.sinkhorn import matvec, scaled, smallest_sum, sr_sinkhorn
-from .splits import Split
+from ..weights.cuts import Split
 
 
 # Bytes of squared gradients that are kept between iterations; the squares of what goes beyond are formed each time.

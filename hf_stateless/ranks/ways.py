@@ -19,13 +19,12 @@ from ..norms.chain import Chain
 from ..update.batches import BATCH_BYTES, alike, bounded
 from ..update.reads import both
 from ..update.write import Judged, Workspace, judged
+from ..weights.cuts import Split, whole_tensor
 from .alone import Alone, Apart, is_stored_stack, matrices_of
 from .matrix_update import MatrixUpdate
 from .operator_norms import operator_factors
 from .owners import Agreement, Exchanges, Load, same_on_replicas, shared_updates, whitening_cost
-from .placement import whole_matrix
 from .sinkhorn import ShardedMatrices, iterate, keep_squares
-from .splits import Split
 
 
 EXCHANGE_BYTES = 1 << 30
@@ -197,7 +196,7 @@ class Gathered:
 
     def run(self, updates: Sequence[MatrixUpdate], workspace: Workspace) -> None:
         for update in updates:
-            normalized = update.normalized(whole_matrix(update.direction))
+            normalized = update.normalized(whole_tensor(update.direction))
             update.write(normalized, _judged_alone(update, normalized), whole=True)
 
 

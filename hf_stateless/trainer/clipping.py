@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import Trainer
 
 from ..optimizer.live import released_norm
-from ..ranks.placement import is_sharded, mesh_of, whole_matrix
+from ..ranks.placement import is_sharded, mesh_of
 from ..update.batches import alike
+from ..weights.cuts import whole_tensor
 from .patches import OURS
 
 
@@ -86,7 +87,7 @@ def _of_accelerate(original: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(_other_norm(norm_type))
         _WITHIN.accelerate = True
         try:
-            rest = whole_matrix(original(self, parameters, math.inf, norm_type))
+            rest = whole_tensor(original(self, parameters, math.inf, norm_type))
         finally:
             _WITHIN.accelerate = False
         total = _both(rest, released)
@@ -106,8 +107,8 @@ def _of_torch(original: Callable[..., None]) -> Callable[..., None]:
         released = None if getattr(_WITHIN, "accelerate", False) else released_norm(parameters)
         if released is not None:
             grads = [p.grad for p in parameters if p.grad is not None]
-            rest = whole_matrix(torch.nn.utils.get_total_norm(grads, foreach=foreach))
-            if not torch.allclose(whole_matrix(total_norm), rest, rtol=0, atol=0, equal_nan=True):
+            rest = whole_tensor(torch.nn.utils.get_total_norm(grads, foreach=foreach))
+            if not torch.allclose(whole_tensor(total_norm), rest, rtol=0, atol=0, equal_nan=True):
                 raise ValueError(_other_norm("another than 2"))
             whole = _both(rest, released)
             if is_sharded(total_norm):

@@ -17,8 +17,8 @@ from ..optimizer.options import EVERY_RULE, group_values
 from ..optimizer.release import is_released
 from ..optimizer.rules import RULES
 from ..ranks.placement import local_shard
-from ..ranks.splits import cuts_of
 from ..update.layout import listed_layouts
+from ..weights.cuts import cuts_of
 from ..weights.int8.compressed import METHOD as COMPRESSED
 from ..weights.int8.convert import int8_weights
 from ..weights.stored import StoredWeight

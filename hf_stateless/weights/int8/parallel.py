@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -230,32 +229,6 @@ def place_of(like: DTensor, shape: Sequence[int], length: int) -> Place:
             else:
                 place.runs = runs
     return place
-
-
-def whole_of(part: Any) -> Any:
-    """Return a tensor with the parts of all ranks, a collective on them; what is not cut is returned as it is.
-
-    Packed projections are put together here, since `full_tensor()` of torch 2.11 cannot do it.
-    """
-    if not isinstance(part, DTensor):
-        return part
-    part = part.to(part.device_mesh.device_type)  # what is offloaded to the CPU cannot be sent from there
-    cuts = [(dim, *cut) for dim in range(part.ndim) for cut in _cuts(part, dim)]
-    if len(cuts) != 1 or cuts[0][2] == 1:
-        return part.full_tensor()
-    ((dim, mesh_dim, pieces),) = cuts
-    ranks, rows = part.device_mesh.size(mesh_dim), local_of(part).movedim(dim, 0)
-    runs = [_runs(part.shape[dim], pieces, ranks, rank) for rank in range(ranks)]
-    longest = max(sum(length for _, length in of_rank) for of_rank in runs)
-    sent = rows.new_zeros(longest, *rows.shape[1:])
-    sent[: len(rows)] = rows
-    gathered = [torch.empty_like(sent) for _ in runs]
-    dist.all_gather(gathered, sent, group=part.device_mesh.get_group(mesh_dim))
-    whole = rows.new_empty(part.shape[dim], *rows.shape[1:])
-    for given, of_rank in zip(gathered, runs, strict=True):
-        for start, length in of_rank:
-            whole[start : start + length], given = given[:length], given[length:]
-    return whole.movedim(0, dim).contiguous()
 
 
 def _cuts(like: DTensor, dim: int) -> list[tuple[int, int]]:

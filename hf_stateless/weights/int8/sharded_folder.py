@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import PreTrainedModel
 
-from .parallel import whole_of
+from ..cuts import whole_tensor
 from .sharded import shard_of
 
 
@@ -30,7 +30,7 @@ def whole_state(model: PreTrainedModel) -> dict[str, Any]:
     if given is None:
         given = {}
         for name, part in get_model_state_dict(model).items():
-            whole = whole_of(part)
+            whole = whole_tensor(part) if isinstance(part, Tensor) else part
             if dist.get_rank() == 0:
                 given[name] = whole.cpu() if isinstance(whole, Tensor) else whole
     names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}

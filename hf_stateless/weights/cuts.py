@@ -22,7 +22,7 @@ class Split:
     """One dimension of a tensor cut into a part for each rank of a process group; parts may be uneven or empty.
 
     Example:
-        >>> from hf_stateless.ranks.splits import Split
+        >>> from hf_stateless.weights.cuts import Split
         >>> split = Split(group=None, rank=1, shape=(5, 3), dim=0, ranks=4, device="cpu")
         >>> [split.part(rank) for rank in range(4)]
         [(2, 3), (2, 3), (1, 3), (0, 3)]
@@ -130,6 +130,31 @@ def _as_applied(param: DTensor, cut: Sequence[int]) -> list[tuple[int, int, int]
         else:
             order.insert(0, (i, dim, factor))
     return order
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return the gathered tensor (a collective on all ranks of its mesh); a plain tensor is returned as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    sendable = tensor.to(tensor.device_mesh.device_type)  # what is offloaded to the CPU cannot be sent from there
+    assert isinstance(sendable, DTensor)
+    splits = cuts_of(sendable) or ()
+    if all(split.pieces == 1 for split in splits):
+        return sendable.full_tensor()
+    whole = sendable.to_local()  # packed projections, which DTensor of torch 2.11 cannot gather
+    for split in splits:
+        whole = split.whole(_parts_of_all(whole, split))
+    return whole
+
+
+def _parts_of_all(part: Tensor, split: Split) -> list[Tensor]:
+    """Return the parts of all ranks; they are sent at one size, though some may be smaller."""
+    shapes = [torch.Size(split.part(rank)) for rank in range(split.ranks)]
+    length = max(shape.numel() for shape in shapes)
+    sent = torch.nn.functional.pad(part.reshape(-1), (0, length - part.numel()))
+    gathered = list(sent.new_empty(split.ranks, length).unbind())
+    dist.all_gather(gathered, sent, group=split.group)
+    return [flat[: shape.numel()].view(shape) for flat, shape in zip(gathered, shapes, strict=True)]
 
 
 def groups_of(tensors: Sequence[Tensor]) -> Iterator[dist.ProcessGroup]:
