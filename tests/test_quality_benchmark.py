@@ -223,9 +223,22 @@ def new_records():
 
 def test_the_tables_of_rates_by_kind_are_those_of_the_runs(new_records):
     assert read("recipes/benchmarks/results/quality-cpu.md") == quality_families.document(new_records)
-    summary = quality_families.summary(new_records)
-    assert page_with(summary)
-    assert summary in section("README.md", "Is it as good as AdamW?")
+    assert page_with(quality_families.summary(new_records))
+    short = quality_families.summary(new_records, names=quality_families.SHORT)
+    assert short in section("README.md", "Is it as good as AdamW?")
+
+
+def test_the_share_of_steps_until_another_ends_is_read_from_curves_of_common_seeds():
+    def ended(curves):
+        return quality_families.Best("swan", 1e-3, dict.fromkeys(curves, 3.0), curves, {}, 0.0)
+
+    adamw = ended({0: [(10, 5.0), (20, 4.0)], 1: [(10, 5.0), (20, 4.4)]})
+    faster = {0: [(10, 5.0), (20, 3.6)], 2: [(10, 1.0), (20, 1.0)]}
+    assert adamw.reaches(adamw) == 1
+    assert ended(faster).reaches(adamw) == pytest.approx((10 + 10 * 1.0 / 1.4) / 20)  # 5.0 to 3.6 by 4.0, of seed 0
+    assert ended({0: [(10, 3.9), (20, 3.8)]}).reaches(adamw) == 0.5
+    assert ended({0: [(10, 5.0), (20, 4.1)]}).reaches(adamw) is None
+    assert ended({7: faster[2]}).reaches(adamw) is None
 
 
 def test_every_loss_that_the_pages_tell_is_one_of_a_run_or_a_mean(records, new_records):

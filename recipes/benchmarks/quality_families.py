@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,11 @@ TITLES = {
     "long": "600 steps",
     "longest": "2,400 steps",
     "small, english": "200 steps, English",
+    "longest, english": "2,400 steps, English",
 }
 """The studies of the short table, and what they are called in it."""
+SHORT = [name for name in FAMILIES if "newton_schulz" not in name]
+"""The optimizers of the table in the README at the top."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Best:
     rate: float
     losses: Mapping[int, float]
     """By seed."""
+    curves: Mapping[int, Sequence[tuple[int, float]]]
+    """By seed: after how many steps a twentieth of them ended, and the mean of the training loss in it."""
     beside: Mapping[float, float]
     """What the rates for matrices of the same row cost on the first seed, beside the best."""
     state: float
@@ -57,6 +62,25 @@ class Best:
         """The multiples for embeddings, head and norms."""
         found = re.search(r"rest ([\d/]+)x$", self.row)
         return found[1] if found else "1/1/1"
+
+    def reaches(self, other: Best) -> float | None:
+        """Return the share of the steps after which the training loss is that at the end of `other`.
+
+        Both are means over the seeds that both have, and between two entries the curve is straight; None where there
+        is no such seed, or the loss is never as low.
+        """
+        common = sorted(self.curves.keys() & other.curves.keys())
+        if not common:
+            return None
+        target = statistics.mean(other.curves[seed][-1][1] for seed in common)
+        steps = [step for step, _ in self.curves[common[0]]]
+        losses = ([loss for _, loss in self.curves[seed]] for seed in common)
+        curve = list(map(statistics.mean, zip(*losses, strict=True)))
+        for i, loss in enumerate(curve):
+            if loss <= target:
+                back = (target - loss) / (curve[i - 1] - loss) if i else 0.0
+                return (steps[i] - back * (steps[i] - steps[i - 1])) / steps[-1]
+        return None
 
 
 def best(records: Records, family: str) -> Best | None:
@@ -82,7 +106,8 @@ def best(records: Records, family: str) -> Best | None:
         if name == row and first in {r["seed"] for r in same}
     }
     state = statistics.median(r["state_bytes"] / r["parameters"] for r in chosen)
-    return Best(row, rate, losses, {lr: loss - losses[first] for lr, loss in beside.items()}, state)
+    curves = {r["seed"]: r["train_losses"] for r in chosen}
+    return Best(row, rate, losses, curves, {lr: loss - losses[first] for lr, loss in beside.items()}, state)
 
 
 def study_table(records: Records) -> str:
@@ -90,30 +115,33 @@ def study_table(records: Records) -> str:
 
     What half and double the rate for matrices cost is the difference on the first seed.
     """
-    found = {name: best(records, family) for name, family in FAMILIES.items()}
+    found = {name: one for name, family in FAMILIES.items() if (one := best(records, family))}
+    adamw = found.get("AdamW")
     lines = [
         "| Optimizer | Held-out loss | Seeds | Spread | Rate of matrices | Embeddings / head / norms "
-        "| At half the rate | At double the rate | State, bytes per parameter |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| At half the rate | At double the rate | State, bytes per parameter | As low as AdamW ends after |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, one in sorted(((n, b) for n, b in found.items() if b), key=lambda item: item[1].loss):
+    for name, one in sorted(found.items(), key=lambda item: item[1].loss):
         values = one.losses.values()
         spread = f"{max(values) - min(values):.3f}" if len(values) > 1 else ""
         beside = [f"{one.beside[lr]:+.3f}" if lr in one.beside else "not run" for lr in (one.rate / 2, one.rate * 2)]
         kinds = " / ".join(f"{kind}x" for kind in one.kinds.split("/"))
         cells = [name, f"{one.loss:.3f}", str(len(values)), spread, f"{one.rate:.1e}", kinds, *beside]
-        lines.append(f"| {' | '.join(cells)} | {one.state:.2f} |")
+        share = one.reaches(adamw) if adamw else None
+        cells += [f"{one.state:.2f}", "never" if share is None else f"{100 * share:.0f} % of the steps"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def summary(records: Records, studies: Mapping[str, str] = TITLES) -> str:
-    """Render the best loss of every optimizer in the studies; the lowest of a study is bold."""
+def summary(records: Records, studies: Mapping[str, str] = TITLES, names: Sequence[str] = tuple(FAMILIES)) -> str:
+    """Render the best loss of optimizers in the studies; the lowest of a study is bold."""
     lines = ["| Optimizer | " + " | ".join(studies.values()) + " |", "|---|" + "---:|" * len(studies)]
     found = {
-        study: {name: one.loss for name, family in FAMILIES.items() if (one := best(of_study(records, study), family))}
+        study: {name: one.loss for name in names if (one := best(of_study(records, study), FAMILIES[name]))}
         for study in studies
     }
-    for name in FAMILIES:
+    for name in names:
         cells = [_cell(losses, name) for losses in found.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -57,6 +57,8 @@ STUDIES = {
     "small, english": Study(text="english"),
     "small, tied": Study(tied=True),
     "longest": Study(steps=2400),
+    "longest, english": Study(text="english", steps=2400),
+    "longest, large batch": Study(sequences=64, steps=600),
     # For a GPU, and the tiny one that rehearses them.
     "60M": Study(text="packages", hidden=512, layers=8, vocab=32000, sequences=128, block=256, steps=240),
     "130M": Study(text="packages", hidden=768, layers=12, vocab=32000, sequences=128, block=256, steps=240),
@@ -71,6 +73,7 @@ SCHEDULE = (
     ("warmup_steps", 0.1),
 )
 CONSTANT = (("lr_scheduler_type", "constant"), ("lr_scheduler_kwargs", None), ("warmup_steps", 0))
+TO_ZERO = (("lr_scheduler_type", "cosine"), ("lr_scheduler_kwargs", None), ("warmup_steps", 0.1))
 
 # AdamW's best single rate in every study of this size but one, where half of it is better: the rates of embeddings,
 # heads and norms are multiples of it.
@@ -174,6 +177,11 @@ class AdamWFactory(MatrixFactory):
 def at_constant_rate(row: str) -> str:
     """Return the name of a row with the schedule `CONSTANT`."""
     return f"{row}, constant rate"
+
+
+def to_zero(row: str) -> str:
+    """Return the name of a row with the schedule `TO_ZERO`."""
+    return f"{row}, to zero"
 
 
 def of_kinds(row: str, kinds: Kinds) -> str:
@@ -297,3 +305,8 @@ VARIANTS = {
 }
 ROWS |= {of_kinds(name, k): ours(*chain, kinds=k) for name, chain in VARIANTS.items() for k in KINDS}
 ROWS |= {at_constant_rate(name): replace(ROWS[name], training=CONSTANT) for name in MAIN}
+ROWS |= {
+    to_zero(row): replace(ROWS[row], training=TO_ZERO)
+    for name in (*MAIN[1:], "swan, newton_schulz", "swan, momentum 0.9", "sinkgd 1, polar 1")
+    for row in (of_kinds(name, k) for k in KINDS[:3])
+}
