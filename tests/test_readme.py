@@ -113,7 +113,7 @@ def test_the_first_run_takes_as_long_as_the_readme_says():
     recipe = read("recipes/llama-tiny/pretrain/sinkgd_polar.yaml")
     steps = int(re.search(r"^max_steps: (\d+)$", recipe, re.MULTILINE)[1])
     seconds = float(re.search(r"([\d.]+) s a step", recipe)[1])
-    told = f"Its {steps} steps take about {steps * seconds / 60:.0f} minutes on two CPU cores (measured)"
+    told = f": {steps} steps, about {steps * seconds / 60:.0f} minutes on two CPU cores (measured)"
     assert told in section("README.md", "Install")
 
 
