@@ -128,6 +128,31 @@ def test_a_picture_without_matplotlib_says_what_to_install(config_file, monkeypa
     assert 'pip install "hf_stateless[plot]"' in capsys.readouterr().err
 
 
+LAYERWISE, PLAIN = ["sinkgd_layerwise", "swan_layerwise"], ["sinkgd", "swan"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("", [*LAYERWISE, *PLAIN, "adamw_bnb_8bit", "adamw_torch_fused"]),
+        ("--layerwise", [*LAYERWISE, "adamw_bnb_8bit", "adamw_torch_fused"]),
+        ("--dtype int8", [*LAYERWISE, *PLAIN]),
+        ("--zero 2 --ranks 8", [*PLAIN, "adamw_torch_fused"]),
+        ("--optim-args release=all", [*LAYERWISE, "adamw_bnb_8bit", "adamw_torch_fused"]),
+        ("--optim-args min_signal=0.1", [*PLAIN, "adamw_bnb_8bit", "adamw_torch_fused"]),
+        ("--optim-args ns_dtype=float32", ["swan_layerwise", "swan", "adamw_bnb_8bit", "adamw_torch_fused"]),
+    ],
+)
+def test_without_optim_the_usual_names_are_shown_that_go_with_the_other_flags(flags, names, config_file, capsys):
+    assert main([str(config_file), "--json", *flags.split()]) == 0
+    assert [row["optimizer"] for row in json.loads(capsys.readouterr().out)["estimates"]] == names
+
+
+def test_what_was_typed_is_not_left_out(config_file, capsys):
+    assert main([str(config_file), "--layerwise", "--zero", "2", "--ranks", "8"]) == 2
+    assert "leave out --layerwise" in capsys.readouterr().err
+
+
 def test_layerwise_is_applied_to_ours_only(config_file, capsys):
     assert main([str(config_file), "--layerwise", "--json", "--optim", "sinkgd,sgd,sinkgd_layerwise"]) == 0
     report = json.loads(capsys.readouterr().out)

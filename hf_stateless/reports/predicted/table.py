@@ -175,11 +175,12 @@ def headline(report: Mapping[str, Any]) -> list[str]:
 
 def _legend(report: Mapping[str, Any]) -> list[str]:
     layerwise = any(row["optimizer"].endswith(LAYERWISE) for row in report["estimates"])
+    released = "Gradients of layer-wise optimizers: predicted, the most alive at once; accumulation holds all of them."
     return [
         "counted: from the model's own tensors. predicted: nothing was run on a device.",
         "Each column is the most that is held at any time; peak is what is held together at the fullest moment.",
         *_wire(report["estimates"], report["settings"]),
-        *(["Gradients of layer-wise optimizers: predicted, the most that is alive at once."] if layerwise else []),
+        *([released] if layerwise else []),
         f"A GPU fits if the peak takes at most {USABLE_SHARE:.0%} of its memory less {CONTEXT_BYTES // GIB} GiB for "
         "the CUDA context.",
         *report["notes"],
