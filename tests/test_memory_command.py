@@ -53,13 +53,13 @@ def test_a_file_and_its_folder_are_the_same_model(config_file, capsys):
 def test_the_table_shows_each_optimizer_with_its_numbers_and_gpus():
     sizes = {"weights": 12, "gradients": 11, "optimizer_state": 3, "activations": 2, "temporary": 1, "gathered": 0}
     rows = [
-        Estimate("sinkgd", **{k: v * GIB for k, v in sizes.items()}, peak=27 * GIB, moment="step"),
+        Estimate("sinkgd", **{k: v * GIB for k, v in sizes.items()}, peak=30 * GIB, moment="step"),
         Estimate("adamw_torch", **{k: v * GIB for k, v in sizes.items()}, peak=999 * GIB, moment="step"),
     ]
     facts = {"model": "m", "model_class": "C", "has_tokens": True, "parameters": 5, "trained_parameters": 4}
     table = as_table(as_json({**facts, "notes": ["A note."]}, Settings(), rows, sorted(GPUS)))
     lines = {line.split("  ")[0]: line for line in table.splitlines()}
-    assert re.split(r" {2,}", lines["sinkgd"])[1:7] == ["12.00", "11.00", "3.00", "2.00", "1.00", "27.00"]
+    assert re.split(r" {2,}", lines["sinkgd"])[1:7] == ["12.00", "11.00", "3.00", "2.00", "1.00", "30.00"]
     assert "40 GiB and up" in lines["sinkgd"]
     assert GPUS[40] in lines["sinkgd"]
     assert "more than 141 GiB" in lines["adamw_torch"]

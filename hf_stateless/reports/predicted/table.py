@@ -22,6 +22,7 @@ GPUS: dict[float, str] = {
     12: "RTX 4070, RTX 3060",
     16: "RTX 4080, T4, V100 16 GB",
     24: "RTX 4090, RTX 3090, L4, A10",
+    32: "RTX 5090, V100 32 GB",
     40: "A100 40 GB",
     48: "L40S, A6000, RTX 6000 Ada",
     80: "H100, A100 80 GB",
