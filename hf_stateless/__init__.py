@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .norms.projections import NORMS
     from .optimizer.optimizer import StatelessOptimizer
     from .reports.callback import attach_memory_report
+    from .reports.card.attach import attach_model_card
     from .reports.card.during_training import attach_push
     from .trainer.factory import (
         MultiNormFactory,
@@ -41,6 +42,7 @@ __all__ = [
     "StatelessOptimizer",
     "SwanFactory",
     "attach_memory_report",
+    "attach_model_card",
     "attach_push",
     "create_lora_optimizer",
     "create_optimizer",
@@ -61,6 +63,7 @@ _PLACES = {
     "StatelessOptimizer": ".optimizer.optimizer",
     "SwanFactory": ".trainer.factory",
     "attach_memory_report": ".reports.callback",
+    "attach_model_card": ".reports.card.attach",
     "attach_push": ".reports.card.during_training",
     "create_lora_optimizer": ".trainer.factory",
     "create_optimizer": ".trainer.factory",

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
-from finished_run import train
 from huggingface_hub import hf_hub_download
 from offline_model import DEFAULT_MODEL, OFFLINE_INSTALL, OFFLINE_LICENSE, convert_offline_model, hub_is_reachable
 from pretraining_text import InputError, as_sentence
+from resume import train_or_finish
 from script_start import (
     PushArguments,
     find_checkpoint,
@@ -190,7 +190,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
     if trainer.is_world_process_zero():
         every, trained = (trainer.model.num_parameters(only_trainable=part) for part in (False, True))
         print(f"{every:,} parameters, {trained:,} of them trained, with {trainer.args.optim.value}")
-    train(trainer, checkpoint)
+    train_or_finish(trainer, checkpoint)
     steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if max(steps, default=-1) < trainer.state.global_step:
         trainer.evaluate()

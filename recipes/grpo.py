@@ -27,9 +27,9 @@ from finetuning_model import (
     run_script,
     use_all_cores,
 )
-from finished_run import train
 from held_out_evaluation import compare, describe, evaluate, write_evaluation
 from reasoning_tasks import ReasoningTasks, TaskArguments
+from resume import train_or_finish
 from trl import GRPOConfig, GRPOTrainer, get_peft_config
 
 import hf_stateless
@@ -91,7 +91,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(f"{len(tasks.train):,} train and {len(tasks.held_out):,} held-out questions, none in both")
     before = evaluate(trainer, tasks)
-    train(trainer, checkpoint)
+    train_or_finish(trainer, checkpoint)
     report = compare(tasks, before, evaluate(trainer, tasks))
     if trainer.is_world_process_zero():
         file = write_evaluation(report, args.output_dir)

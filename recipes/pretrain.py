@@ -21,9 +21,9 @@ from typing import Literal
 
 import torch
 from adamw_by_kind import adamw_by_kind
-from finished_run import train
 from pretraining_data import load_blocks
 from pretraining_text import DataArguments, InputError
+from resume import train_or_finish
 from script_start import (
     PushArguments,
     find_checkpoint,
@@ -202,7 +202,7 @@ def main() -> None:
         held_out_tokens = len(held_out_blocks) * data_args.block_size
         print(f"{trainer.model.num_parameters():,} parameters, vocabulary of {len(tokenizer):,}")
         print(f"Perplexity is measured on {held_out_tokens:,} held-out tokens")
-    train(trainer, checkpoint)
+    train_or_finish(trainer, checkpoint)
     if all(entry["step"] < trainer.state.global_step for entry in trainer.state.log_history if "eval_loss" in entry):
         trainer.evaluate()
     save(trainer)

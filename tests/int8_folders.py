@@ -1,4 +1,4 @@
-"""Folders of 8-bit models: loaded to be trained on, and written as 0.1 wrote them."""
+"""Folders of 8-bit models: loaded to be trained on, and written in our own layout."""
 
 from transformers import AutoModelForCausalLM
 
@@ -10,7 +10,7 @@ def load_int8_folder(folder, kind=AutoModelForCausalLM, **kwargs):
     return kind.from_pretrained(folder, quantization_config=Int8TrainingConfig(), **kwargs)
 
 
-def save_as_0_1(model, folder, **kwargs):
+def save_in_own_layout(model, folder, **kwargs):
     """Write `weight` and `weight_scale` as they stand in the state dict, and the arguments of the config."""
     quantizer, config = model.hf_quantizer, model.hf_quantizer.quantization_config
     described, config._described = config._described, None

@@ -64,7 +64,13 @@ def test_the_best_rate_of_each_row_is_told(tmp_path):
 RECORDS = {
     "step time": {"model": "1b", "optimizer": "swan", "milliseconds": 12.345, "host_milliseconds": 0.5, "ratio": 1.5},
     "memory": {"optimizer": "swan", "peak_gib": 14.8, "predicted_gib": 14.6, "over_predicted": 0.0137},
-    "quality": {"row": "swan", "eval_loss": 4.1304, "learning_rate": 4e-3, "rates": 3, "tokens": 7864320},
+    "quality": {
+        "row": "sinkgd 1, polar 1, rest 32/4/16x",
+        "eval_loss": 4.1304,
+        "learning_rate": 4e-3,
+        "rates": 3,
+        "tokens": 7864320,
+    },
     "ranks": {"backend": "nccl", "way": "", "optimizer": "", "failed": "Duplicate GPU | detected"},
 }
 
@@ -93,7 +99,7 @@ def test_a_page_says_not_measured_exactly_where_a_stage_has_no_result(names):
     [
         ("step time, 1b", "| step time, 1b | 1b | not measured | swan | 12.35 | 0.50 | 1.50x | not measured |"),
         ("memory, 1b", "| memory, 1b | swan | 14.80 | 14.60 | +1.4% |"),
-        ("quality, 130M", "| quality, 130M | swan | 4.130 | 4.0e-03 | 3 | 7,864,320 |"),
+        ("quality, 130M", "| quality, 130M | `sinkgd_polar` | 32x / 4x / 16x | 4.130 | 4.0e-03 | 3 | 7,864,320 |"),
         (
             "two processes",
             "| two processes | nccl | | | not measured | not measured | not measured | Duplicate GPU \\| d",
@@ -102,6 +108,13 @@ def test_a_page_says_not_measured_exactly_where_a_stage_has_no_result(names):
 )
 def test_figures_stand_in_the_tables(name, line):
     assert line in gpu_report.section(results_of(name))
+
+
+def test_what_failed_or_ended_early_is_said_below_its_figures():
+    results = results_of("memory, 1b", "quality, 130M")
+    results["stages"]["quality, 130M"] |= {"status": "failed", "why": "stopped after 9 s"}
+    lines = gpu_report.section(results).splitlines()
+    assert [line for line in lines if line.startswith("- ")] == ["- quality, 130M: failed, stopped after 9 s."]
 
 
 def test_the_page_is_that_of_the_results():

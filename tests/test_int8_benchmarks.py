@@ -24,7 +24,7 @@ from hf_stateless.weights.int8.convert import int8_layers
 RESULTS = ROOT / "recipes" / "benchmarks" / "results"
 GIB = 2**30
 RECIPE = ROOT / "recipes" / "llama-7b" / "sft-int8" / "sinkgd.yaml"
-BF16, INT8 = "sinkgd_layerwise, stateless", "sinkgd_layerwise, int8"
+BF16, INT8 = "sinkgd_layerwise, stateless", "sinkgd_layerwise, int8, stateless"
 
 
 def results(name):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import TINY_MODELS, tiny_inputs
-from int8_folders import load_int8_folder, save_as_0_1
+from int8_folders import load_int8_folder, save_in_own_layout
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -43,7 +43,7 @@ KINDS = {
     "gpt2": (lambda: TINY_MODELS["gpt2"](), {"group_size": 128}),
 }
 # What transformers cannot read alone, and what it raises: packed layers that its `_init_weights` wants a `weight` of,
-# and models with stacks of experts or with `Conv1D`, which are not packed and have the layout of 0.1.
+# and models with stacks of experts or with `Conv1D`, which are not packed and have our own layout.
 REFUSED = {"t5": "AttributeError", "qwen3_moe": "RuntimeError", "gpt2": "RuntimeError"}
 FOREIGN = """
 import sys, torch, transformers
@@ -208,11 +208,11 @@ def test_what_transformers_loads_to_run_is_not_trained_by_mistake(folders):
 
 
 @pytest.mark.parametrize("shards", [None, "20KB"])
-def test_folders_of_0_1_train_on_and_are_written_in_the_new_layout(shards, tmp_path):
+def test_folders_in_our_own_layout_train_on_and_are_written_in_that_of_compressed_tensors(shards, tmp_path):
     for name in ("llama", "several groups"):
         model = quantize(KINDS[name][0]().to(torch.bfloat16), Int8TrainingConfig(**KINDS[name][1]))
         options = {"max_shard_size": shards} if shards else {}
-        old = save_as_0_1(model, tmp_path / f"{name}-0.1", **options)
+        old = save_in_own_layout(model, tmp_path / f"{name}-own", **options)
         assert json.loads((old / "config.json").read_text())["quantization_config"]["quant_method"].startswith("hf_")
         if name == "llama":
             again = AutoModelForCausalLM.from_pretrained(old)
@@ -221,8 +221,8 @@ def test_folders_of_0_1_train_on_and_are_written_in_the_new_layout(shards, tmp_p
             assert_equal(state_of(load_int8_folder(tmp_path / "new")), state_of(model))
 
 
-def as_groups_of_0_1(model):
-    """The state of a model whose rows are divided as 0.1 divided them: 576 weights into groups of 96."""
+def in_uneven_groups(model):
+    """The state of a model in which rows of 576 weights have groups of 96, the nearest divisor."""
     state = state_of(model)
     for name, layer in int8_layers(model):
         if layer.in_features == 576:
@@ -231,16 +231,16 @@ def as_groups_of_0_1(model):
     return state
 
 
-def test_a_state_dict_with_the_groups_of_0_1_is_taken_over(tmp_path):
+def test_a_state_dict_with_groups_of_another_length_is_taken_over(tmp_path):
     make, options = KINDS["several groups"]
     model = quantize(make().to(torch.bfloat16), Int8TrainingConfig(**options))
-    state = as_groups_of_0_1(model)
+    state = in_uneven_groups(model)
     model.load_state_dict(state)
     assert_equal(state_of(model), state)
     assert model.model.layers[0].mlp.down_proj.length == 96
     assert model.model.layers[0].mlp.down_proj.weight.scale.shape == (96, 6)
     trained(model, batch_of("llama"))
-    old = save_as_0_1(model, tmp_path / "old")
+    old = save_in_own_layout(model, tmp_path / "old")
     assert_equal(state_of(AutoModelForCausalLM.from_pretrained(old)), state_of(model))
     model.save_pretrained(tmp_path / "new")
     assert_equal(state_of(load_int8_folder(tmp_path / "new")), state_of(model))
@@ -255,7 +255,7 @@ def test_vllm_reads_the_folder_as_it_is(folders, tmp_path, capsys):
     assert "got groups of 16: type --format bf16." in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     model = load_int8_folder(folders["llama_tied"])
-    old = save_as_0_1(model, tmp_path / "old")
+    old = save_in_own_layout(model, tmp_path / "old")
     assert main(["export", str(old), str(tmp_path / "out"), "--format", "vllm"]) == 0
     assert f"vllm serve {tmp_path / 'out'}" in capsys.readouterr().out
     assert_equal(state_of(load_int8_folder(tmp_path / "out")), state_of(model))

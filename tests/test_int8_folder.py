@@ -1,4 +1,4 @@
-"""Folders of 0.1: what is damaged is refused in one line, by from_pretrained and by an export."""
+"""Folders in our own layout: what is damaged is refused in one line, by from_pretrained and by an export."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import TINY_MODELS, tiny_inputs
-from int8_folders import save_as_0_1
+from int8_folders import save_in_own_layout
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -23,7 +23,7 @@ CODES, SCALE = f"{LAYER}.weight", f"{LAYER}.weight_scale"
 def saved(tmp_path_factory):
     """The folder of a tiny 8-bit model."""
     folder = tmp_path_factory.mktemp("saved") / "int8"
-    return save_as_0_1(quantize(TINY_MODELS["llama"]().to(torch.bfloat16), Int8TrainingConfig(16)), folder)
+    return save_in_own_layout(quantize(TINY_MODELS["llama"]().to(torch.bfloat16), Int8TrainingConfig(16)), folder)
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def drop(*names):
     return tensors(lambda weights: {name: t for name, t in weights.items() if name not in names})
 
 
-def as_0_1(weights):
-    """Codes as matrices, as folders of 0.1 have them."""
+def as_matrices(weights):
+    """Codes as matrices, without groups."""
     return {name: t.flatten(1) if t.dtype == torch.int8 else t for name, t in weights.items()}
 
 
-def transposed_as_in_0_1(weights):
-    return {name: t.T if t.dtype == torch.int8 else t for name, t in as_0_1(weights).items()}
+def transposed_matrices(weights):
+    return {name: t.T if t.dtype == torch.int8 else t for name, t in as_matrices(weights).items()}
 
 
 def float_weight(weights):
@@ -104,7 +104,7 @@ def model_config(**changes):
 
 def sharded(change=lambda index, folder: None):
     def damage(folder):
-        save_as_0_1(load(folder), folder.parent / "shards", max_shard_size="10KB")
+        save_in_own_layout(load(folder), folder.parent / "shards", max_shard_size="10KB")
         shutil.rmtree(folder)
         (folder.parent / "shards").rename(folder)
         path = folder / "model.safetensors.index.json"
@@ -137,7 +137,7 @@ DAMAGES = {
     "zero scale": (scale_of(0.0), "zero or negative"),
     "transposed codes": (codes(lambda t: t.flatten(1).T.contiguous().view(t.shape)), "do not fit their scales"),
     "transposed groups": (codes(lambda t: t.transpose(0, 1)), "group_size=16"),
-    "transposed matrices": (tensors(transposed_as_in_0_1), "group_size=16"),
+    "transposed matrices": (tensors(transposed_matrices), "group_size=16"),
     "zero codes": (codes(torch.zeros_like), "do not fit their scales"),
     "a code that is never written": (codes(lambda t: t.masked_fill(t == -127, -128)), "do not fit their scales"),
     "uint8 codes": (codes(lambda t: t.view(torch.uint8)), "codes of U8"),
@@ -236,7 +236,7 @@ def same_weights(model, other):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-@pytest.mark.parametrize("change", [tensors(as_0_1), sharded()], ids=["0.1", "shards"])
+@pytest.mark.parametrize("change", [tensors(as_matrices), sharded()], ids=["matrices", "shards"])
 def test_older_and_sharded_folders_load_to_the_same_bytes_and_are_exported(change, saved, int8, tmp_path):
     change(int8)
     same_weights(load(saved), load(int8))
@@ -260,7 +260,7 @@ def test_another_class_takes_the_layers_it_has(kind, saved):
 
 
 def test_a_layer_that_another_class_has_and_the_folder_lacks_is_new(tmp_path):
-    save_as_0_1(quantize(TINY_MODELS["bert"](), Int8TrainingConfig(16)), tmp_path / "int8")
+    save_in_own_layout(quantize(TINY_MODELS["bert"](), Int8TrainingConfig(16)), tmp_path / "int8")
     model = load(tmp_path / "int8", AutoModel)
     assert model.pooler.dense.weight.dequantize().isfinite().all()
     assert model.pooler.dense.weight.codes.abs().max() == 127
@@ -283,7 +283,7 @@ def test_a_loaded_state_dict_is_looked_at_too(saved):
 @pytest.mark.parametrize("lost", ["layers.0.self_attn.q_proj", "layers.1.", "mlp."])
 def test_a_folder_that_lacks_layers_is_loaded_as_no_class(make_model, tmp_path, kind, lost):
     folder = tmp_path / "int8"
-    save_as_0_1(quantize(make_model("llama")), folder)
+    save_in_own_layout(quantize(make_model("llama")), folder)
     file = folder / "model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(file).items() if lost not in name}
     save_file(tensors, file, metadata={"format": "pt"})

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from conftest import TINY_MODELS
-from int8_folders import save_as_0_1
+from int8_folders import save_in_own_layout
 
 from hf_stateless import Int8TrainingConfig, quantize
 
@@ -48,11 +48,11 @@ AutoModelForCausalLM.from_pretrained(folder)
 """
 
 
-def test_a_process_without_this_package_gets_an_error_and_its_name_from_folders_of_0_1(tmp_path):
+def test_a_process_without_this_package_gets_an_error_and_its_name_from_folders_in_our_own_layout(tmp_path):
     """Each way to read a folder; with one scale for a row too, where codes have as many entries in the same order."""
     folders = [str(tmp_path / str(size)) for size in (16, None)]
     for folder, size in zip(folders, (16, None), strict=True):
-        save_as_0_1(quantize(TINY_MODELS["llama"](), Int8TrainingConfig(size)), folder)
+        save_in_own_layout(quantize(TINY_MODELS["llama"](), Int8TrainingConfig(size)), folder)
     done = subprocess.run([sys.executable, "-c", FOREIGN, *folders], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("refused by") == 2 * 7, done.stdout + done.stderr

@@ -37,7 +37,9 @@ def test_the_committed_measurement_keeps_the_promised_ratios():
         assert records[row]["time_ratio"] < 1.05
 
 
-@pytest.mark.parametrize("row", ["AdamW (fused)", "swan", "swan_layerwise, release=all", "sinkgd_layerwise, int8"])
+@pytest.mark.parametrize(
+    "row", ["AdamW (fused)", "swan", "swan_layerwise, release=all", "sinkgd_layerwise, int8, stateless"]
+)
 def test_predictions_are_those_of_the_command(row, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["memory.py", "--model", "llama-tiny", "--vocab_size", "512", "--predict"])
     args = memory.parse_args()

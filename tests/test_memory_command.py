@@ -53,13 +53,13 @@ def test_a_file_and_its_folder_are_the_same_model(config_file, capsys):
 def test_the_table_shows_each_optimizer_with_its_numbers_and_gpus():
     sizes = {"weights": 12, "gradients": 11, "optimizer_state": 3, "activations": 2, "temporary": 1, "gathered": 0}
     rows = [
-        Estimate("sinkgd", **{k: v * GIB for k, v in sizes.items()}, peak=27 * GIB, moment="step"),
+        Estimate("sinkgd", **{k: v * GIB for k, v in sizes.items()}, peak=30 * GIB, moment="step"),
         Estimate("adamw_torch", **{k: v * GIB for k, v in sizes.items()}, peak=999 * GIB, moment="step"),
     ]
     facts = {"model": "m", "model_class": "C", "has_tokens": True, "parameters": 5, "trained_parameters": 4}
     table = as_table(as_json({**facts, "notes": ["A note."]}, Settings(), rows, sorted(GPUS)))
     lines = {line.split("  ")[0]: line for line in table.splitlines()}
-    assert re.split(r" {2,}", lines["sinkgd"])[1:7] == ["12.00", "11.00", "3.00", "2.00", "1.00", "27.00"]
+    assert re.split(r" {2,}", lines["sinkgd"])[1:7] == ["12.00", "11.00", "3.00", "2.00", "1.00", "30.00"]
     assert "40 GiB and up" in lines["sinkgd"]
     assert GPUS[40] in lines["sinkgd"]
     assert "more than 141 GiB" in lines["adamw_torch"]
@@ -126,6 +126,31 @@ def test_a_picture_without_matplotlib_says_what_to_install(config_file, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([str(config_file), "--plot", "memory.png"]) == 2
     assert 'pip install "hf_stateless[plot]"' in capsys.readouterr().err
+
+
+LAYERWISE, PLAIN = ["sinkgd_layerwise", "swan_layerwise"], ["sinkgd", "swan"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("", [*LAYERWISE, *PLAIN, "adamw_bnb_8bit", "adamw_torch_fused"]),
+        ("--layerwise", [*LAYERWISE, "adamw_bnb_8bit", "adamw_torch_fused"]),
+        ("--dtype int8", [*LAYERWISE, *PLAIN]),
+        ("--zero 2 --ranks 8", [*PLAIN, "adamw_torch_fused"]),
+        ("--optim-args release=all", [*LAYERWISE, "adamw_bnb_8bit", "adamw_torch_fused"]),
+        ("--optim-args min_signal=0.1", [*PLAIN, "adamw_bnb_8bit", "adamw_torch_fused"]),
+        ("--optim-args ns_dtype=float32", ["swan_layerwise", "swan", "adamw_bnb_8bit", "adamw_torch_fused"]),
+    ],
+)
+def test_without_optim_the_usual_names_are_shown_that_go_with_the_other_flags(flags, names, config_file, capsys):
+    assert main([str(config_file), "--json", *flags.split()]) == 0
+    assert [row["optimizer"] for row in json.loads(capsys.readouterr().out)["estimates"]] == names
+
+
+def test_what_was_typed_is_not_left_out(config_file, capsys):
+    assert main([str(config_file), "--layerwise", "--zero", "2", "--ranks", "8"]) == 2
+    assert "leave out --layerwise" in capsys.readouterr().err
 
 
 def test_layerwise_is_applied_to_ours_only(config_file, capsys):

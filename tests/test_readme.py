@@ -256,6 +256,17 @@ def test_table_of_optimizers_agrees_with_the_presets(name):
     assert f"{preset.lr_scale} (`{name}`" in {row[0]: row[1] for row in table("Key")}["`lr_scale`"]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_papers_are_cited_alike_on_cards_on_the_page_and_in_the_citation_file(name):
+    citation, file = PRESETS[name].citation, read("CITATION.cff")
+    assert citation in read("hf_stateless/norms/README.md")
+    for key, value in re.findall(r"^  (title|url) += {+(.+?)}+,?$", citation, re.MULTILINE):
+        assert f'{key}: "{value}"' in file
+    for author in " and ".join(re.findall(r"author += {(.+)}", citation)).split(" and "):
+        family, given = author.split(", ")
+        assert re.search(rf'family-names: {family}\n +given-names: "?{given}"?\n', file)
+
+
 @pytest.mark.parametrize("key", ["whitening", "embeddings", "stochastic_rounding", "seed"])
 def test_default_of_an_option_is_the_one_in_the_table(key):
     row = next(row for row in table("Key") if code(row[0]) == [key])

@@ -169,8 +169,8 @@ def test_the_command_takes_the_place_of_the_process(light, script, status):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 2, "got nothing, expected run"),
-        (["runn"], 2, "got 'runn', expected run"),
+        ([], 2, "got nothing, expected one of run, memory, explain"),
+        (["runn"], 2, "got 'runn', expected one of run, memory, explain"),
         (["run"], 2, "run got nothing, expected a command, like: hf-stateless run trl sft --optim sinkgd"),
         (["run", "--optim"], 2, "run got the option --optim, expected a command"),
         (["run", "no-such-command"], 127, "run found no command 'no-such-command'"),
@@ -184,9 +184,10 @@ def test_what_the_command_line_refuses_gets_one_line(arguments, status, message,
     assert error.count("\n") == 1
 
 
-def test_help_lists_the_subcommands(capsys):
+def test_help_says_of_each_subcommand_what_it_does(capsys):
     assert cli.main(["--help"]) == 0
-    assert "hf-stateless memory" in capsys.readouterr().out
+    told = re.findall(r"^    (\S+)  +\w+ .+$", capsys.readouterr().out, re.MULTILINE)
+    assert told == ["run", *cli.SUBCOMMANDS]
     assert cli.main(["run", "--help"]) == 0
     assert "hf-stateless run trl sft" in capsys.readouterr().out
 

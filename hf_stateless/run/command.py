@@ -19,14 +19,29 @@ AUTOLOAD = Path(__file__).resolve().parent / "autoload"
 # Each is loaded when it is called: torch takes seconds.
 SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "memory": lambda argv: import_module("hf_stateless.reports.predicted.command").main(argv),
+    "explain": lambda argv: import_module("hf_stateless.run.explain").main(argv),
     "compare": lambda argv: import_module("hf_stateless.reports.compare").main(argv),
     "card": lambda argv: import_module("hf_stateless.reports.card.command").main(argv),
-    "explain": lambda argv: import_module("hf_stateless.run.explain").main(argv),
-    "convert-config": lambda argv: import_module("hf_stateless.run.convert.command").main(argv),
     "push": lambda argv: import_module("hf_stateless.reports.card.push_command").main(argv),
     "export": lambda argv: import_module("hf_stateless.run.export").main(argv),
+    "convert-config": lambda argv: import_module("hf_stateless.run.convert.command").main(argv),
 }
 
+_USAGE = """\
+usage: hf-stateless SUBCOMMAND [ARGUMENT ...]
+       hf-stateless --version
+
+    run             run any command, with the optimizer names known in every Python process that it starts
+    memory          predict the memory of a training run, and which GPUs have enough
+    explain         say which parameter of a model gets which update
+    compare         print loss, time and memory of finished runs side by side
+    card            write the model card of a finished run anew, also beside other runs
+    push            push the folder of a run to the Hub
+    export          write a model trained in 8 bits for other programs
+    convert-config  write a config of DeepSpeed or FSDP1 as one of FSDP2
+
+More about one of them: hf-stateless memory --help
+"""
 _RUN_USAGE = """\
 usage: hf-stateless run COMMAND [ARGUMENT ...]
 
@@ -50,10 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     first, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if first in ("-h", "--help"):
-        print("usage: hf-stateless run COMMAND [ARGUMENT ...]")
-        for name in SUBCOMMANDS:
-            print(f"       hf-stateless {name} [ARGUMENT ...]")
-        print("       hf-stateless --version\n\nMore about one of them: hf-stateless run --help")
+        print(_USAGE, end="")
         return 0
     if first == "--version":
         from importlib.metadata import version
@@ -65,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if first in SUBCOMMANDS:
         return SUBCOMMANDS[first](rest)
     got = repr(first) if first else "nothing"
-    return _error(f"got {got}, expected {' or '.join(['run', *SUBCOMMANDS])}; type: hf-stateless --help")
+    return _error(f"got {got}, expected one of {', '.join(['run', *SUBCOMMANDS])}; type: hf-stateless --help")
 
 
 def _run(command: list[str]) -> int:

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         "--format",
         choices=FORMATS,
         default="bf16",
-        help="default bf16, also for GGUF; vllm is for folders of 0.1",
+        help="default bf16, also for GGUF; vllm is for quant_method hf_stateless_int8, others load as they are",
     )
     try:
         args = parser.parse_args(argv)

@@ -292,7 +292,7 @@ class _Factory:
 
 
 class SwanFactory(_Factory):
-    """`Trainer(optimizer_cls_and_kwargs=(SwanFactory, {"lr": 1e-3}))`: SWAN without a registered name.
+    """`Trainer(optimizer_cls_and_kwargs=(SwanFactory, {"lr": 1e-3}))`: SWAN in place of `optim="swan"`.
 
     Example:
         >>> from hf_stateless import SwanFactory
@@ -304,7 +304,7 @@ class SwanFactory(_Factory):
 
 
 class SinkGDFactory(_Factory):
-    """`Trainer(optimizer_cls_and_kwargs=(SinkGDFactory, {"lr": 1e-3}))`: SinkGD without a registered name.
+    """`Trainer(optimizer_cls_and_kwargs=(SinkGDFactory, {"lr": 1e-3}))`: SinkGD in place of `optim="sinkgd"`.
 
     Example:
         >>> from hf_stateless import SinkGDFactory

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpu_stages import STAGES, Stage
+from quality_names import kinds_of, title_of
 
 
 Record = Mapping[str, Any]
@@ -65,7 +66,8 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
     "quality": (
         "Held-out loss",
         (
-            ("Optimizer", "row", text),
+            ("Optimizer", "row", lambda row: text(title_of(row))),
+            ("Embeddings / head / norms", "row", kinds_of),
             ("Held-out loss", "eval_loss", number("{:.3f}")),
             ("Learning rate", "learning_rate", number("{:.1e}")),
             ("Rates tried", "rates", text),
@@ -130,8 +132,15 @@ def tables(stages: Mapping[str, Record]) -> str:
         table = [head, "|---|" + "---|" * len(columns), *lines]
         if len(lines) > MOST_LINES:
             table = [f"<details><summary>{len(lines)} lines</summary>", "", *table, "", "</details>"]
-        parts.append("\n".join([f"### {heading}", "", *table]))
+        parts.append("\n".join([f"### {heading}", "", *table, *reasons(kind, stages)]))
     return "\n\n".join(parts)
+
+
+def reasons(kind: str, stages: Mapping[str, Record]) -> list[str]:
+    """Return a line for each stage of a kind whose figures are not whole, or in which something failed: why."""
+    entries = [(stage.name, stages.get(stage.name) or {}) for stage in STAGES if stage.kind == kind]
+    told = [(name, entry) for name, entry in entries if records_of(entry) and entry.get("why")]
+    return ["", *(f"- {name}: {entry['status']}, {entry['why']}." for name, entry in told)] if told else []
 
 
 def section(results: Record) -> str:

@@ -49,7 +49,7 @@ STEPS = (
 )
 MEMORY = (
     '"AdamW (fused)" "AdamW8bit (bitsandbytes)" swan sinkgd "swan_layerwise, release=all" '
-    '"sinkgd_layerwise, release=all" "sinkgd_layerwise, int8"'
+    '"sinkgd_layerwise, release=all" "sinkgd_layerwise, int8, stateless"'
 )
 TINY_STEPS = "--models 60m --layers 1 --rounds 2 --rows sinkgd sinkgd_polar"
 OTHERS = "--rows adamw " + " ".join(
@@ -77,7 +77,8 @@ def step_time(models: str, layers: int, limit: int) -> Stage:
 def memory(model: str, limit: int) -> Stage:
     """Return the stage of the peaks of memory, measured and predicted."""
     full = f"--model llama-{model} --rows {MEMORY}"
-    tiny = '--model llama-tiny --vocab_size 256 --length 16 --steps 1 --threads 1 --rows "sinkgd_layerwise, int8"'
+    tiny = "--model llama-tiny --vocab_size 256 --length 16 --steps 1 --threads 1"
+    tiny += ' --rows "sinkgd_layerwise, int8, stateless"'
     words = "--runs 1 --predict --output {file}"
     return Stage(f"memory, {model}", "memory", f"{BENCHMARKS}/memory.py", words, full, tiny, limit, 75)
 

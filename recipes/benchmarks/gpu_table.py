@@ -29,7 +29,7 @@ from hf_stateless.reports.predicted import Settings, build_model, estimate
 from hf_stateless.reports.predicted.table import CONTEXT_BYTES, USABLE_SHARE, fits
 
 
-CARDS = (8, 12, 16, 24, 48, 80)
+CARDS = (8, 12, 16, 24, 32, 48, 80)
 SEQUENCE = 2048
 # Class of the config; hidden and intermediate size, layers, heads, key and value heads, vocabulary, tied embeddings.
 MODELS: dict[str, tuple[type[PreTrainedConfig], int, int, int, int, int, int, bool]] = {

@@ -58,7 +58,7 @@ ROWS = {
     "swan": Row("swan"),
     "swan_layerwise, release=all": Row("swan_layerwise", {"release": "all"}),
     "sinkgd_layerwise, stateless": Row("sinkgd_layerwise", STATELESS),
-    "sinkgd_layerwise, int8": Row("sinkgd_layerwise", STATELESS),
+    "sinkgd_layerwise, int8, stateless": Row("sinkgd_layerwise", STATELESS),
 }
 DEFAULT_ROWS = [BASELINE, "sinkgd", "sinkgd_layerwise", "sinkgd_layerwise, release=all"]
 INT8_ROWS = list(ROWS)[-2:]

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quality_names import FAMILIES, family_of, kinds_of
 from quality_plan import STUDIES
 from quality_report import Records, of_study, table
 from rate_walk import picked
 
 
-FAMILIES = {
-    "AdamW": "adamw, rates apart",
-    "Muon": "muon",
-    "`swan`": "swan",
-    "`swan`, `momentum=0.9`": "swan, momentum 0.9",
-    "`swan`, `newton_schulz`": "swan, newton_schulz",
-    "`sinkgd_polar`": "sinkgd 1, polar 1",
-    "`sinkgd`": "sinkgd",
-    "`swan`, `newton_schulz`, `embeddings=factored`": "swan, newton_schulz, factored tables",
-    "`swan`, `newton_schulz`, `embeddings=row_moment`": "swan, newton_schulz, row_moment tables",
-}
-"""What an optimizer is called, and how the rows of the plan begin that may stand for it."""
 TITLES = {
     "small": "200 steps",
     "long": "600 steps",
@@ -57,12 +45,6 @@ class Best:
         """The mean over the seeds."""
         return statistics.mean(self.losses.values())
 
-    @property
-    def kinds(self) -> str:
-        """The multiples for embeddings, head and norms."""
-        found = re.search(r"rest ([\d/]+)x$", self.row)
-        return found[1] if found else "1/1/1"
-
     def reaches(self, other: Best) -> float | None:
         """Return the share of the steps after which the training loss is that at the end of `other`.
 
@@ -92,7 +74,7 @@ def best(records: Records, family: str) -> Best | None:
     """
     of_setting: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for record in records:
-        if re.fullmatch(rf"{re.escape(family)}(, rest [\d/]+x)?", record["row"]):
+        if family_of(record["row"]) == family:
             of_setting.setdefault((record["row"], record["learning_rate"]), []).append(record)
     if not of_setting:
         return None
@@ -126,8 +108,7 @@ def study_table(records: Records) -> str:
         values = one.losses.values()
         spread = f"{max(values) - min(values):.3f}" if len(values) > 1 else ""
         beside = [f"{one.beside[lr]:+.3f}" if lr in one.beside else "not run" for lr in (one.rate / 2, one.rate * 2)]
-        kinds = " / ".join(f"{kind}x" for kind in one.kinds.split("/"))
-        cells = [name, f"{one.loss:.3f}", str(len(values)), spread, f"{one.rate:.1e}", kinds, *beside]
+        cells = [name, f"{one.loss:.3f}", str(len(values)), spread, f"{one.rate:.1e}", kinds_of(one.row), *beside]
         share = one.reaches(adamw) if adamw else None
         cells += [f"{one.state:.2f}", "never" if share is None else f"{100 * share:.0f} % of the steps"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -57,6 +57,20 @@ def attach_model_card(
 
     Raises:
         ValueError: a folder in `beside` has no card and memory report.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import hf_stateless
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=2, vocab_size=32)
+        >>> args = TrainingArguments(tempfile.mkdtemp(), optim="sinkgd", use_cpu=True, report_to=[])
+        >>> trainer = Trainer(LlamaForCausalLM(config), args)
+        >>> hf_stateless.attach_model_card(trainer, limits=["One seed."])
+        >>> trainer.create_model_card()
+        >>> "One seed." in Path(args.output_dir, "README.md").read_text()
+        True
     """
     others = None if beside is None else [read_beside(folder) for folder in beside]
     if trainer.args.hub_token:  # the Trainer pickles its arguments into `training_args.bin` and pushes that

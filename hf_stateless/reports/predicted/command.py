@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ...optimizer.option_kinds import LAYERWISE
-from ...trainer.optim_args import refuse_repeated_keys
+from ...trainer.optim_args import parse_options, refuse_repeated_keys
 from ..command_line import Parser, one_line
 from ..run_facts import base_of, option_pairs
 from .batch import example_batch, max_positions
@@ -26,7 +26,7 @@ from .table import GPUS, Settings, as_json, as_table, plot
 from .zero import check_zero
 
 
-_DEFAULT_OPTIMIZERS = "sinkgd,swan,adamw_bnb_8bit,adamw_torch_fused"
+_DEFAULT_OPTIMIZERS = ("sinkgd_layerwise", "swan_layerwise", "sinkgd", "swan", "adamw_bnb_8bit", "adamw_torch_fused")
 
 
 def _count(text: str) -> int:
@@ -39,12 +39,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="hf-stateless memory", description="Predict the memory of a training run.")
     add = parser.add_argument
     add("model", metavar="MODEL", help="id on the Hub, folder with a config.json, or such a file")
-    add("--optim", default=_DEFAULT_OPTIMIZERS, help=f"names joined by commas: {', '.join(known_optimizers())}")
+    add(
+        "--optim",
+        help=f"names joined by commas (default {', '.join(_DEFAULT_OPTIMIZERS)}, less what the other flags rule out); "
+        f"known: {', '.join(known_optimizers())}",
+    )
     add("--optim-args", default="", help="key=value,key=value: options of ours, and rank of galore_adamw")
     add("--layerwise", action="store_true", help="let our optimizers update in backward")
     add("--dtype", default="bf16", help="bf16 (default), fp32, or int8 for 8-bit linear layers")
     add("--batch", type=_count, default=1, help="sequences per GPU (default 1)")
-    add("--seq", type=_count, help=f"tokens per sequence (default {Settings.seq}, or all that the model takes)")
+    add("--seq", type=_count, help=f"tokens per sequence (default {Settings.seq}, or as many as the model takes)")
     add("--checkpointing", action="store_true", help="activation checkpointing")
     add("--lora", type=_count, metavar="R", help="train LoRA adapters of rank R on all linear layers")
     add("--fsdp", type=_count, default=1, metavar="N", help="shard with FSDP2 over N GPUs")
@@ -93,17 +97,13 @@ def report(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
-    names = list(dict.fromkeys(_name(name.strip(), args.layerwise) for name in args.optim.split(",")))
     optim_args = _options(args.optim_args)
     gpus = _gpus(args.gpus)
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype}: expected {' or '.join(DTYPES)}.")
-    if args.dtype == "int8":
-        names = _of_int8(names, args)
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     settings = Settings(**{**given, "seq": args.seq or Settings.seq})
-    if args.optim == _DEFAULT_OPTIMIZERS and (settings.zero or settings.tp * settings.ep > 1):
-        names = known_in_parts(names)
+    names = _names(args, settings, optim_args)
     check_zero(names, settings)
     check_parallel(names, settings)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
@@ -114,16 +114,41 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     return as_json(_facts(args.model, model, optim_args, settings, config), settings, estimates, gpus)
 
 
-def _name(name: str, layerwise: bool) -> str:
-    return name + LAYERWISE if is_ours(name) and layerwise and not name.endswith(LAYERWISE) else name
-
-
-def _of_int8(names: Sequence[str], args: argparse.Namespace) -> list[str]:
-    """Return the optimizers that train 8-bit weights, or refuse what cannot."""
+def _names(args: argparse.Namespace, settings: Settings, optim_args: Mapping[str, str]) -> list[str]:
+    """Return the optimizers that are asked for; where none is, the usual ones that go with the other flags."""
+    asked = _DEFAULT_OPTIMIZERS if args.optim is None else [name.strip() for name in args.optim.split(",")]
+    if args.layerwise:
+        asked = [name + LAYERWISE if is_ours(name) and not name.endswith(LAYERWISE) else name for name in asked]
+    names = list(dict.fromkeys(asked))
+    if args.optim is None:
+        return _going_with(names, args, settings, optim_args)
     foreign = [name for name in names if not is_ours(name)]
-    if foreign and args.optim != _DEFAULT_OPTIMIZERS:
+    if foreign and settings.dtype == "int8":
         raise ValueError(f"--dtype int8: {foreign[0]} cannot train 8-bit weights; type --optim sinkgd,swan.")
-    return [name for name in names if is_ours(name)]
+    return names
+
+
+def _going_with(
+    names: list[str], args: argparse.Namespace, settings: Settings, optim_args: Mapping[str, str]
+) -> list[str]:
+    """Return those of the usual optimizers that the other flags do not rule out."""
+    if settings.dtype == "int8":
+        names = [name for name in names if is_ours(name)]
+    if settings.zero or settings.tp * settings.ep > 1:
+        names = known_in_parts(names)
+    if settings.zero and not args.layerwise:  # typed, it is refused
+        names = [name for name in names if not name.endswith(LAYERWISE)]
+    refusing = [name for name in names if is_ours(name) and not _takes(name, optim_args)]
+    # Options that none of ours takes are wrong: the prediction says how.
+    return [name for name in names if name not in refusing] if any(map(is_ours, {*names} - {*refusing})) else names
+
+
+def _takes(name: str, optim_args: Mapping[str, str]) -> bool:
+    try:
+        parse_options(name, optim_args)
+    except ValueError:
+        return False
+    return True
 
 
 def _options(text: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ GPUS: dict[float, str] = {
     12: "RTX 4070, RTX 3060",
     16: "RTX 4080, T4, V100 16 GB",
     24: "RTX 4090, RTX 3090, L4, A10",
+    32: "RTX 5090, V100 32 GB",
     40: "A100 40 GB",
     48: "L40S, A6000, RTX 6000 Ada",
     80: "H100, A100 80 GB",
@@ -175,11 +176,12 @@ def headline(report: Mapping[str, Any]) -> list[str]:
 
 def _legend(report: Mapping[str, Any]) -> list[str]:
     layerwise = any(row["optimizer"].endswith(LAYERWISE) for row in report["estimates"])
+    released = "Gradients of layer-wise optimizers: predicted, the most alive at once; accumulation holds all of them."
     return [
         "counted: from the model's own tensors. predicted: nothing was run on a device.",
         "Each column is the most that is held at any time; peak is what is held together at the fullest moment.",
         *_wire(report["estimates"], report["settings"]),
-        *(["Gradients of layer-wise optimizers: predicted, the most that is alive at once."] if layerwise else []),
+        *([released] if layerwise else []),
         f"A GPU fits if the peak takes at most {USABLE_SHARE:.0%} of its memory less {CONTEXT_BYTES // GIB} GiB for "
         "the CUDA context.",
         *report["notes"],

@@ -128,7 +128,7 @@ def use_triton(tensors: Iterable[Tensor]) -> bool:
     kinds = {tensor.device.type for tensor in tensors}
     if choice == "torch" or (not choice and kinds != {"cuda"}):
         return False
-    problem = _problem(next(iter(kinds)) if len(kinds) == 1 else "several kinds of devices")
+    problem = _problem(next(iter(kinds)) if len(kinds) == 1 else "several kinds of devices", bool(choice))
     if problem and choice:
         raise ValueError(f"{VARIABLE}=triton, but {problem}: type unset {VARIABLE} to use torch.")
     if problem:
@@ -142,19 +142,21 @@ def _forced() -> str:
     return "" if choice.startswith(HUB) else choice
 
 
-def _problem(device: str) -> str:
-    """Say why Triton cannot run on tensors of a device, or return an empty string."""
+def _problem(device: str, asked: bool) -> str:
+    """Say why Triton cannot run on tensors of a device, or shall not unless it is asked for; else return nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device == "cuda":
-        return "TRITON_INTERPRET=1 keeps Triton off the GPU" if interpreted else _too_old()
+        return "TRITON_INTERPRET=1 keeps Triton off the GPU" if interpreted else _unfit(asked)
     return "" if device == "cpu" and interpreted else f"tensors on {device} need TRITON_INTERPRET=1 and the CPU"
 
 
 @cache
-def _too_old() -> str:
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+def _unfit(asked: bool) -> str:
+    if torch.version.hip is not None:  # tensors of AMD's GPUs are on "cuda" too
+        return "" if asked else f"the Triton kernels were never run on ROCm ({VARIABLE}=triton takes them)"
+    if torch.cuda.get_device_capability() < (8, 0):
         return "Triton needs a GPU of compute capability 8.0 or newer for bfloat16"
     return ""
 

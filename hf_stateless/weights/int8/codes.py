@@ -143,11 +143,6 @@ def dequantize_matrix(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     return grouped.mul_(scale.to(dtype).unsqueeze(-1)).flatten(-2)
 
 
-def dequantize_into(out: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """Write the weights into a contiguous tensor of their shape, in its dtype."""
-    out.copy_(codes).view(*scale.shape, -1).mul_(scale.detach().unsqueeze(-1))
-
-
 def checked_codes(codes: Tensor, scale: Tensor, shape: tuple[int, int], length: int, *, ours: bool = True) -> Tensor:
     """Return codes that were stored, as a matrix, after a look at whether they can be what was written.
 

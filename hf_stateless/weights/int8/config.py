@@ -18,7 +18,7 @@ from .tables import Int8Table
 
 
 METHOD = "hf_stateless_int8"
-"""The `quant_method` of what is trained in 8 bits; folders of 0.1 name it in their `config.json`."""
+"""The `quant_method` of what is trained in 8 bits; folders in our own layout name it in `config.json`."""
 DEFAULT_GROUP_SIZE = 128
 
 
@@ -110,7 +110,7 @@ class Int8TrainingConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self._described = described if packed else {**self._arguments(), **stacks, **layout}
 
     def layout_of_folder(self) -> compressed.Layout | None:
-        """Return the layout of what is loaded; None for folders of 0.1, and for float weights."""
+        """Return the layout of what is loaded; None where its config lists no layers, and for float weights."""
         described = self._described and (self._described if self.is_packed else self._described.get("layout"))
         return self.layout or (compressed.read_layout(described) if described else None)
 

@@ -28,7 +28,7 @@ def layers_to_quantize(model: nn.Module, left_out: Sequence[str] | None, *, with
     Args:
         model: a transformers model, whose heads stay in float; or any other module.
         left_out: names, prefixes, suffixes or regular expressions of modules that stay in float, as tied layers do.
-        with_routers: take what chooses among experts too, as 0.1 did where it is a linear layer.
+        with_routers: take what chooses among experts too, where it is a linear layer.
 
     Raises:
         ValueError: there is none.

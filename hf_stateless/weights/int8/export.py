@@ -29,7 +29,7 @@ def export_model(
     `bf16`: W = codes scale, rounded to bf16 once, without a `quantization_config`. It loads anywhere, and it is what
     llama.cpp's `convert_hf_to_gguf.py` makes a GGUF file of. `bitsandbytes`: 8-bit linear layers for inference, one
     scale per row, quantised anew from the bf16 weights. `vllm`: codes and scales as they are, which `save_pretrained`
-    writes too; for folders of 0.1 and for models in memory. The folder appears whole or not at all.
+    writes too; for folders in our own layout and models in memory. The folder appears whole or not at all.
 
     Args:
         source: a saved folder, an id on the Hub, or a model in memory. From the former two the tokenizer, the chat

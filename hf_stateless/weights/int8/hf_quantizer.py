@@ -104,7 +104,7 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
                 await_parts(model, self._names, self._stacks, self._tables, config.group_size)
             return model
         layout = config.layout_of_folder()
-        layers = stored_layers(model, layout) if layout else self._layers_of_0_1(model)
+        layers = stored_layers(model, layout) if layout else self._layers_by_group_size(model)
         self._names = frozenset(layers)
         files = [file for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
         check_folder(files, model, layers)
@@ -134,8 +134,8 @@ class Int8TrainingQuantizer(HfQuantizer):  # type: ignore[misc]
         # What is tied is stored in one way or the other.
         return {} if len(found) < len(tables) and any(f"{name}.weight" in tied for name in tables) else found
 
-    def _layers_of_0_1(self, model: PreTrainedModel) -> dict[str, Group]:
-        """Return the layers of a folder that 0.1 wrote, in groups that divide their rows."""
+    def _layers_by_group_size(self, model: PreTrainedModel) -> dict[str, Group]:
+        """Return the layers of a folder whose config does not list them, in groups that divide their rows."""
         size, layers = self.quantization_config.group_size, {}
         left_out = self.quantization_config.modules_to_not_convert
         for name in layers_to_quantize(model, left_out, with_routers=not self.quantization_config.has_stacks):

@@ -313,9 +313,9 @@ class Int8Linear(nn.Linear):
         if weight.is_floating_point():
             weight, scale = quantize_matrix(weight.T if self.from_conv1d else weight, self.length)
         assert scale is not None
-        by_0_1 = group_length(self.in_features, self.group_size)
-        as_in_0_1 = tuple(scale.shape) == (self.out_features, self.in_features // by_0_1)
-        length = by_0_1 if as_in_0_1 else self.length
+        divisor = group_length(self.in_features, self.group_size)
+        by_divisor = tuple(scale.shape) == (self.out_features, self.in_features // divisor)
+        length = divisor if by_divisor else self.length
         weight = checked_codes(weight, scale, self._shape, length, ours=self.ours)
         if self.weight.is_meta:
             self.store(weight, scale, self.weight.dtype)
@@ -323,7 +323,7 @@ class Int8Linear(nn.Linear):
         self.weight.codes.copy_(weight)
         if scale.shape == self.weight_scale.shape:
             self.weight_scale.data.copy_(scale)
-        else:  # 0.1 had other groups for rows that the group size does not divide
+        else:  # rows that the group size does not divide may come in groups of another length
             self.weight_scale.data = scale.to(self.weight_scale.device, copy=True)
 
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from ..noise import RoundingKey
 from ..stored import Lost, StoredWeight
-from .codes import dequantize_into, dequantize_matrix, write_rows_
+from .coded import CodedWeight
+from .codes import write_rows_
 
 
 _aten = torch.ops.aten
@@ -57,7 +58,7 @@ class Place:
     """What has replaced the parameter, for another module that it is tied to."""
 
 
-class Int8Shard(StoredWeight):
+class Int8Shard(CodedWeight):
     """Rows of an `Int8Weight`: a float tensor from outside, int8 codes inside, which no operation reads as floats.
 
     It is the local tensor of FSDP2's sharded parameter, and what a module has while its weight is gathered; then its
@@ -69,7 +70,6 @@ class Int8Shard(StoredWeight):
         dtype: what the weight counts as.
     """
 
-    codes: Tensor
     place: Place
 
     @property
@@ -89,7 +89,7 @@ class Int8Shard(StoredWeight):
         return self.place.first if self.ndim > 2 else 0
 
     @property
-    def scale(self) -> Tensor:
+    def scale(self) -> Tensor:  # type: ignore[override]
         """The scales of these rows, (..., rows, groups)."""
         scale = self.place.beside() if self.place.beside else self.place.scale
         if scale is None:
@@ -179,22 +179,6 @@ class Int8Shard(StoredWeight):
     def data_ptr(self) -> int:
         """Return where the codes are: accelerate tells by it which parameter of an optimizer is which of a model."""
         return self.codes.data_ptr()
-
-    def element_size(self) -> int:
-        """Return 1: what a weight takes."""
-        return self.codes.element_size()
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the float values of these rows."""
-        return dequantize_matrix(self.codes, self.scale, dtype or self.dtype)
-
-    def dequantize_into(self, out: Tensor) -> None:
-        """Write the float values into a contiguous tensor of this shape."""
-        dequantize_into(out, self.codes, self.scale)
-
-    def rows(self, rows: slice) -> Tensor:
-        """Return some of these rows in float32."""
-        return dequantize_matrix(self.codes[rows], self.scale[rows])
 
     def matrices(self) -> list[StoredWeight]:
         """Return the matrices of this part of a stack, each over the memory that it has there.

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..noise import RoundingKey
-from ..stored import Lost, StoredWeight
-from .codes import dequantize_into, dequantize_matrix, write_rows_
+from ..stored import Lost
+from .coded import CodedWeight
+from .codes import write_rows_
 from .sharded import Int8Shard
 
 
-class Int8Weight(StoredWeight):
+class Int8Weight(CodedWeight):
     """A parameter of a float dtype whose values are int8 codes times scales; autograd gives it an ordinary gradient.
 
     Optimizers, hooks and DDP see a trainable leaf of shape (out, in). Its own memory is one NaN for each
@@ -38,8 +39,6 @@ class Int8Weight(StoredWeight):
     """
 
     kernel = "int8"
-    codes: Tensor
-    scale: Tensor
     moved_to: Int8Weight | None = None
     """What has replaced it where it lost its memory, for another module that it is tied to."""
 
@@ -50,18 +49,6 @@ class Int8Weight(StoredWeight):
         weight: Int8Weight = super().__new__(cls, _nothing(codes.shape, dtype, codes.device), requires_grad)
         weight.codes, weight.scale = codes, scale
         return weight
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the float weight, in the dtype of the parameter or another one."""
-        return dequantize_matrix(self.codes, self.scale, dtype or self.dtype)
-
-    def rows(self, rows: slice) -> Tensor:
-        """Return some rows of a matrix in float32."""
-        return dequantize_matrix(self.codes[rows], self.scale.detach()[rows])
-
-    def dequantize_into(self, out: Tensor) -> None:
-        """Write the float weight into a contiguous tensor of its shape."""
-        dequantize_into(out, self.codes, self.scale)
 
     def detach(self) -> Tensor:
         """Return the codes."""
@@ -93,10 +80,6 @@ class Int8Weight(StoredWeight):
             zeros: Tensor = super().new_zeros(*size, **kwargs)
             return zeros
         return Int8Shard.empty_of(self, self.codes, sizes)
-
-    def element_size(self) -> int:
-        """Return 1: what a weight takes, as `get_memory_footprint()` asks; its gradient takes `dtype.itemsize`."""
-        return self.codes.element_size()
 
     def matrices(self) -> list[Int8Weight]:
         """Return the matrices of a stack, each over the memory that it has there."""

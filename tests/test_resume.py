@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from finished_run import last_step, train
 from measured_runs import new_trainer, token_rows
+from resume import last_step, train_or_finish
 
 import hf_stateless
 
@@ -37,14 +37,14 @@ def trainer_of(folder, options):
 def test_a_finished_run_is_loaded_and_takes_no_step(name, tmp_path, capsys):
     options, steps = RUNS[name]
     trainer = trainer_of(tmp_path, options)
-    train(trainer, None)
+    train_or_finish(trainer, None)
     assert trainer.state.global_step == last_step(trainer) == steps
     checkpoint = tmp_path / f"checkpoint-{steps}"
     (tmp_path / "memory_report.json").unlink()
     before = sorted(path.stat().st_mtime_ns for path in checkpoint.iterdir())
 
     resumed = trainer_of(tmp_path, options)
-    train(resumed, str(checkpoint))
+    train_or_finish(resumed, str(checkpoint))
     assert f"is at step {steps} of {steps}: nothing is left to train." in capsys.readouterr().out
     assert resumed.state.global_step == steps
     for key, value in trainer.model.state_dict().items():
@@ -66,16 +66,16 @@ def test_a_stream_that_is_resumed_after_its_end_takes_no_step(tmp_path, capsys):
     for checkpoint in (None, str(tmp_path / "checkpoint-3")):
         trainer = trainer_of(tmp_path, {"max_steps": 3})
         trainer.train_dataset = Stream()
-        train(trainer, checkpoint)
+        train_or_finish(trainer, checkpoint)
         assert trainer.state.global_step == 3
     assert "nothing is left to train" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1}])
 def test_a_run_goes_on_where_more_is_asked_for(more, tmp_path, capsys):
-    train(trainer_of(tmp_path, {"max_steps": 3}), None)
+    train_or_finish(trainer_of(tmp_path, {"max_steps": 3}), None)
     longer = trainer_of(tmp_path, more)
-    train(longer, str(tmp_path / "checkpoint-3"))
+    train_or_finish(longer, str(tmp_path / "checkpoint-3"))
     assert longer.state.global_step == last_step(longer) > 3
     assert "nothing is left to train" not in capsys.readouterr().out
 
@@ -84,4 +84,4 @@ def test_a_run_goes_on_where_more_is_asked_for(more, tmp_path, capsys):
 def test_every_recipe_trains_by_it(script):
     texts = [(RECIPES / f"{name}.py").read_text() for name in (script, "finetuning_model")]
     assert ".train(resume" not in texts[0] + texts[1]
-    assert "train(trainer, checkpoint)" in texts[0] or "train_and_save(trainer, checkpoint)" in texts[0]
+    assert "train_or_finish(trainer, checkpoint)" in texts[0] or "train_and_save(trainer, checkpoint)" in texts[0]

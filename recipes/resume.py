@@ -16,7 +16,7 @@ from hf_stateless.reports.measured.schema import PICTURE_FILE, MemoryReport
 _ONCE_MORE = {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "eval_on_start": False}
 
 
-def train(trainer: Trainer, checkpoint: str | None) -> None:
+def train_or_finish(trainer: Trainer, checkpoint: str | None) -> None:
     """Train from a checkpoint on, if there is one; where it has reached the last step, only load it.
 
     The Trainer itself takes one step more when it resumes within an epoch.
@@ -26,7 +26,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         return
     if trainer.is_world_process_zero():
         print(f"{checkpoint} is at step {steps_of(checkpoint)} of {last}: nothing is left to train.")
-        _take_report(checkpoint, trainer.args.output_dir)
+        _complete_report(checkpoint, trainer.args.output_dir)
     with _without_steps(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     if "train_runtime" in trainer.state.log_history[-1]:
@@ -69,7 +69,7 @@ def _without_steps(trainer: Trainer) -> Iterator[None]:
         vars(trainer.args).update(asked)
 
 
-def _take_report(checkpoint: str, folder: str) -> None:
+def _complete_report(checkpoint: str, folder: str) -> None:
     """Complete the memory report of the run from that of its last checkpoint, if the run ended before it did so."""
     with contextlib.suppress(OSError, ValueError):
         report = MemoryReport.load(checkpoint)
