@@ -141,6 +141,26 @@ def test_weight_decay_falls_on_what_the_trainer_decays(make_model, name, tmp_pat
     assert {group["weight_decay"] for group in built["sinkgd"].param_groups} == {0.0, 0.1}
 
 
+class _DecaysHeads(Trainer):
+    def get_decay_parameter_names(self, model):
+        assert self.args.weight_decay
+        return ["lm_head.weight"]
+
+
+def test_a_trainer_that_overrides_what_decays_is_followed(make_model, tmp_path):
+    model = make_model("llama")
+    decayed = []
+    for made in (arguments("sinkgd", output_dir=str(tmp_path), weight_decay=0.1), SwanFactory):
+        by_name = isinstance(made, TrainingArguments)
+        args = made if by_name else arguments("adamw_torch", output_dir=str(tmp_path), weight_decay=0.1)
+        factory = None if by_name else (made, {"lr": 1e-3, "weight_decay": 0.1})
+        groups = _DecaysHeads(model, args, optimizer_cls_and_kwargs=factory).create_optimizer().param_groups
+        decayed.append([name for g in groups if g["weight_decay"] for name in g["param_names"]])
+    assert decayed == [["lm_head.weight"]] * 2
+    groups = create_optimizer(model, "sinkgd", lr=1e-3, weight_decay=0.1).param_groups
+    assert {group["role"]: group["weight_decay"] for group in groups}["matrix"] == 0.1
+
+
 def test_layout_of_a_group_is_that_of_its_weights(any_model):
     name, model = any_model
     layouts = {id(e.parameter): e.layout for e in partition_parameters(model)}

@@ -7,6 +7,7 @@ mixture of experts is no matrix.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ from .advice import refuse_no_matrix, refuse_target
 from .heads import Heads, find_heads
 from .matrices import chooses, is_thin, matrix_weights, pointwise
 
+from .patches import decay_rule
 
 ROLES = ("matrix", "adapter", "embedding", "head", "rest")
 """What a parameter is, in the order of the groups: the learning rate that the Trainer logs is the first group's."""
@@ -84,8 +86,9 @@ def partition_parameters(
     embeddings = _embedding_keys(model)
     pairs = {id(p): pair for pair in lora_pairs(model) for p in (pair.a, pair.b)}
     explicit = not _is_all_linear(target_modules)
-    # The Trainer's own rule, a method that does not use its self: norms and biases are not decayed.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    # The Trainer's own rule is a method that does not use its self: norms and biases are not decayed.
+    decays = decay_rule() or functools.partial(Trainer.get_decay_parameter_names, None)  # type: ignore[arg-type]
+    decayed = set(decays(model))
     entries = []
     for name, p in named:
         key = _storage_key(p)
