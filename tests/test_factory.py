@@ -161,6 +161,23 @@ def test_a_trainer_that_overrides_what_decays_is_followed(make_model, tmp_path):
     assert {group["role"]: group["weight_decay"] for group in groups}["matrix"] == 0.1
 
 
+def test_parameters_in_place_of_the_model_are_refused_with_what_to_type(make_model):
+    model = make_model("llama")
+    for given in (model.parameters(), list(model.named_parameters()), [{"params": [*model.parameters()]}]):
+        for create in (create_optimizer, hf_stateless.create_lora_optimizer):
+            with pytest.raises(ValueError, match=r"create_optimizer\(model, .*takes the model first.*: got a \w+\.$"):
+                create(given, "swan", lr=1e-3)
+
+
+def test_groups_that_lost_parameters_are_refused(make_model):
+    """As sentence-transformers takes parameters out for `learning_rate_mapping`; layouts are known by position."""
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments("swan"), make_model("llama"))
+    group = kwargs["params"][0]
+    group["params"] = group["params"][1:]
+    with pytest.raises(ValueError, match=r"13 parameters and 14 param_names.*learning_rate_mapping.*freeze"):
+        cls(**kwargs)
+
+
 def test_layout_of_a_group_is_that_of_its_weights(any_model):
     name, model = any_model
     layouts = {id(e.parameter): e.layout for e in partition_parameters(model)}

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import Trainer
 from transformers.trainer_utils import check_target_module_exists
 
@@ -27,8 +28,8 @@ from .adapters import LoraPair, expert_layouts, lora_linears, lora_pairs
 from .advice import refuse_no_matrix, refuse_target
 from .heads import Heads, find_heads
 from .matrices import chooses, is_thin, matrix_weights, pointwise
-
 from .patches import decay_rule
+
 
 ROLES = ("matrix", "adapter", "embedding", "head", "rest")
 """What a parameter is, in the order of the groups: the learning rate that the Trainer logs is the first group's."""
@@ -73,7 +74,7 @@ def partition_parameters(
         a gradient of its own, are two entries with one role.
 
     Raises:
-        ValueError: nothing trainable, no matrix found, FSDP1, or a parameter without a role.
+        ValueError: nothing trainable, no matrix found, FSDP1, or a parameter without a shape.
     """
     # FSDP1 turns matrices into flat vectors before the optimizer sees them.
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
@@ -81,6 +82,9 @@ def partition_parameters(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("The model has no trainable parameter: every requires_grad is False.")
+    lazy = next((name for name, p in named if is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(f"{lazy} has no shape yet: run a forward pass before the optimizer is made.")
     matrices = _matrix_layouts(model, target_modules)
     heads = _keys_of(model, find_heads(model))
     embeddings = _embedding_keys(model)
