@@ -106,6 +106,13 @@ PRIVATE_PARTS = (
         until="the Trainer calls optimizer.eval() at its end, errors included",
     ),
     PrivatePart(
+        part="transformers:Trainer.create_optimizer",
+        used_by=("trainer/patches.py",),
+        why="replaced, so that a subclass's get_decay_parameter_names says what decays",
+        upstream="transformers/trainer.py; public; OptimizerContext has the arguments and the model, not the trainer",
+        until="OptimizerContext has the names of what decays",
+    ),
+    PrivatePart(
         part="transformers.trainer:load_fsdp_optimizer",
         used_by=("trainer/patches.py",),
         why="replaced, also in accelerate.accelerator, so that tables take the rule of a checkpoint before it is read",

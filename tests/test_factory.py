@@ -141,6 +141,43 @@ def test_weight_decay_falls_on_what_the_trainer_decays(make_model, name, tmp_pat
     assert {group["weight_decay"] for group in built["sinkgd"].param_groups} == {0.0, 0.1}
 
 
+class _DecaysHeads(Trainer):
+    def get_decay_parameter_names(self, model):
+        assert self.args.weight_decay
+        return ["lm_head.weight"]
+
+
+def test_a_trainer_that_overrides_what_decays_is_followed(make_model, tmp_path):
+    model = make_model("llama")
+    decayed = []
+    for made in (arguments("sinkgd", output_dir=str(tmp_path), weight_decay=0.1), SwanFactory):
+        by_name = isinstance(made, TrainingArguments)
+        args = made if by_name else arguments("adamw_torch", output_dir=str(tmp_path), weight_decay=0.1)
+        factory = None if by_name else (made, {"lr": 1e-3, "weight_decay": 0.1})
+        groups = _DecaysHeads(model, args, optimizer_cls_and_kwargs=factory).create_optimizer().param_groups
+        decayed.append([name for g in groups if g["weight_decay"] for name in g["param_names"]])
+    assert decayed == [["lm_head.weight"]] * 2
+    groups = create_optimizer(model, "sinkgd", lr=1e-3, weight_decay=0.1).param_groups
+    assert {group["role"]: group["weight_decay"] for group in groups}["matrix"] == 0.1
+
+
+def test_parameters_in_place_of_the_model_are_refused_with_what_to_type(make_model):
+    model = make_model("llama")
+    for given in (model.parameters(), list(model.named_parameters()), [{"params": [*model.parameters()]}]):
+        for create in (create_optimizer, hf_stateless.create_lora_optimizer):
+            with pytest.raises(ValueError, match=r"create_optimizer\(model, .*takes the model first.*: got a \w+\.$"):
+                create(given, "swan", lr=1e-3)
+
+
+def test_groups_that_lost_parameters_are_refused(make_model):
+    """As sentence-transformers takes parameters out for `learning_rate_mapping`; layouts are known by position."""
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments("swan"), make_model("llama"))
+    group = kwargs["params"][0]
+    group["params"] = group["params"][1:]
+    with pytest.raises(ValueError, match=r"13 parameters and 14 param_names.*learning_rate_mapping.*freeze"):
+        cls(**kwargs)
+
+
 def test_layout_of_a_group_is_that_of_its_weights(any_model):
     name, model = any_model
     layouts = {id(e.parameter): e.layout for e in partition_parameters(model)}

@@ -237,11 +237,13 @@ def test_a_gradient_that_is_not_finite_costs_its_parameter_that_step_only(algori
 @each_algorithm
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)], ids=str)
 def test_an_empty_parameter_is_no_obstacle(algorithm, shape):
-    empty, weight = torch.nn.Parameter(torch.zeros(shape)), parameter(8, 12)
-    optimizer = StatelessOptimizer([group(empty, weight, algorithm=algorithm)], lr=0.1)
-    empty.grad, weight.grad = torch.zeros(shape), dense(8, 12, seed=1)
-    optimizer.step()
-    assert (weight.detach() != dense(8, 12)).any()
+    for options in ({}, {"momentum": 0.9}) if algorithm == "multinorm" else ({},):
+        empty, weight = torch.nn.Parameter(torch.zeros(shape)), parameter(8, 12)
+        optimizer = StatelessOptimizer([group(empty, weight, algorithm=algorithm, **options)], lr=0.1)
+        empty.grad, weight.grad = torch.zeros(shape), dense(8, 12, seed=1)
+        optimizer.step()
+        assert (weight.detach() != dense(8, 12)).any()
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 # ---- Stochastic rounding

@@ -131,6 +131,14 @@ def test_models_without_a_trainable_matrix_are_refused(make_model):
         partition_parameters(nn.Sequential(nn.Conv2d(3, 4, 2)))
 
 
+def test_layers_without_a_shape_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"^2\.weight has no shape yet: run a forward pass"):
+        partition_parameters(model)
+    model(torch.ones(1, 4))
+    assert roles(model)["2.weight"] == "matrix"
+
+
 def test_tiny_models_are_exhaustive(any_model):
     name, model = any_model
     assert name in TINY_MODELS

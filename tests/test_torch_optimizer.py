@@ -130,6 +130,27 @@ def test_an_unchanged_resume_warns_of_nothing(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("rate", [0.01, 0.05])
+def test_a_rate_that_a_loaded_schedule_does_not_take_is_told(rate, caplog):
+    def scheduled(lr):
+        optimizer = StatelessOptimizer(
+            [group(parameter(8, 12)), group(parameter(8), algorithm="adamw", lr=0.002)], lr=lr
+        )
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    (before, schedule), (after, resumed) = scheduled(0.01), scheduled(rate)
+    take_steps(before, range(1))
+    schedule.step()
+    with caplog.at_level(logging.WARNING):
+        after.load_state_dict(through_file(before.state_dict()))
+    resumed.load_state_dict(schedule.state_dict())
+    resumed.step()
+    assert after.param_groups[0]["lr"] == pytest.approx(0.01 / 3)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (rate != 0.01)
+    assert all("asks for the learning rate 0.05 and the checkpoint was written with 0.01, " in line for line in told)
+
+
 def test_the_state_of_another_optimizer_is_refused():
     weight = parameter(8, 12)
     optimizer = StatelessOptimizer([group(weight)], lr=0.01)

@@ -78,6 +78,26 @@ def apply_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[st
         logger.warning("The checkpoint was written with %s; this run goes on with %s.", old, new)
 
 
+def tell_rates(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of learning rates that a run asks for in vain: the schedule of a checkpoint goes on with its own.
+
+    Args:
+        saved: groups of the checkpoint.
+        current: groups of the run before they are loaded, `initial_lr` included if a scheduler has them.
+    """
+    scheduled = [pair for pair in zip(saved, current, strict=True) if all("initial_lr" in group for group in pair)]
+    rates = {(float(old["initial_lr"]), float(new["initial_lr"])) for old, new in scheduled}
+    changed = {(old, new) for old, new in rates if old != new}
+    if changed:
+        old, new = (", ".join(f"{rate:g}" for rate in sorted(set(side))) for side in zip(*changed, strict=True))
+        logger.warning(
+            "This run asks for the learning rate %s and the checkpoint was written with %s, with which its schedule "
+            "goes on. For another rate give the checkpoint's folder as the model of a new run.",
+            new,
+            old,
+        )
+
+
 def fitted_state(saved: Mapping[str, Tensor], param: Tensor, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a saved state in the dtypes and strides that a rule keeps, where torch gives all of it the parameter's.
 

@@ -58,7 +58,7 @@ def momentum_state(param: Tensor, dtype: str) -> dict[str, Tensor]:
             f"momentum_dtype=int8 has scales for whole groups of a row, but rows are cut over ranks "
             f"({param.placements}): shard along the first dimension, or type momentum_dtype=bfloat16."
         )
-    groups = param.shape[-1] // group_length(param.shape[-1], _GROUP)
+    groups = param.shape[-1] // max(1, group_length(param.shape[-1], _GROUP))  # a row may be empty
     return {"momentum_buffer": buffer, "momentum_scale": _zeros(param.narrow(-1, 0, groups), torch.bfloat16)}
 
 

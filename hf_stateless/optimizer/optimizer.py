@@ -16,7 +16,15 @@ from ..update.batches import alike
 from ..update.kernels.choice import Verdict
 from ..update.write import Workspace
 from ..weights.noise import TensorCache
-from .checkpoint import apply_options, check_same_groups, check_state, checked_states, fitted_state, options_of
+from .checkpoint import (
+    apply_options,
+    check_same_groups,
+    check_state,
+    checked_states,
+    fitted_state,
+    options_of,
+    tell_rates,
+)
 from .followed import Otherwise, followed, tell_followed, without_others
 from .held_back import SkipCounts, without_bad_gradients, without_weak_gradients
 from .live import unhook
@@ -319,7 +327,7 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
         torch casts every state tensor but `step` to the dtype of its parameter, and lets the saved groups win; here
         8-bit codes stay codes, and an option that was changed since the checkpoint was written is applied, with a
         warning. Tables whose rule nobody has asked for go on with the rule of the checkpoint, with a warning too. The
-        learning rate is the scheduler's and comes from the checkpoint.
+        learning rate is the scheduler's and comes from the checkpoint, with a warning if the run asks for another.
 
         Raises:
             ValueError: the state was written by another optimizer, for other groups or shapes of parameters, or has
@@ -332,6 +340,7 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
         super().load_state_dict(without_others(state_dict, made, self.otherwise))
         apply_options(self.param_groups, options_of(groups))
         tell_followed(groups, before)
+        tell_rates(saved_groups, before)
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             for i, p in zip(saved["params"], group["params"], strict=True):
                 if i in state_dict["state"]:

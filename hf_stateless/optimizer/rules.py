@@ -44,8 +44,8 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
         lr: learning rate of a group that has none.
 
     Raises:
-        ValueError: no or unknown `algorithm`, an unknown key, a layout that is unknown or does not fit a shape, or a
-            learning rate that is negative or not finite.
+        ValueError: no or unknown `algorithm`, an unknown key, names that are not as many as the parameters, a layout
+            that is unknown or does not fit a shape, or a learning rate that is negative or not finite.
 
     Example:
         >>> from hf_stateless.optimizer.rules import complete_group
@@ -75,6 +75,7 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
     if not 0 <= float(lr) < math.inf:
         raise ValueError(f"The learning rate must be a finite number of at least 0, got {lr}.")
     factors = param_group.get("params")
+    _refuse_unnamed(factors, param_group.get("param_names"))
     for i, p in enumerate(factors if isinstance(factors, list | tuple) and "layout" in defaults else ()):
         layout = layout_at({**defaults, **param_group}, i)
         if layout.blocks > 1:
@@ -82,6 +83,16 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
     if algorithm == "lora_product" and isinstance(factors, list | tuple) and len(factors) % 2:
         raise ValueError(f"A group of LoRA pairs has params A_0, B_0, A_1, B_1, ..., got {len(factors)} of them.")
     return {**defaults, **param_group}
+
+
+def _refuse_unnamed(params: Any, names: Sequence[str] | None) -> None:
+    """Refuse a group whose parameters are others than those it was made of: layouts are known by the position."""
+    if names is not None and isinstance(params, list | tuple) and len(names) != len(params):
+        raise ValueError(
+            f"A group has {len(params)} parameters and {len(names)} param_names: something took parameters out of a "
+            "group that was made from a model, or put some in (sentence-transformers: learning_rate_mapping). Leave "
+            "that out; freeze what must not train before the optimizer is made."
+        )
 
 
 def named_alike(group: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

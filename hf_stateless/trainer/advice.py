@@ -21,6 +21,26 @@ _MOST_NAMES = 12
 _MOST_IN_A_VALUE = 6
 
 
+def refuse_no_model(model: object) -> None:
+    """Refuse parameters, or anything else, in place of the model: matrices are known by the modules that own them.
+
+    Raises:
+        ValueError: it is no module, with what to type.
+
+    Example:
+        >>> from hf_stateless.trainer.advice import refuse_no_model
+        >>> refuse_no_model([])
+        Traceback (most recent call last):
+            ...
+        ValueError: create_optimizer(model, "swan", lr=1e-3) takes the model first, to tell matrices: got a list.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            'create_optimizer(model, "swan", lr=1e-3) takes the model first, to tell matrices: got a '
+            f"{type(model).__name__}."
+        )
+
+
 def refuse_no_matrix(
     model: nn.Module,
     target_modules: object,

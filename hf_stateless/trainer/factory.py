@@ -23,6 +23,7 @@ from ..weights.int8.compressed import METHOD as COMPRESSED
 from ..weights.int8.convert import int8_weights
 from ..weights.stored import StoredWeight
 from .adapters import has_lora
+from .advice import refuse_no_model
 from .assumed import assumptions
 from .choice import otherwise, rule_of
 from .clipping import count_released_gradients
@@ -193,6 +194,7 @@ def create_lora_optimizer(model: nn.Module, name: str = "swan", *, lr: float, **
     References:
         Steepest descent in the spectral norm: https://huggingface.co/papers/2409.20325.
     """
+    refuse_no_model(model)
     if not has_lora(model):
         raise ValueError(
             "create_lora_optimizer needs a model with a trainable LoRA adapter, got none: make one by "
@@ -217,6 +219,7 @@ def optimizer_arguments(
     option values may be text. What that refuses is refused here. `printed` says whether the table may be printed where
     logs of level INFO are not seen.
     """
+    refuse_no_model(model)
     options = parse_options(name, given)
     _refuse_compressed(model)
     refuse_unknown_shards(model)

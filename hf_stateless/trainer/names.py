@@ -17,7 +17,7 @@ import transformers
 from packaging.version import Version
 
 from .optim_args import optimizer_names
-from .patches import OURS, end_layerwise_training, explain_optim_args, follow_sharded_checkpoints
+from .patches import OURS, end_layerwise_training, explain_optim_args, follow_decay, follow_sharded_checkpoints
 
 
 _MINIMUM_TRANSFORMERS = (5, 2)  # which brought the table of handlers
@@ -56,6 +56,7 @@ def register(names: Iterable[str] | None = None) -> None:
             for name in optimizer_names() if names is None else names:
                 _add_name(name, training_args.OptimizerNames, trainer_optimizer._OPTIMIZER_HANDLERS)
             explain_optim_args(trainer)
+            follow_decay(trainer.Trainer)
             end_layerwise_training(trainer.Trainer)
             follow_sharded_checkpoints(trainer)
             follow_sharded_checkpoints(accelerator)

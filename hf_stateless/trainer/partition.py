@@ -7,6 +7,7 @@ mixture of experts is no matrix.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import Trainer
 from transformers.trainer_utils import check_target_module_exists
 
@@ -26,6 +28,7 @@ from .adapters import LoraPair, expert_layouts, lora_linears, lora_pairs
 from .advice import refuse_no_matrix, refuse_target
 from .heads import Heads, find_heads
 from .matrices import chooses, is_thin, matrix_weights, pointwise
+from .patches import decay_rule
 
 
 ROLES = ("matrix", "adapter", "embedding", "head", "rest")
@@ -71,7 +74,7 @@ def partition_parameters(
         a gradient of its own, are two entries with one role.
 
     Raises:
-        ValueError: nothing trainable, no matrix found, FSDP1, or a parameter without a role.
+        ValueError: nothing trainable, no matrix found, FSDP1, or a parameter without a shape.
     """
     # FSDP1 turns matrices into flat vectors before the optimizer sees them.
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
@@ -79,13 +82,17 @@ def partition_parameters(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("The model has no trainable parameter: every requires_grad is False.")
+    lazy = next((name for name, p in named if is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(f"{lazy} has no shape yet: run a forward pass before the optimizer is made.")
     matrices = _matrix_layouts(model, target_modules)
     heads = _keys_of(model, find_heads(model))
     embeddings = _embedding_keys(model)
     pairs = {id(p): pair for pair in lora_pairs(model) for p in (pair.a, pair.b)}
     explicit = not _is_all_linear(target_modules)
-    # The Trainer's own rule, a method that does not use its self: norms and biases are not decayed.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    # The Trainer's own rule is a method that does not use its self: norms and biases are not decayed.
+    decays = decay_rule() or functools.partial(Trainer.get_decay_parameter_names, None)  # type: ignore[arg-type]
+    decayed = set(decays(model))
     entries = []
     for name, p in named:
         key = _storage_key(p)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..optimizer.option_kinds import shown
 
 OURS = "_hf_stateless"
 """The attribute by which an object that this package has put somewhere is known."""
+_DECAY: ContextVar[Callable[[torch.nn.Module], Iterable[str]] | None] = ContextVar("decay", default=None)
 
 
 def explain_optim_args(trainer: Any) -> None:
@@ -50,6 +52,33 @@ def _malformed(optim_args: object) -> str:
         f"optim_args={shown(optim_args)} is malformed: {wrong}. Type key=value,key=value and join lists with +, "
         'for example optim_args="norms=row_l2+col_l2,num_iterations=3".'
     )
+
+
+def follow_decay(trainer_class: Any) -> None:
+    """Let the trainer that makes an optimizer say which of its parameters decay; repeated calls do nothing.
+
+    A subclass may override `get_decay_parameter_names`, and a handler is not given the trainer. Delete when
+    `OptimizerContext` has the names.
+    """
+    original = trainer_class.create_optimizer
+    if hasattr(original, OURS):
+        return
+
+    @functools.wraps(original)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _DECAY.set(self.get_decay_parameter_names)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _DECAY.reset(token)
+
+    setattr(create_optimizer, OURS, True)
+    trainer_class.create_optimizer = create_optimizer
+
+
+def decay_rule() -> Callable[[torch.nn.Module], Iterable[str]] | None:
+    """Return what gives the names of what decays, by the trainer that makes an optimizer now; None outside of one."""
+    return _DECAY.get()
 
 
 def end_layerwise_training(trainer_class: Any) -> None:
