@@ -6,16 +6,21 @@ import pytest
 import torch
 from conftest import TINY_MODELS
 from expert_models import CONFIGS
+from lora_pairs import adapted
 from memory_models import DTYPES, LLAMA_7B, SMALL, meta_model, real_model, small_llama, state_bytes
+from torch import nn
 from transformers import LlamaConfig, Trainer, TrainingArguments
 
 import hf_stateless
 from hf_stateless.reports.files import GIB
 from hf_stateless.reports.predicted import Settings, build_model, estimate, known_optimizers, optimizer_state_bytes
+from hf_stateless.reports.predicted.estimate import step_temporary, update_temporaries
 from hf_stateless.reports.predicted.model import tensor_bytes, weight_bytes_of_rank
 from hf_stateless.reports.predicted.state import RULES
 from hf_stateless.reports.predicted.table import fits
 from hf_stateless.reports.predicted.trace import LiveBytes
+from hf_stateless.trainer.factory import parameter_groups
+from hf_stateless.trainer.optim_args import parse_options
 
 
 def trainer_step(model, optim, tmp_path, **arguments):
@@ -210,6 +215,25 @@ def test_an_estimate_says_what_its_peak_is_made_of():
 @pytest.mark.parametrize(("peak", "gib", "answer"), [(21, 24, False), (20, 24, True), (6, 8, True), (7, 8, False)])
 def test_a_gpu_fits_with_a_tenth_and_one_gib_to_spare(peak, gib, answer):
     assert fits(peak * GIB, gib) is answer
+
+
+def test_each_of_several_matrices_in_one_is_predicted_wherever_it_stands():
+    """The layout of a weight is known by its position in a group, of which a prediction runs a part."""
+    stacks, layers = [nn.MultiheadAttention(30, 2), nn.LSTM(30, 32)], [nn.Linear(30, 62), nn.Linear(62, 30)]
+    found = []
+    for modules in (stacks + layers, layers + stacks):
+        groups = parameter_groups(nn.Sequential(*modules), parse_options("swan", {}), lr=1e-3, target_modules=".*")
+        assert groups[0]["layouts"]
+        found.append((update_temporaries(groups, "cpu"), step_temporary(groups, "cpu")))
+    assert found[0] == found[1]
+    assert all(size > 0 for size in found[0][0].values())
+
+
+def test_pairs_of_lora_stay_together_in_a_prediction(make_model):
+    model = adapted(make_model, target_modules=["q_proj", "k_proj"])
+    groups = parameter_groups(model, parse_options("swan", {"lora": "product"}), lr=1e-3)
+    assert len({p.shape for p in groups[0]["params"]}) % 2
+    assert step_temporary(groups, "cpu") > 0
 
 
 @pytest.mark.parametrize("embeddings", ["adamw", "adamw_8bit", "sinkhorn_momentum", "factored", "stateless"])

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..norms.chain import Chain
-from ..update.layout import layout_at
+from ..update.layout import layout_at, listed_layouts
 from .adamw import ADAMW, ADAMW_8BIT
 from .lora_product import LORA_PRODUCT
 from .multinorm import MULTINORM
@@ -120,6 +120,25 @@ def named_alike(group: dict[str, Any], others: Sequence[Mapping[str, Any]]) -> d
     if not named:
         del alike["param_names"]
     return alike
+
+
+def part_of_group(group: Mapping[str, Any], positions: Sequence[int]) -> dict[str, Any]:
+    """Return a group with some of its parameters only, each with its own layout; names, which are for messages, go.
+
+    Args:
+        group: made from a model, see `hf_stateless.trainer.factory.parameter_groups`.
+        positions: of the parameters; of pairs both.
+
+    Example:
+        >>> from hf_stateless.optimizer.rules import part_of_group
+        >>> part_of_group({"params": ["q", "qkv"], "layout": "out_in", "layouts": "1=out_in*3"}, [1])
+        {'params': ['qkv'], 'layout': 'out_in', 'layouts': '0=out_in*3'}
+    """
+    part = {key: value for key, value in group.items() if key != "param_names"}
+    part["params"] = [group["params"][i] for i in positions]
+    if group.get("layouts"):
+        part["layouts"] = listed_layouts([layout_at(group, i).name for i in positions])
+    return part
 
 
 def told_options(group: Mapping[str, Any]) -> dict[str, Any]:

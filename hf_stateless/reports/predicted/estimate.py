@@ -13,8 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...norms.chain import Chain
 from ...optimizer.optimizer import StatelessOptimizer
 from ...optimizer.release import is_released
+from ...optimizer.rules import part_of_group
 from ...trainer.optim_args import is_layerwise
 from ...update.batches import BATCH_BYTES
+from ...update.layout import layout_at
 from ...weights.stored import StoredWeight, stand_in
 from ..command_line import one_line
 from .batch import Batch, example_batch
@@ -100,12 +102,12 @@ def _estimate(
     groups = optimizer_groups(model, name, optim_args) if is_ours(name) else []
     release = optim_args.get("release", "matrices")
     layerwise = [g for g in groups if is_layerwise(name) and is_released(g["algorithm"], release)]
-    released = _update_temporaries(layerwise, device)
+    released = update_temporaries(layerwise, device)
     kept = [group for group in groups if not any(id(p) in released for p in group["params"])]
     if groups:
         sharing = settings.fsdp * settings.tp
         needed = exchange_temporary([_whole(group) for group in kept], sharing) if sharing > 1 else 0
-        temporary = max(_step_temporary(kept, device), needed)
+        temporary = max(step_temporary(kept, device), needed)
     else:
         held = trained_parameters(model, max(settings.fsdp, settings.ranks))
         temporary = RULES[name].temporary(held, device)
@@ -190,12 +192,17 @@ def _whole(group: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**group, "params": whole}
 
 
-def _step_temporary(groups: Sequence[Mapping[str, Any]], device: str) -> int:
-    """Predict the bytes that a step of `StatelessOptimizer` needs on top, by running it on tensors without memory."""
+def step_temporary(groups: Sequence[Mapping[str, Any]], device: str) -> int:
+    """Predict the bytes that a step of `StatelessOptimizer` needs on top, by running it on tensors without memory.
+
+    Args:
+        groups: of the optimizer.
+        device: where it runs, `cpu` or `meta` for a GPU.
+    """
     if not groups:
         return 0
     groups = [_whole(group) for group in groups]
-    needed = [{**g, "params": _at_once(g["params"], _place(g, device))} for g in groups]
+    needed = [part_of_group(g, _at_once(g, _place(g, device))) for g in groups]
     key = (device, *(_key_of(group) for group in needed))
     if key not in _KNOWN_STEPS:
         _KNOWN_STEPS[key] = _step_of(needed, device)
@@ -222,16 +229,25 @@ def _place(group: Mapping[str, Any], device: str) -> str:
     return "cpu" if device == "cpu" or group["algorithm"].startswith("adamw") else "meta"
 
 
-def _at_once(params: Sequence[Tensor], device: str) -> list[Tensor]:
-    """Return of each shape no more parameters than are updated at once."""
+def _at_once(group: Mapping[str, Any], device: str) -> list[int]:
+    """Return the positions of no more parameters, or pairs, of each shape and layout than are updated at once."""
     counts: dict[Hashable, int] = {}
-    needed = []
-    for p in params:
-        key = (p.shape, p.dtype)
+    needed: list[int] = []
+    params, width = group["params"], 2 if group["algorithm"] == "lora_product" else 1
+    for first in range(0, len(params), width):
+        together = range(first, first + width)
+        key = tuple(_kind(group, i) for i in together)
         counts[key] = counts.get(key, 0) + 1
-        if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * p.numel() * p.dtype.itemsize < BATCH_BYTES):
-            needed.append(p)
+        size = sum(params[i].numel() * params[i].dtype.itemsize for i in together)
+        if counts[key] == 1 or (device != "cpu" and (counts[key] - 1) * size < BATCH_BYTES):
+            needed += together
     return needed
+
+
+def _kind(group: Mapping[str, Any], position: int) -> Hashable:
+    """Return what is equal for parameters of a group whose updates need the same."""
+    p = group["params"][position]
+    return p.shape, p.dtype, layout_at(group, position).name if group.get("layouts") else ""
 
 
 def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
@@ -248,14 +264,19 @@ def _fakes(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
     return fakes
 
 
-def _update_temporaries(groups: Sequence[Mapping[str, Any]], device: str) -> dict[int, int]:
-    """Predict for each parameter, by its identity, the bytes that its own update in backward needs."""
+def update_temporaries(groups: Sequence[Mapping[str, Any]], device: str) -> dict[int, int]:
+    """Predict for each parameter, by its identity, the bytes that its own update in backward needs.
+
+    Args:
+        groups: those that are updated in backward.
+        device: as for `step_temporary`.
+    """
     known: dict[Hashable, int] = {}
     found = {}
     for number, group in enumerate(groups):
-        for p in group["params"]:
-            key = (number, p.shape, p.dtype)
+        for i, p in enumerate(group["params"]):
+            key = (number, _kind(group, i))
             if key not in known:
-                known[key] = _step_temporary([{**group, "params": [p]}], device)
+                known[key] = step_temporary([part_of_group(group, [i])], device)
             found[id(p)] = known[key]
     return found
