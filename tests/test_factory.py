@@ -311,6 +311,8 @@ def test_unknown_names_options_and_groups_without_a_role_are_refused(make_model)
     model = make_model("llama")
     assert "Unknown optimizer 'sinkdg'" in refusal(create_optimizer, model, "sinkdg", lr=1e-3)
     assert "Did you mean 'adamw_lr'" in refusal(SinkGDFactory(), model, lr=1e-3, adam_lr=1e-3)
+    of_torch = refusal(SwanFactory(), model, lr=1e-3, betas=(0.9, 0.95))
+    assert of_torch.endswith("Did you mean 'adamw_beta1' and 'adamw_beta2'?")
     assert "hf_stateless.create_optimizer" in refusal(StatelessOptimizer, [{"params": list(model.parameters())}])
     assert "matched no trainable matrix" in refusal(create_optimizer, model, "swan", lr=1e-3, target_modules=["x"])
 

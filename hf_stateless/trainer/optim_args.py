@@ -21,6 +21,13 @@ from ..optimizer.rates import RATES, SCALES
 # The `lr_scale` of what is updated without moments beside the matrices: LoRA pairs as products, embeddings, vectors.
 # AdamW's step has about this size.
 _SCALE_BESIDE = 0.2
+# What torch's AdamW calls what is an option here.
+_OF_TORCH = {
+    "betas": ["adamw_beta1", "adamw_beta2"],
+    "beta1": ["adamw_beta1"],
+    "beta2": ["adamw_beta2"],
+    "eps": ["adamw_eps"],
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,5 +202,5 @@ def _unknown_key(name: str, key: Any, valid: list[str], norms: Sequence[str]) ->
     if key in OPTIONS:
         return f"optim_args for optim={name!r} take no {key}. {keys} ({_misplaced(OPTIONS[key], name, norms)})"
     message = f"Unknown key {shown(key)} in optim_args for optim={name!r}. {keys}"
-    near = difflib.get_close_matches(str(key)[:100], valid, n=1)
-    return f"{message} Did you mean {near[0]!r}?" if near else message
+    near = _OF_TORCH.get(str(key)) or difflib.get_close_matches(str(key)[:100], valid, n=1)
+    return f"{message} Did you mean {' and '.join(map(repr, near))}?" if near else message

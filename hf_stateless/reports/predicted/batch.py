@@ -100,7 +100,10 @@ def _input(name: str, inner: Any, settings: Settings) -> Tensor:
     elif name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
         shape = (settings.batch, config.num_mel_bins, 2 * config.max_source_positions)
     else:
-        raise ValueError(f"{type(inner).__name__} takes {name}: only models of tokens, pixels or sound can be traced.")
+        raise ValueError(
+            f"{type(inner).__name__} takes {name}: only models of tokens, pixels or spectrograms of one length can be "
+            "traced."
+        )
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
