@@ -26,6 +26,8 @@ ALL, SIX = "finetuning-cpu.json", "finetuning-six-layers-cpu.json"
 TITLES = {
     (ALL, "wordnet, all"): "SFT, all weights, words",
     (ALL, "reversal, all"): "SFT, all weights, lists",
+    (ALL, "wordnet, lora of rank 8"): "SFT, LoRA of rank 8 on all layers",
+    (ALL, "wordnet, lora of rank 32"): "SFT, LoRA of rank 32 on all layers",
     (SIX, "wordnet, layers, last 6 layers"): "SFT, weights of six layers",
     (SIX, "wordnet, lora of rank 8, last 6 layers"): "SFT, LoRA of rank 8 on six layers",
 }

@@ -109,10 +109,13 @@ def study_table(records: Records) -> str:
         spread = f"{max(values) - min(values):.3f}" if len(values) > 1 else ""
         beside = [f"{one.beside[lr]:+.3f}" if lr in one.beside else "not run" for lr in (one.rate / 2, one.rate * 2)]
         cells = [name, f"{one.loss:.3f}", str(len(values)), spread, f"{one.rate:.1e}", kinds_of(one.row), *beside]
-        share = one.reaches(adamw) if adamw else None
-        cells += [f"{one.state:.2f}", "never" if share is None else f"{100 * share:.0f} % of the steps"]
+        cells += [f"{one.state:.2f}", _share(one.reaches(adamw)) if adamw else "not run"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _share(of_the_steps: float | None) -> str:
+    return "never" if of_the_steps is None else f"{100 * of_the_steps:.0f} % of the steps"
 
 
 def summary(records: Records, studies: Mapping[str, str] = TITLES, names: Sequence[str] = tuple(FAMILIES)) -> str:
