@@ -118,4 +118,4 @@ def test_help_says_what_goes_in_and_what_comes_out(capsys):
     text = capsys.readouterr().out
     assert all(word in text for word in ("DeepSpeed JSON", "-o fsdp2.yaml", "distributed_type: DEEPSPEED or FSDP"))
     cli.main(["--help"])
-    assert "hf-stateless convert-config" in capsys.readouterr().out
+    assert "\n    convert-config " in capsys.readouterr().out

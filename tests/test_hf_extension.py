@@ -50,7 +50,7 @@ def _hf(*arguments):
 def test_hf_runs_the_subcommands_of_this_package(installed, capfd):
     assert _hf("stateless", "--help") == 0
     said = capfd.readouterr().out
-    assert all(f"hf-stateless {name}" in said for name in SUBCOMMANDS)
+    assert all(f"\n    {name} " in said for name in SUBCOMMANDS)
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["two words", "-x"], ["--mem", ""]])
