@@ -58,7 +58,7 @@ def momentum_state(param: Tensor, dtype: str) -> dict[str, Tensor]:
             f"momentum_dtype=int8 has scales for whole groups of a row, but rows are cut over ranks "
             f"({param.placements}): shard along the first dimension, or type momentum_dtype=bfloat16."
         )
-    groups = param.shape[-1] // max(1, group_length(param.shape[-1], _GROUP))  # a row may be empty
+    groups = param.shape[-1] // group_length(param.shape[-1], _GROUP)
     return {"momentum_buffer": buffer, "momentum_scale": _zeros(param.narrow(-1, 0, groups), torch.bfloat16)}
 
 
@@ -70,7 +70,7 @@ def momentum_bytes(shape: Sequence[int], dtype: str) -> int:
         >>> momentum_bytes((3, 256), "int8"), momentum_bytes((3, 256), "bfloat16")
         (780, 1536)
     """
-    scales = math.prod(shape) // max(1, group_length(shape[-1], _GROUP)) if dtype == "int8" else 0
+    scales = math.prod(shape) // group_length(shape[-1], _GROUP) if dtype == "int8" else 0
     return math.prod(shape) * int(getattr(torch, dtype).itemsize) + 2 * scales
 
 

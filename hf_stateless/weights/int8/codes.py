@@ -42,7 +42,7 @@ def group_length(in_features: int, group_size: int | None) -> int:
         (128, 127, 131, 4096)
     """
     if group_size is None or in_features <= group_size:
-        return in_features
+        return max(1, in_features)  # an empty row has no group, of whatever length
     below = next(length for length in range(group_size, 0, -1) if in_features % length == 0)
     if 2 * below >= group_size:
         return below
