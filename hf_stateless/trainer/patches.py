@@ -19,6 +19,19 @@ OURS = "_hf_stateless"
 _DECAY: ContextVar[Callable[[torch.nn.Module], Iterable[str]] | None] = ContextVar("decay", default=None)
 
 
+def _replaced(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what stands in the place of an original and is given it first; what stands there already stays."""
+    if hasattr(original, OURS):
+        return original
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return ours(original, *args, **kwargs)
+
+    setattr(replacement, OURS, True)
+    return replacement
+
+
 def explain_optim_args(trainer: Any) -> None:
     """Give a malformed `optim_args` one clear error line, for every optimizer; well-formed strings parse as before.
 
@@ -26,19 +39,14 @@ def explain_optim_args(trainer: Any) -> None:
     with "not enough values to unpack" or an AttributeError. It is replaced in `transformers.trainer`, the module that
     calls it. Delete when transformers reports the malformed part itself.
     """
-    upstream = trainer._parse_optim_args
-    if hasattr(upstream, OURS):
-        return
+    trainer._parse_optim_args = _replaced(trainer._parse_optim_args, _parse)
 
-    def parse_optim_args(optim_args: str | None) -> dict[str, str]:
-        try:
-            parsed: dict[str, str] = upstream(optim_args)
-        except (AttributeError, TypeError, ValueError):
-            raise ValueError(_malformed(optim_args)) from None
-        return parsed
 
-    setattr(parse_optim_args, OURS, True)
-    trainer._parse_optim_args = parse_optim_args
+def _parse(upstream: Callable[..., dict[str, str]], optim_args: str | None) -> dict[str, str]:
+    try:
+        return upstream(optim_args)
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(_malformed(optim_args)) from None
 
 
 def _malformed(optim_args: object) -> str:
@@ -60,20 +68,15 @@ def follow_decay(trainer_class: Any) -> None:
     A subclass may override `get_decay_parameter_names`, and a handler is not given the trainer. Delete when
     `OptimizerContext` has the names.
     """
-    original = trainer_class.create_optimizer
-    if hasattr(original, OURS):
-        return
+    trainer_class.create_optimizer = _replaced(trainer_class.create_optimizer, _create_with_its_decay)
 
-    @functools.wraps(original)
-    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _DECAY.set(self.get_decay_parameter_names)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            _DECAY.reset(token)
 
-    setattr(create_optimizer, OURS, True)
-    trainer_class.create_optimizer = create_optimizer
+def _create_with_its_decay(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    token = _DECAY.set(trainer.get_decay_parameter_names)
+    try:
+        return original(trainer, *args, **kwargs)
+    finally:
+        _DECAY.reset(token)
 
 
 def decay_rule() -> Callable[[torch.nn.Module], Iterable[str]] | None:
@@ -88,24 +91,19 @@ def end_layerwise_training(trainer_class: Any) -> None:
     trainer. Training wakes its own hooks, by `optimizer.train()` before each forward. Delete when the Trainer calls
     `optimizer.eval()` at its end, errors included.
     """
-    original = trainer_class.train
-    if hasattr(original, OURS):
-        return
+    trainer_class.train = _replaced(trainer_class.train, _train_and_sleep)
 
-    @functools.wraps(original)
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        live = _hooks_of(self.model)
+
+def _train_and_sleep(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    live = _hooks_of(trainer.model)
+    if live:
+        live.begin_training(trainer.model.parameters(), trainer.optimizer)
+    try:
+        return original(trainer, *args, **kwargs)
+    finally:
+        live = _hooks_of(trainer.model)
         if live:
-            live.begin_training(self.model.parameters(), self.optimizer)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            live = _hooks_of(self.model)
-            if live:
-                live.end_training(self.model.parameters())
-
-    setattr(train, OURS, True)
-    trainer_class.train = train
+            live.end_training(trainer.model.parameters())
 
 
 def follow_sharded_checkpoints(module: Any) -> None:
@@ -115,19 +113,24 @@ def follow_sharded_checkpoints(module: Any) -> None:
     `load_fsdp_optimizer` (accelerate/utils/fsdp_utils.py) is replaced in the modules that call it, accelerate's and
     the Trainer's. Delete when torch asks the optimizer what to read.
     """
-    original = getattr(module, "load_fsdp_optimizer", None)
-    if original is None or hasattr(original, OURS):
-        return
+    if hasattr(module, "load_fsdp_optimizer"):
+        module.load_fsdp_optimizer = _replaced(module.load_fsdp_optimizer, _load_prepared)
 
-    @functools.wraps(original)
-    def load(plugin: Any, accelerator: Any, optimizer: Any, model: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        from .sharded_resume import prepare  # only now: registering names must not load what makes optimizers
 
-        prepare(optimizer, folder, args[0] if args else kwargs.get("optimizer_index", 0))
-        return original(plugin, accelerator, optimizer, model, folder, *args, **kwargs)
+def _load_prepared(
+    original: Callable[..., Any],
+    plugin: Any,
+    accelerator: Any,
+    optimizer: Any,
+    model: Any,
+    folder: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    from .sharded_resume import prepare  # only now: registering names must not load what makes optimizers
 
-    setattr(load, OURS, True)
-    module.load_fsdp_optimizer = load
+    prepare(optimizer, folder, args[0] if args else kwargs.get("optimizer_index", 0))
+    return original(plugin, accelerator, optimizer, model, folder, *args, **kwargs)
 
 
 def _hooks_of(model: Any) -> Any:
