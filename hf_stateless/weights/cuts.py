@@ -67,10 +67,31 @@ class Split:
 
     def _sizes(self, rank: int) -> list[int]:
         """Return how much of each piece a rank has."""
-        piece = -(-self.shape[self.dim] // self.pieces)
-        lengths = [max(0, min(piece, self.shape[self.dim] - i * piece)) for i in range(self.pieces)]
-        chunks = [-(-length // self.ranks) for length in lengths]
-        return [max(0, min(chunk, length - rank * chunk)) for chunk, length in zip(chunks, lengths, strict=True)]
+        return [length for _, length in runs_of(self.shape[self.dim], self.pieces, self.ranks, rank)]
+
+
+def runs_of(size: int, pieces: int, ranks: int, rank: int) -> tuple[tuple[int, int], ...]:
+    """Return where in a dimension the part of a rank begins in each of the pieces, and how much of it that is.
+
+    Args:
+        size: of the dimension.
+        pieces: how many tensors lie packed in it, see `Split`.
+        ranks: how many have a part of each piece, cut as `torch.chunk` does.
+        rank: one of them.
+
+    Example:
+        >>> from hf_stateless.weights.cuts import runs_of
+        >>> runs_of(12, pieces=2, ranks=4, rank=1), runs_of(5, pieces=1, ranks=4, rank=3)
+        (((2, 2), (8, 2)), ((5, 0),))
+    """
+    piece, runs = -(-size // pieces), []
+    for i in range(pieces):
+        start = min(i * piece, size)
+        length = min(piece, size - start)
+        chunk = -(-length // ranks)
+        first = min(rank * chunk, length)
+        runs.append((start + first, min(chunk, length - first)))
+    return tuple(runs)
 
 
 def splits_of(param: Tensor) -> tuple[Split, ...] | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..cuts import runs_of
 from ..plans import in_plan, style_of
 from .codes import COMMON_LENGTHS, checked_codes, quantize_stack, stored_length
 from .sharded import Int8Shard, Place, local_of
@@ -221,7 +222,7 @@ def place_of(like: DTensor, shape: Sequence[int], length: int) -> Place:
     place = Place(length=length)
     for dim, size in enumerate(shape):
         for mesh_dim, pieces in _cuts(like, dim):
-            runs = _runs(size, pieces, like.device_mesh.size(mesh_dim), like.device_mesh.get_local_rank(mesh_dim))
+            runs = runs_of(size, pieces, like.device_mesh.size(mesh_dim), like.device_mesh.get_local_rank(mesh_dim))
             if dim == len(shape) - 1:
                 place.first_column = runs[0][0]
             elif dim == 0 and pieces == 1:
@@ -239,14 +240,3 @@ def _cuts(like: DTensor, dim: int) -> list[tuple[int, int]]:
         for i, one in enumerate(like.placements)
         if not one.is_replicate() and mesh.size(i) > 1 and one.dim % like.ndim == dim  # type: ignore[attr-defined]
     ]
-
-
-def _runs(size: int, pieces: int, ranks: int, rank: int) -> tuple[tuple[int, int], ...]:
-    """Return where the part of a rank begins in each of the pieces of a dimension, and how much of it that is."""
-    piece, runs = -(-size // pieces), []
-    for start in range(0, size, piece):
-        length = min(piece, size - start)
-        chunk = -(-length // ranks)
-        first = min(rank * chunk, length)
-        runs.append((start + first, min(chunk, length - first)))
-    return tuple(runs)
