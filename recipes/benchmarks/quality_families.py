@@ -92,12 +92,17 @@ def best(records: Records, family: str) -> Best | None:
     return Best(row, rate, losses, curves, {lr: loss - losses[first] for lr, loss in beside.items()}, state)
 
 
+def bests(records: Records, names: Sequence[str] = tuple(FAMILIES)) -> dict[str, Best]:
+    """Return the best settings of optimizers in one study, by what they are called; who was not run is left out."""
+    return {name: one for name in names if (one := best(records, FAMILIES[name]))}
+
+
 def study_table(records: Records) -> str:
     """Render the optimizers of one study at their best, the lowest loss first.
 
     What half and double the rate for matrices cost is the difference on the first seed.
     """
-    found = {name: one for name, family in FAMILIES.items() if (one := best(records, family))}
+    found = bests(records)
     adamw = found.get("AdamW")
     lines = [
         "| Optimizer | Held-out loss | Seeds | Spread | Rate of matrices | Embeddings / head / norms "
@@ -122,8 +127,7 @@ def summary(records: Records, studies: Mapping[str, str] = TITLES, names: Sequen
     """Render the best loss of optimizers in the studies; the lowest of a study is bold."""
     lines = ["| Optimizer | " + " | ".join(studies.values()) + " |", "|---|" + "---:|" * len(studies)]
     found = {
-        study: {name: one.loss for name in names if (one := best(of_study(records, study), FAMILIES[name]))}
-        for study in studies
+        study: {name: one.loss for name, one in bests(of_study(records, study), names).items()} for study in studies
     }
     for name in names:
         cells = [_cell(losses, name) for losses in found.values()]

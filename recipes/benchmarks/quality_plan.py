@@ -66,14 +66,15 @@ STUDIES = {
 }
 
 
-# The schedule is a setting like any other: that of every row which says nothing else, and neither warm-up nor decay.
+# The schedule is a setting like any other: that of every row which says nothing else, neither warm-up nor decay, and
+# the first with decay to zero.
 SCHEDULE = (
     ("lr_scheduler_type", "cosine_with_min_lr"),
     ("lr_scheduler_kwargs", {"min_lr_rate": 0.1}),
     ("warmup_steps", 0.1),
 )
 CONSTANT = (("lr_scheduler_type", "constant"), ("lr_scheduler_kwargs", None), ("warmup_steps", 0))
-TO_ZERO = (("lr_scheduler_type", "cosine"), ("lr_scheduler_kwargs", None), ("warmup_steps", 0.1))
+TO_ZERO = (("lr_scheduler_type", "cosine"), ("lr_scheduler_kwargs", None))
 
 # AdamW's best single rate in every study of this size but one, where half of it is better: the rates of embeddings,
 # heads and norms are multiples of it.
@@ -307,6 +308,5 @@ ROWS |= {of_kinds(name, k): ours(*chain, kinds=k) for name, chain in VARIANTS.it
 ROWS |= {at_constant_rate(name): replace(ROWS[name], training=CONSTANT) for name in MAIN}
 ROWS |= {
     to_zero(row): replace(ROWS[row], training=TO_ZERO)
-    for name in (*MAIN[1:], "swan, newton_schulz", "swan, momentum 0.9", "sinkgd 1, polar 1")
-    for row in (of_kinds(name, k) for k in KINDS[:3])
+    for row in (of_kinds(name, KINDS[0]) for name in (*MAIN[1:], "swan, momentum 0.9", "sinkgd 1, polar 1"))
 }
