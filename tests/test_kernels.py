@@ -235,8 +235,29 @@ def test_no_bit_depends_on_the_run_on_the_batch_or_on_the_chunk(monkeypatch, sma
 def test_several_tiles_of_rows_in_a_program_match(monkeypatch):
     monkeypatch.setattr(sinkgd_update, "_TILE", 64)
     monkeypatch.setattr(sinkgd_update, "_PROGRAM", 400)
+    monkeypatch.setattr(sinkgd_update, "_ROWS", 4)
     grad = random(61, 20)
     assert relative_error(normalized(grad, num_iterations=3).cpu(), expected(grad, iterations=3)) <= 1e-6
+
+
+def test_tables_of_addresses_are_written_once(monkeypatch):
+    start, launched = launch.start, []
+
+    def counted(kernel, *args, **options):
+        launched.append(kernel)
+        start(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "start", counted)
+    tensors = [random(3, 4) for _ in range(20)]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    tables = [launch.pointer_table(some) for some in (tensors, tensors, tensors[:3])]
+    assert len(launched) == 3
+    assert tables[0] is tables[1]
+    assert [tables[0][:20].tolist(), tables[2][:3].tolist()] == [addresses, addresses[:3]]
+    monkeypatch.setattr(launch, "is_capturing", lambda: True)
+    own = launch.pointer_table(tensors)
+    assert own is not tables[0]
+    assert torch.equal(own, tables[0])
 
 
 def test_tensors_that_lie_differently_in_memory_are_one_batch(monkeypatch):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..reads import is_capturing
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of the weights and gradients that kernels read and write."""
-_AT_ONCE = 16
+# Addresses that one launch writes, and tables that are kept: layer-wise each matrix has two, one for its gradient.
+_AT_ONCE, _TABLES = 16, 2048
 
 
 def start(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -42,15 +46,26 @@ def element(dtype: torch.dtype) -> Any:
 
 
 def pointer_table(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the addresses of tensors as int64 on their device, without a copy from the host."""
+    """Return the addresses of tensors as int64 on their device, without a copy from the host.
+
+    Weights stay where they are, and an allocator gives gradients the same places step after step: tables of before
+    serve again. A graph that is captured gets its own, which lives as long as it does.
+    """
+    addresses, device = tuple(tensor.data_ptr() for tensor in tensors), tensors[0].device
+    return _written(addresses, device) if is_capturing() else _table(addresses, device)
+
+
+def _written(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     from .triton_arithmetic import write_pointers
 
-    addresses = [tensor.data_ptr() for tensor in tensors]
     addresses += addresses[-1:] * (-len(addresses) % _AT_ONCE)
-    table = torch.empty(len(addresses), dtype=torch.int64, device=tensors[0].device)
+    table = torch.empty(len(addresses), dtype=torch.int64, device=device)
     for first in range(0, len(addresses), _AT_ONCE):
         start(write_pointers, 1, table[first:], *addresses[first : first + _AT_ONCE], num_warps=1)
     return table
+
+
+_table = lru_cache(_TABLES)(_written)
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:

@@ -22,9 +22,10 @@ from .plain import as_stack, is_stack, launch_update
 # but then a launch takes the host longer than the GPU: with 20 MiB steps of 1.3B shapes on an H100 took three to five
 # times as long.
 CHUNK_BYTES = 512 << 20
-# Elements of gradient that a program takes (160 programs for a chunk in bfloat16), that a tile of it has, and that the
-# longest row has which is one tile.
-_PROGRAM, _TILE, _LONGEST_ROW = 1 << 16, 8192, 16384
+# Least elements and rows of gradient that a program takes: for each it writes a line of sums, which is read again.
+_PROGRAM, _ROWS = 1 << 16, 32
+# Elements that a tile of it has, and that the longest row has which is one tile.
+_TILE, _LONGEST_ROW = 8192, 16384
 # Tiles where rows are longer, and where they lie across memory: then the first dimension is the contiguous one.
 _LONG_ROWS, _TURNED = (8, 1024), (64, 64)
 
@@ -132,7 +133,7 @@ class _Batch:
         if whole:
             block_n = power_of_two(n, _LONGEST_ROW)
             block_m = power_of_two(m, max(1, _TILE // block_n))
-            tiles = max(1, min(_PROGRAM // (n * block_m), -(-m // block_m)))
+            tiles = -(-min(max(_ROWS, _PROGRAM // n), m) // block_m)
         else:
             most_m, most_n = _TURNED if turned else _LONG_ROWS
             block_m, block_n, tiles = power_of_two(m, most_m), power_of_two(n, most_n), 1
@@ -144,7 +145,7 @@ class _Batch:
             "ALIGNED": aligned(self.grads),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
-            "num_warps": 16 if block_m * block_n > _TILE else 8,
+            "num_warps": (4 if block_m * block_n <= _TILE else 16) if whole else 8,
         }
         for iteration in range(1, self.num_iterations + 1):
             ends = {"LAST": iteration == self.num_iterations}
