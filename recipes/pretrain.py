@@ -90,7 +90,8 @@ def parse_arguments(args: list[str] | None = None) -> tuple[ModelArguments, Data
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", default=str(DEFAULT_RECIPE))
     config, args = config_parser.parse_known_args(args)
-    parser.set_defaults(output_dir="runs/llama-{model_config}-{optim}")
+    # The Trainer's filter of losses reads each one: on a GPU every step then waits for the device before it goes on.
+    parser.set_defaults(output_dir="runs/llama-{model_config}-{optim}", logging_nan_inf_filter=False)
     parser.set_defaults(**read_recipe(config.config, known=[name.name for kind in kinds for name in fields(kind)]))
     try:
         return parser.parse_args_into_dataclasses(args, look_for_args_file=False)

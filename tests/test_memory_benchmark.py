@@ -1,6 +1,5 @@
 """The benchmark of memory: what is committed keeps the promised ratios, and it runs."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -64,13 +63,24 @@ def test_predictions_are_those_of_the_command(row, monkeypatch, tmp_path, capsys
     assert predicted * 2**30 == pytest.approx(told["estimates"][0]["peak"], abs=1)
 
 
-def test_a_prediction_stands_beside_what_was_measured():
-    records = [{"optimizer": "swan", "peak_gib": 0.02}, {"optimizer": "AdamW (fused)", "peak_gib": 0.01}]
-    args = argparse.Namespace(model="llama-tiny", vocab_size=512, length=64, batch_size=1, dtype="float32")
-    args.checkpointing = False
-    memory.add_predictions(records, args)
-    for record in records:
-        assert record["peak_gib"] / (1 + record["over_predicted"]) == pytest.approx(record["predicted_gib"], abs=6e-4)
+def test_a_run_that_is_stopped_keeps_what_was_measured_beside_its_prediction(monkeypatch, tmp_path):
+    file = tmp_path / "memory.json"
+    sizes = {"peak": 0.02, "libraries": 0.0}
+
+    def measured(row, args):
+        if row == "sinkgd":
+            raise KeyboardInterrupt
+        return sizes
+
+    monkeypatch.setattr(memory, "measure_in_process", measured)
+    words = ["--model", "llama-tiny", "--vocab_size", "512", "--length", "64", "--predict", "--runs", "1"]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *words, "--rows", "swan", "sinkgd", "--output", str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        memory.main()
+    records = by_optimizer(file)
+    assert list(records) == ["AdamW (fused)", "swan"]
+    for record in records.values():
+        assert 0.02 / (1 + record["over_predicted"]) == pytest.approx(record["predicted_gib"], abs=6e-4)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -93,9 +94,10 @@ def work(backend: str, rank: int, folder: Path, args: argparse.Namespace) -> Non
     limit = timedelta(seconds=LIMIT)
     dist.init_process_group(backend, f"file://{folder / backend}", limit, WORLD, rank)
     records: list[dict[str, object]] = []
-    for optim in OPTIMIZERS:
-        before, alone, seconds_alone = train(optim, None, rank, args)
-        for way in WAYS:
+    # A way may end the process: what comes before it is written.
+    for way in WAYS:
+        for optim in OPTIMIZERS:
+            before, alone, seconds_alone = train(optim, None, rank, args)
             record: dict[str, object] = {"backend": backend, "way": way, "optimizer": optim}
             try:
                 _, together, seconds = train(optim, way, rank, args)
@@ -129,7 +131,9 @@ def attempt(backend: str, folder: Path, args: argparse.Namespace) -> list[dict[s
     if any(codes) or None in codes:
         from gpu_process import last_lines, telling_line
 
-        why = telling_line(last_lines(log)) if None not in codes else f"no end after {LIMIT} s"
+        ended = next((signal.Signals(-code).name for code in codes if code and code < 0), "")
+        line = f"ended by {ended}" if ended else telling_line(last_lines(log))
+        why = line if None not in codes else f"no end after {LIMIT} s"
         records.append({"backend": backend, "way": "", "optimizer": "", "failed": why})
     return records
 

@@ -187,8 +187,9 @@ def time_ratio(row: str, args: argparse.Namespace) -> dict[str, object]:
 
 
 def measure_all(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Return one record per row: medians over the runs, which go through all rows in turn."""
+    """Return one record per row: medians over the runs, which go through all rows in turn; written after each run."""
     runs: dict[str, list[dict[str, float]]] = {row: [] for row in args.rows}
+    predicted = predicted_gib(args.rows, config_of(args), args) if args.predict else {}
     for number in range(args.runs):
         for row in list(runs):
             print(f"run {number + 1}: {row} ...", flush=True)
@@ -198,29 +199,40 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, object]]:
                 del runs[row]
             else:
                 runs[row].append(sizes)
+                write(args, records_of(runs, predicted, args))
+    records = records_of(runs, predicted, args)
+    for record in records:
+        if args.time and "layerwise" in (row := str(record["optimizer"])):
+            print(f"timing {row} ...", flush=True)
+            record |= time_ratio(row, args)
+    write(args, records)
+    return records
+
+
+def records_of(
+    runs: dict[str, list[dict[str, float]]], predicted: dict[str, float], args: argparse.Namespace
+) -> list[dict[str, object]]:
+    """Return a record for each row that has run: medians, and how far the peak lies above what is predicted."""
     records: list[dict[str, object]] = []
     for row, measured in runs.items():
+        if not measured:
+            continue
         medians = {f"{name}_gib": round(statistics.median(run[name] for run in measured), 3) for name in measured[0]}
         peaks = [run["peak"] for run in measured]
         record = {"model": args.model, "dtype": args.dtype, "optimizer": row, **medians}
         record |= ratios(measured, runs.get(BASELINE))
         record |= {"peak_gib_range": [round(min(peaks), 3), round(max(peaks), 3)]}
-        if args.time and "layerwise" in row:
-            print(f"timing {row} ...", flush=True)
-            record |= time_ratio(row, args)
+        if row in predicted:
+            over = statistics.median(peaks) / predicted[row] - 1
+            record |= {"predicted_gib": round(predicted[row], 3), "over_predicted": round(over, 4)}
         records.append(record)
-    if args.predict:
-        add_predictions(records, args)
     return records
 
 
-def add_predictions(records: list[dict[str, object]], args: argparse.Namespace) -> None:
-    """Add the predicted peak on a GPU to each record, and how far the measured one lies above it."""
-    peaks = predicted_gib([str(record["optimizer"]) for record in records], config_of(args), args)
-    for record in records:
-        predicted = peaks[str(record["optimizer"])]
-        over = float(str(record["peak_gib"])) / predicted - 1
-        record |= {"predicted_gib": round(predicted, 3), "over_predicted": round(over, 4)}
+def write(args: argparse.Namespace, records: list[dict[str, object]]) -> None:
+    """Write the records where a file is wanted: who is stopped later keeps them."""
+    if args.output:
+        write_results(args.output, setup(args), records=records)
 
 
 def ratios(measured: list[dict[str, float]], baseline: list[dict[str, float]] | None) -> dict[str, object]:
@@ -313,8 +325,6 @@ def main() -> None:
     records = measure_all(args)
     print(table(records))
     print("\n".join(f"{key}: {value}" for key, value in setup(args).items()))
-    if args.output:
-        write_results(args.output, setup(args), records=records)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def run(name: str, lr: float, seed: int, study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """Train once and return the held-out loss with what was run."""
+    torch.compiler.reset()  # else the compiler gives up after some runs of a process, and the others are slower
     row = ROWS[name]
     rest_rate = row.rest * REST_RATE if row.apart else None
     train, held_out, tokenizer = text_blocks(study, args)
