@@ -24,8 +24,8 @@ from .plain import as_stack, is_stack, launch_update
 CHUNK_BYTES = 512 << 20
 # Least elements and rows of gradient that a program takes: for each it writes a line of sums, which is read again.
 _PROGRAM, _ROWS = 1 << 16, 32
-# Elements that a tile of it has, and that the longest row has which is one tile.
-_TILE, _LONGEST_ROW = 8192, 16384
+# Elements of a tile of several rows, of one that takes four warps at most, and of the longest row that is a tile.
+_TILE, _FOUR_WARPS, _LONGEST_ROW = 4096, 8192, 16384
 # Tiles where rows are longer, and where they lie across memory: then the first dimension is the contiguous one.
 _LONG_ROWS, _TURNED = (8, 1024), (64, 64)
 
@@ -145,7 +145,7 @@ class _Batch:
             "ALIGNED": aligned(self.grads),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
-            "num_warps": (4 if block_m * block_n <= _TILE else 16) if whole else 8,
+            "num_warps": (4 if block_m * block_n <= _FOUR_WARPS else 16) if whole else 8,
         }
         for iteration in range(1, self.num_iterations + 1):
             ends = {"LAST": iteration == self.num_iterations}
