@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def of_fine_tuning(folder: Path, model: str) -> Records:
 
 
 def of_quality(runs: Path) -> Records:
-    """Return the best run of each row of a study, and how many rates were tried."""
+    """Return the best run of each row of a study, how many rates were tried, and whether it is the last of them."""
     by_row: dict[str, Records] = {}
     for record in map(_read, sorted(runs.glob("*.json"))):
         if record["eval_loss"] is not None:
@@ -93,8 +94,22 @@ def of_quality(runs: Path) -> Records:
     for same in by_row.values():
         best = same[picked({place: [record] for place, record in enumerate(same)})]
         tokens = best["sequences"] * best["block"] * best["steps"]
-        records.append({**{key: best[key] for key in keys}, "rates": len(same), "tokens": tokens})
+        tried = {record["learning_rate"] for record in same}
+        place = edge(best["learning_rate"], tried)
+        records.append({**{key: best[key] for key in keys}, "rates": len(tried), "edge": place, "tokens": tokens})
     return records
+
+
+def edge(best: float, tried: Collection[float]) -> str:
+    """Say where the best learning rate has no neighbour, so that a better one may lie beyond it; else nothing.
+
+    Example:
+        >>> edge(0.5, {1.0, 0.5, 2.0}), edge(1.0, {1.0, 0.5, 2.0}), edge(1.0, {1.0})
+        ('lowest', '', 'only one')
+    """
+    if len(tried) == 1:
+        return "only one"
+    return "lowest" if best == min(tried) else "highest" if best == max(tried) else ""
 
 
 def _read(file: Path) -> Any:

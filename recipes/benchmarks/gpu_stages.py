@@ -52,9 +52,7 @@ MEMORY = (
     '"sinkgd_layerwise, release=all" "sinkgd_layerwise, int8, stateless"'
 )
 TINY_STEPS = "--models 60m --layers 1 --rounds 2 --rows sinkgd sinkgd_polar"
-OTHERS = "--rows adamw " + " ".join(
-    f'"{row}, rest 32/4/16x"' for row in ("adamw, rates apart", "muon", "swan", "sinkgd 1, polar 1", "sinkgd")
-)
+COMPARED = ("adamw, rates apart", "swan", "muon", "sinkgd 1, polar 1", "sinkgd")
 TINY_QUALITY = "--study rehearsal --runs {out}/quality-runs/rehearsal --train_files {work}/text.txt --no-compile"
 TINY_QUALITY += " --factors 0 --threads 1 --rows adamw"
 
@@ -93,10 +91,14 @@ def training(optim: str) -> Stage:
     return Stage(f"training, {optim}", "training", "{root}/recipes/pretrain.py", words, full, tiny, 120, 45)
 
 
-def quality(name: str, study: str, factors: str, limit: int, least: int) -> Stage:
-    """Return a stage of held-out losses: what an earlier one has run of its study is not run again."""
-    full = f'--study "{study}" --runs {{out}}/quality-runs/{study} --factors {factors} {OTHERS}'
-    return Stage(name, "quality", f"{BENCHMARKS}/quality.py", "", full, TINY_QUALITY, limit, least)
+def quality(study: str, limit: int, *further: str) -> Stage:
+    """Return a stage of held-out losses, each row at rates until the best one has a worse neighbour on both sides.
+
+    What is in the folder of runs already is not run again.
+    """
+    rows = " ".join([f'"{row}, rest 32/4/16x"' for row in COMPARED] + list(further))
+    full = f'--study "{study}" --runs {{out}}/quality-runs/{study} --rates 3 --rows {rows}'
+    return Stage(f"quality, {study}", "quality", f"{BENCHMARKS}/quality.py", "", full, TINY_QUALITY, limit, 90)
 
 
 SFT = "--train_files {work}/sums.jsonl"
@@ -154,15 +156,14 @@ STAGES = (
     training("adamw_torch_fused"),
     training("swan"),
     training("sinkgd"),
-    quality("quality, 60M, one rate", "60M", "0", 480, 60),
     step_time("7b", 2, 240),
     memory("7b", 480),
     RANKS,
     fine_tuning("SFT", "sft", SFT, 180),
     fine_tuning("SFT, LoRA", "sft-lora", SFT, 180, "peft"),
     fine_tuning("SFT, int8", "sft", f"{SFT} --load_in_8bit_training", 180),
-    quality("quality, 60M, three rates", "60M", "0 -1 1", 600, 90),
+    quality("60M", 900, "adamw"),
     WHITENING,
     fine_tuning("GRPO", "grpo", "", 600, "reasoning_gym"),
-    quality("quality, 130M", "130M", "0 -1", 900, 120),
+    quality("130M", 900),
 )
