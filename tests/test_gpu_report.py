@@ -1,6 +1,7 @@
 """What the stages of the one command for a GPU have found, as records and on the page."""
 
 import json
+import re
 
 import gpu
 import gpu_figures
@@ -54,8 +55,9 @@ def test_the_best_rate_of_each_row_is_told(tmp_path):
     for number, (row, rate, loss) in enumerate(runs):
         record = {**base, "row": row, "learning_rate": rate, "eval_loss": loss}
         (tmp_path / f"{number}.json").write_text(json.dumps(record))
-    found = [(r["row"], r["learning_rate"], r["rates"], r["tokens"]) for r in gpu_figures.of_quality(tmp_path)]
-    assert found == [("swan", 2e-3, 2, 24), ("adamw", 1e-3, 1, 24)]
+    keys = ("row", "learning_rate", "rates", "edge", "tokens")
+    found = [tuple(record[key] for key in keys) for record in gpu_figures.of_quality(tmp_path)]
+    assert found == [("swan", 2e-3, 2, "highest", 24), ("adamw", 1e-3, 1, "only one", 24)]
 
 
 # The page
@@ -69,6 +71,7 @@ RECORDS = {
         "eval_loss": 4.1304,
         "learning_rate": 4e-3,
         "rates": 3,
+        "edge": "lowest",
         "tokens": 7864320,
     },
     "ranks": {"backend": "nccl", "way": "", "optimizer": "", "failed": "Duplicate GPU | detected"},
@@ -99,7 +102,10 @@ def test_a_page_says_not_measured_exactly_where_a_stage_has_no_result(names):
     [
         ("step time, 1b", "| step time, 1b | 1b | not measured | swan | 12.35 | 0.50 | 1.50x | not measured |"),
         ("memory, 1b", "| memory, 1b | swan | 14.80 | 14.60 | +1.4% |"),
-        ("quality, 130M", "| quality, 130M | `sinkgd_polar` | 32x / 4x / 16x | 4.130 | 4.0e-03 | 3 | 7,864,320 |"),
+        (
+            "quality, 130M",
+            "| quality, 130M | `sinkgd_polar` | 32x / 4x / 16x | 4.130 | 4.0e-03 | 3 | the lowest | 7,864,320 |",
+        ),
         (
             "two processes",
             "| two processes | nccl | | | not measured | not measured | not measured | Duplicate GPU \\| d",
@@ -122,6 +128,23 @@ def test_the_page_is_that_of_the_results():
     page = read("recipes/benchmarks/README.md")
     assert gpu_report.with_section(page, results) == page
     assert ("No run on a GPU has been [measured]" in read("README.md")) == (not results)
+
+
+def test_what_pages_tell_of_a_gpu_was_measured():
+    stages = json.loads(gpu.RESULTS.read_text())["stages"]
+    text = {name: read(f"{folder}README.md") for name, folder in (("top", ""), ("page", "recipes/benchmarks/"))}
+    every = json.loads(read("recipes/benchmarks/results/quality-gpu.json"))["records"]
+    for row, title in (("muon", "Muon"), ("swan", "swan"), ("adamw, rates apart", "AdamW"), ("sinkgd", "sinkgd")):
+        [best] = [r for r in stages["quality, 60M"]["records"] if r["row"] == f"{row}, rest 32/4/16x"]
+        assert best["eval_loss"] in {run["eval_loss"] for run in every}
+        for page in text.values():
+            assert re.search(rf"{title}`? (ended |ends )?at {best['eval_loss']:.3f}", page), title
+    for size, least, most in (("7b", 0.1, 1.7), ("1b", 2.0, 4.5)):
+        over = [100 * r["over_predicted"] for r in stages[f"memory, {size}"]["records"]]
+        assert [round(min(over), 1), round(max(over), 1)] == [least, most]
+        assert f"by {least} to {most} %" in text["page"]
+    for record in stages["training, sinkgd"]["records"] + stages["training, adamw_torch_fused"]["records"]:
+        assert f"{round(record['tokens_per_second'], -2):,.0f}" in text["top"]
 
 
 def test_a_long_table_is_folded_and_figures_of_older_code_are_named():
