@@ -82,4 +82,5 @@ def save_plot(figure: Any, path: str | Path) -> None:
     try:
         save_figure(figure, path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--plot {path} cannot be written: {error}") from None
+        reason = getattr(error, "strerror", None) or error  # the whole of an OSError names the temporary file
+        raise ValueError(f"--plot {path} cannot be written: {reason}") from None

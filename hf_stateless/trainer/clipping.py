@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import sys
@@ -19,7 +18,7 @@ from ..optimizer.live import released_norm
 from ..ranks.placement import is_sharded, mesh_of
 from ..update.batches import alike
 from ..weights.cuts import whole_tensor
-from .patches import OURS
+from .patches import replaced
 
 
 logger = logging.getLogger(__name__)
@@ -46,14 +45,12 @@ def count_released_gradients() -> None:
     `.grad` alone: they would clip the rest too little and report a part for the whole. Delete when torch lets an
     optimizer take part in clipping.
     """
-    if hasattr(Accelerator.clip_grad_norm_, OURS):
-        return
-    Accelerator.clip_grad_norm_ = _of_accelerate(Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
+    Accelerator.clip_grad_norm_ = replaced(Accelerator.clip_grad_norm_, _of_accelerate)  # type: ignore[method-assign]
     if clips_mixed_meshes():
-        Trainer._mixed_mesh_grad_norm = _of_mixed_meshes(Trainer._mixed_mesh_grad_norm)
+        Trainer._mixed_mesh_grad_norm = replaced(Trainer._mixed_mesh_grad_norm, _of_mixed_meshes)
     module: Any = sys.modules["torch.nn.utils.clip_grad"]
-    module._clip_grads_with_norm_ = _of_torch(module._clip_grads_with_norm_)
-    module.clip_grad_value_ = torch.nn.utils.clip_grad_value_ = _by_value(module.clip_grad_value_)
+    module._clip_grads_with_norm_ = replaced(module._clip_grads_with_norm_, _of_torch)
+    module.clip_grad_value_ = torch.nn.utils.clip_grad_value_ = replaced(module.clip_grad_value_, _by_value)
 
 
 def clips_mixed_meshes() -> bool:
@@ -61,75 +58,60 @@ def clips_mixed_meshes() -> bool:
     return hasattr(Trainer, "_mixed_mesh_grad_norm")
 
 
-def _of_mixed_meshes(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(original)
-    def _mixed_mesh_grad_norm(self: Any, model: torch.nn.Module, max_norm: float) -> Tensor:
-        parameters = list(model.parameters())
-        released = released_norm(parameters)
-        if released is None:
-            return original(self, model, max_norm)
-        total = _both(original(self, model, math.inf), released)
-        for of_mesh in alike((p for p in parameters if p.grad is not None), lambda p: mesh_of(p.grad)):
-            torch.nn.utils.clip_grads_with_norm_(of_mesh, max_norm, total)
-        return total
-
-    return _mixed_mesh_grad_norm
+def _of_mixed_meshes(original: Callable[..., Tensor], trainer: Any, model: torch.nn.Module, max_norm: float) -> Tensor:
+    parameters = list(model.parameters())
+    released = released_norm(parameters)
+    if released is None:
+        return original(trainer, model, max_norm)
+    total = _both(original(trainer, model, math.inf), released)
+    for of_mesh in alike((p for p in parameters if p.grad is not None), lambda p: mesh_of(p.grad)):
+        torch.nn.utils.clip_grads_with_norm_(of_mesh, max_norm, total)
+    return total
 
 
-def _of_accelerate(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        parameters = _listed(parameters)
-        released = released_norm(parameters)
-        if released is None:
-            return original(self, parameters, max_norm, norm_type)
-        if float(norm_type) != 2:
-            raise ValueError(_other_norm(norm_type))
-        _WITHIN.accelerate = True
-        try:
-            rest = whole_tensor(original(self, parameters, math.inf, norm_type))
-        finally:
-            _WITHIN.accelerate = False
-        total = _both(rest, released)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
-        return total
-
-    setattr(clip_grad_norm_, OURS, True)
-    return clip_grad_norm_
+def _of_accelerate(
+    original: Callable[..., Any], accelerator: Any, parameters: Any, max_norm: float, norm_type: float = 2
+) -> Any:
+    parameters = _listed(parameters)
+    released = released_norm(parameters)
+    if released is None:
+        return original(accelerator, parameters, max_norm, norm_type)
+    if float(norm_type) != 2:
+        raise ValueError(_other_norm(norm_type))
+    _WITHIN.accelerate = True
+    try:
+        rest = whole_tensor(original(accelerator, parameters, math.inf, norm_type))
+    finally:
+        _WITHIN.accelerate = False
+    total = _both(rest, released)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return total
 
 
-def _of_torch(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def clip_grads_with_norm_(
-        parameters: Any, max_norm: float, total_norm: Tensor, foreach: bool | None = None
-    ) -> None:
-        parameters = _listed(parameters)
-        released = None if getattr(_WITHIN, "accelerate", False) else released_norm(parameters)
-        if released is not None:
-            grads = [p.grad for p in parameters if p.grad is not None]
-            rest = whole_tensor(torch.nn.utils.get_total_norm(grads, foreach=foreach))
-            if not torch.allclose(whole_tensor(total_norm), rest, rtol=0, atol=0, equal_nan=True):
-                raise ValueError(_other_norm("another than 2"))
-            whole = _both(rest, released)
-            if is_sharded(total_norm):
-                _say(_RETURNED)
-            else:
-                total_norm.copy_(whole)  # it is what clip_grad_norm_ returns
-            total_norm = whole
-        original(parameters, max_norm, total_norm, foreach)
-
-    return clip_grads_with_norm_
+def _of_torch(
+    original: Callable[..., None], parameters: Any, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+) -> None:
+    parameters = _listed(parameters)
+    released = None if getattr(_WITHIN, "accelerate", False) else released_norm(parameters)
+    if released is not None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        rest = whole_tensor(torch.nn.utils.get_total_norm(grads, foreach=foreach))
+        if not torch.allclose(whole_tensor(total_norm), rest, rtol=0, atol=0, equal_nan=True):
+            raise ValueError(_other_norm("another than 2"))
+        whole = _both(rest, released)
+        if is_sharded(total_norm):
+            _say(_RETURNED)
+        else:
+            total_norm.copy_(whole)  # it is what clip_grad_norm_ returns
+        total_norm = whole
+    original(parameters, max_norm, total_norm, foreach)
 
 
-def _by_value(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def clip_grad_value_(parameters: Any, *args: Any, **kwargs: Any) -> None:
-        parameters = _listed(parameters)
-        if released_norm(parameters) is not None:
-            _say(_BY_VALUE)
-        original(parameters, *args, **kwargs)
-
-    return clip_grad_value_
+def _by_value(original: Callable[..., None], parameters: Any, *args: Any, **kwargs: Any) -> None:
+    parameters = _listed(parameters)
+    if released_norm(parameters) is not None:
+        _say(_BY_VALUE)
+    original(parameters, *args, **kwargs)
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

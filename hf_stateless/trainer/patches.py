@@ -19,7 +19,7 @@ OURS = "_hf_stateless"
 _DECAY: ContextVar[Callable[[torch.nn.Module], Iterable[str]] | None] = ContextVar("decay", default=None)
 
 
-def _replaced(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+def replaced(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     """Return what stands in the place of an original and is given it first; what stands there already stays."""
     if hasattr(original, OURS):
         return original
@@ -39,7 +39,7 @@ def explain_optim_args(trainer: Any) -> None:
     with "not enough values to unpack" or an AttributeError. It is replaced in `transformers.trainer`, the module that
     calls it. Delete when transformers reports the malformed part itself.
     """
-    trainer._parse_optim_args = _replaced(trainer._parse_optim_args, _parse)
+    trainer._parse_optim_args = replaced(trainer._parse_optim_args, _parse)
 
 
 def _parse(upstream: Callable[..., dict[str, str]], optim_args: str | None) -> dict[str, str]:
@@ -68,7 +68,7 @@ def follow_decay(trainer_class: Any) -> None:
     A subclass may override `get_decay_parameter_names`, and a handler is not given the trainer. Delete when
     `OptimizerContext` has the names.
     """
-    trainer_class.create_optimizer = _replaced(trainer_class.create_optimizer, _create_with_its_decay)
+    trainer_class.create_optimizer = replaced(trainer_class.create_optimizer, _create_with_its_decay)
 
 
 def _create_with_its_decay(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +91,7 @@ def end_layerwise_training(trainer_class: Any) -> None:
     trainer. Training wakes its own hooks, by `optimizer.train()` before each forward. Delete when the Trainer calls
     `optimizer.eval()` at its end, errors included.
     """
-    trainer_class.train = _replaced(trainer_class.train, _train_and_sleep)
+    trainer_class.train = replaced(trainer_class.train, _train_and_sleep)
 
 
 def _train_and_sleep(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,7 @@ def follow_sharded_checkpoints(module: Any) -> None:
     the Trainer's. Delete when torch asks the optimizer what to read.
     """
     if hasattr(module, "load_fsdp_optimizer"):
-        module.load_fsdp_optimizer = _replaced(module.load_fsdp_optimizer, _load_prepared)
+        module.load_fsdp_optimizer = replaced(module.load_fsdp_optimizer, _load_prepared)
 
 
 def _load_prepared(
