@@ -74,7 +74,7 @@ RECORDS = {
         "edge": "lowest",
         "tokens": 7864320,
     },
-    "ranks": {"backend": "nccl", "way": "", "optimizer": "", "failed": "Duplicate GPU | detected"},
+    "ranks": {"backend": "nccl", "processes": 2, "way": "", "optimizer": "", "failed": "Duplicate GPU | detected"},
 }
 
 
@@ -108,7 +108,7 @@ def test_a_page_says_not_measured_exactly_where_a_stage_has_no_result(names):
         ),
         (
             "two processes",
-            "| two processes | nccl | | | not measured | not measured | not measured | Duplicate GPU \\| d",
+            "| two processes | nccl | 2 | | | not measured | not measured | not measured | Duplicate GPU \\| d",
         ),
     ],
 )

@@ -1,12 +1,12 @@
-"""Two processes against one: DDP and FSDP2 with SinkGD and SWAN, over NCCL where it takes two processes on one card.
+"""Two processes against one: DDP and FSDP2 with SinkGD and SWAN, over gloo and NCCL.
 
     python recipes/benchmarks/gpu_ranks.py --output results.json
     python recipes/benchmarks/gpu_ranks.py --backends gloo --hidden 16 --layers 1 --steps 1     # CPU
 
-Each backend is tried by two new processes: NCCL often refuses a card that it has already, and then gloo, which copies
-tensors of the card through the host, takes its place. Every process also trains alone, with the batches of both. Told
-are how far the weights are apart afterwards, the norm of the difference over that of what training changed, and the
-time of a step; or the line with which a way failed. Weights are float32.
+Each backend is tried by two new processes. On one card gloo copies tensors through the host, and NCCL, which refuses a
+card that it has already, gets one process: the calls are the same. Every process also trains alone, with the batches
+of all. Told are how far the weights are apart afterwards, the norm of the difference over that of what training
+changed, and the time of a step; or the line with which a way failed. Weights are float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 
-WORLD, LIMIT = 2, 90
+LIMIT = 90
 VOCABULARY, LENGTH, BATCH = 512, 64, 2
 OPTIMIZERS, WAYS = ("sinkgd", "swan"), ("DDP", "FSDP2")
 
@@ -59,12 +59,12 @@ def train(optim: str, way: str | None, rank: int, args: argparse.Namespace) -> t
     if way == "DDP":
         runs = torch.nn.parallel.DistributedDataParallel(model)
     elif way == "FSDP2":
-        mesh = init_device_mesh(device.type, (WORLD,))
+        mesh = init_device_mesh(device.type, (args.world,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = hf_stateless.create_optimizer(model, optim, lr=1e-3)
-    batches = torch.randint(0, VOCABULARY, (args.steps + 1, WORLD * BATCH, LENGTH)).to(device)
+    batches = torch.randint(0, VOCABULARY, (args.steps + 1, args.world * BATCH, LENGTH)).to(device)
     times = []
     for batch in batches:
         start = time.perf_counter()
@@ -92,13 +92,13 @@ def work(backend: str, rank: int, folder: Path, args: argparse.Namespace) -> Non
 
     device_of(rank)
     limit = timedelta(seconds=LIMIT)
-    dist.init_process_group(backend, f"file://{folder / backend}", limit, WORLD, rank)
+    dist.init_process_group(backend, f"file://{folder / backend}", limit, args.world, rank)
     records: list[dict[str, object]] = []
     # A way may end the process: what comes before it is written.
     for way in WAYS:
         for optim in OPTIMIZERS:
             before, alone, seconds_alone = train(optim, None, rank, args)
-            record: dict[str, object] = {"backend": backend, "way": way, "optimizer": optim}
+            record: dict[str, object] = {"backend": backend, "processes": args.world, "way": way, "optimizer": optim}
             try:
                 _, together, seconds = train(optim, way, rank, args)
                 difference = ((together - alone).norm() / (alone - before).norm()).item()
@@ -112,12 +112,13 @@ def work(backend: str, rank: int, folder: Path, args: argparse.Namespace) -> Non
     os._exit(0)  # threads of a process group now and then abort a process that ends in the ordinary way
 
 
-def attempt(backend: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+def attempt(backend: str, world: int, folder: Path) -> list[dict[str, Any]]:
     """Return the records of one backend, or one with the line with which it failed."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder), "--as_backend", backend, "--as_rank"]
+    own = ["--folder", str(folder), "--world", str(world), "--as_backend", backend, "--as_rank"]
+    command = [sys.executable, __file__, *sys.argv[1:], *own]
     log = folder / f"{backend}.log"
     with log.open("w") as output:
-        ranks = [subprocess.Popen([*command, str(rank)], stdout=output, stderr=output) for rank in range(WORLD)]
+        ranks = [subprocess.Popen([*command, str(rank)], stdout=output, stderr=output) for rank in range(world)]
         try:
             ends = time.monotonic() + LIMIT
             codes = [rank.wait(max(1, ends - time.monotonic())) for rank in ranks]
@@ -134,7 +135,7 @@ def attempt(backend: str, folder: Path, args: argparse.Namespace) -> list[dict[s
         ended = next((signal.Signals(-code).name for code in codes if code and code < 0), "")
         line = f"ended by {ended}" if ended else telling_line(last_lines(log))
         why = line if None not in codes else f"no end after {LIMIT} s"
-        records.append({"backend": backend, "way": "", "optimizer": "", "failed": why})
+        records.append({"backend": backend, "processes": world, "way": "", "optimizer": "", "failed": why})
     return records
 
 
@@ -156,13 +157,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write the records as JSON")
-    for name, kind in (("--folder", Path), ("--as_backend", str), ("--as_rank", int)):
+    for name, kind in (("--folder", Path), ("--world", int), ("--as_backend", str), ("--as_rank", int)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_backend:
         work(args.as_backend, args.as_rank, args.folder, args)
+    found = setup(args)
     with tempfile.TemporaryDirectory() as folder:
-        records = [record for backend in args.backends for record in attempt(backend, Path(folder), args)]
+        worlds = [(backend, 1 if backend == "nccl" and found["cards"] == 1 else 2) for backend in args.backends]
+        records = [record for backend, world in worlds for record in attempt(backend, world, Path(folder))]
     for record in records:
         print(", ".join(f"{key}: {value}" for key, value in record.items() if value != ""))
     if all("failed" in record for record in records):
@@ -170,7 +173,7 @@ def main() -> None:
     if args.output:
         from result_files import write_results
 
-        write_results(args.output, setup(args), records=records)
+        write_results(args.output, found, records=records)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,10 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
         ),
     ),
     "ranks": (
-        "Two processes against one",
+        "Processes against one alone",
         (
             ("Backend", "backend", text),
+            ("Processes", "processes", text),
             ("Way", "way", text),
             ("Optimizer", "optimizer", text),
             ("Difference", "difference", number("{:.1e}")),
