@@ -270,7 +270,7 @@ def shard_of(weight: Tensor | None) -> Int8Shard | None:
 
 @torch.no_grad()
 def local_of(tensor: DTensor) -> Tensor:
-    """Return what this rank holds of a tensor, the object itself."""
+    """Return what this rank holds of a tensor: the object itself, where autograd would give a view of it."""
     local: Tensor = tensor.to_local()
     return local
 
