@@ -36,6 +36,12 @@ settings.register_profile("hf_stateless", max_examples=40, deadline=None, derand
 settings.load_profile("hf_stateless")
 
 
+def pytest_collection_modifyitems(items):
+    """Put files with slow tests first: one that began last would run on one worker while the others have ended."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish():
     """Leave what is imported out of garbage collection: every Trainer collects, and went through all of it."""
     gc.collect()

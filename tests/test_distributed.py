@@ -29,12 +29,12 @@ OPTIONS = {
     "stateless swan": {"optim": "swan", "optim_args": "embeddings=stateless"},
     "sinkhorn momentum": {"optim": "sinkgd", "optim_args": "embeddings=sinkhorn_momentum"},
     "everything released": ALL_RELEASED,
-    "accumulated": {"optim": "sinkgd", "gradient_accumulation_steps": 2, "max_steps": 10},
+    "accumulated": {"optim": "sinkgd", "gradient_accumulation_steps": 2},
     "guarded": {"optim": "sinkgd", "optim_args": "min_signal=0.9"},
     "momentum": {"optim": "swan", "optim_args": "momentum=0.9,momentum_dtype=float32"},
     "layer-wise momentum": {"optim": "sinkgd_layerwise", "optim_args": "momentum=0.9,momentum_dtype=float32"},
 }
-EQUAL = {**NAMES, **{case: {"max_steps": 10, **options} for case, options in OPTIONS.items()}}
+EQUAL = {**NAMES, **OPTIONS}
 # On four processes: ways that a matrix goes, and what they depend on. Other chains and options go the same ways.
 ON_FOUR = {name: EQUAL[name] for name in ("swan", "sinkgd", "sinkgd_polar_layerwise", "stateless swan", "momentum")}
 ON_FOUR |= {name: EQUAL[name] for name in ("accumulated", "guarded", "layer-wise momentum")}
@@ -54,6 +54,9 @@ SAVED["guarded"] = OPTIONS["guarded"]
 # Rounded to nearest, since ranks draw noise of their own: another number of them has to come to the same weights.
 SAVED["int8 momentum"] = {"optim": "sinkgd", "optim_args": "momentum=0.9,stochastic_rounding=false"}
 STEPS_SAVED, SAVED_AT = 6, 3
+MOMENTS = ("step", "checkpoint")  # in which a rank is killed
+KILLED = {**SAVED["partly stateless"], "max_steps": STEPS_SAVED}
+SHARDED = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 # What a run asks for whose checkpoint is resumed by one that asks for nothing: one of the two is not the default.
 FOLLOWED = {"optim": "sinkgd", "optim_args": "embeddings=row_moment,heads=adamw"}
 
@@ -290,21 +293,34 @@ def last_complete_checkpoint(folder):
     return max(complete, key=lambda path: int(path.name.split("-")[1]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["step", "checkpoint"])
-def test_after_a_killed_rank_the_others_end_and_the_last_complete_checkpoint_resumes(moment, folder, fsdp2):
-    here = folder / f"killed_in_{moment}"
+def killed_in(moment, here):
+    """The last complete checkpoint of a run of which one rank was killed."""
     here.mkdir()
-    options = {**SAVED["partly stateless"], "max_steps": STEPS_SAVED, "save_strategy": "steps", "save_steps": 1}
-    environment = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    job = {"arguments": options, "environment": environment, "die": {"rank": 1, "in": moment, "after": SAVED_AT}}
+    job = {"arguments": {**KILLED, "save_strategy": "steps", "save_steps": 1}, "environment": SHARDED}
+    job["die"] = {"rank": 1, "in": moment, "after": SAVED_AT}
     (here / "jobs.json").write_text(json.dumps({"killed": job}))
     flags = ("--num_processes", "2", "--main_process_port", str(free_port()))
     assert start("fsdp2.yaml", here, *flags).wait(LIMIT) != 0, logs(here)
     assert not list(here.glob("*.pt"))
-    checkpoint = last_complete_checkpoint(here / "run")
-    assert checkpoint.name == f"checkpoint-{SAVED_AT}"
-    resumed = {"arguments": {**options, "save_strategy": "no"}, "environment": environment, "resume": str(checkpoint)}
-    for of_rank, straight in zip(launch("fsdp2.yaml", here, {"resumed": resumed}, 2), fsdp2, strict=True):
+    return last_complete_checkpoint(here / "run")
+
+
+@pytest.fixture(scope="module")
+def after_a_kill(folder):
+    """By moment the last complete checkpoint, and what each rank gets that goes on from there: one launch for all."""
+    checkpoints = {moment: killed_in(moment, folder / f"killed_in_{moment}") for moment in MOMENTS}
+    jobs = {
+        moment: {"arguments": KILLED, "environment": SHARDED, "resume": str(checkpoint)}
+        for moment, checkpoint in checkpoints.items()
+    }
+    return checkpoints, launch("fsdp2.yaml", folder / "after_a_kill", jobs, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_after_a_killed_rank_the_others_end_and_the_last_complete_checkpoint_resumes(moment, after_a_kill, fsdp2):
+    checkpoints, resumed = after_a_kill
+    assert checkpoints[moment].name == f"checkpoint-{SAVED_AT}"
+    for of_rank, straight in zip(resumed, fsdp2, strict=True):
         expected = straight["SHARDED_STATE_DICT partly stateless straight"]["weights"]
-        assert_same(of_rank["resumed"]["weights"], expected)
+        assert_same(of_rank[moment]["weights"], expected)

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.slow
 
 
 SCRIPT = """
-import sys, torch
+import gc, sys, torch
 from test_layerwise_launched import train_by_trainer
+gc.freeze()  # as in conftest.py
 world = int(__import__("os").environ["WORLD_SIZE"])
 assert world == 2, world
 train_by_trainer(sys.argv[1])

@@ -102,6 +102,7 @@ def quality(study: str, limit: int, *further: str) -> Stage:
 
 
 SFT = "--train_files {work}/sums.jsonl"
+INT8_SFT = f"{SFT} --load_in_8bit_training"
 TINY_SFT = "--max_steps 1 --max_train_rows 4 --max_eval_rows 2 --per_device_train_batch_size 2 --max_length 24"
 TINY_GRPO = "--max_steps 1 --task chain_sum --train_size 8 --eval_size 4 --num_generations 2 --max_completion_length 2"
 TINY_GRPO += " --per_device_train_batch_size 2 --per_device_eval_batch_size 4"
@@ -111,10 +112,12 @@ def fine_tuning(name: str, config: str, words: str, limit: int, *needs: str) -> 
     """Return a stage of a fine-tuning recipe; it trains a model that is there already."""
     grpo = config == "grpo"
     script = "{root}/recipes/grpo.py" if grpo else "{root}/recipes/sft.py"
-    words = f"--config {{root}}/recipes/smollm2-135m/{config}/swan.yaml --model_name_or_path {{model}} {words}"
-    words += " --report_to none --disable_tqdm true --save_strategy no --output_dir {work}/{slug}"
-    tiny = f"{TINY_GRPO if grpo else TINY_SFT} --cpu_threads 1"
-    return Stage(name, "fine-tuning", script, words, "--max_steps 100 --bf16 true", tiny, limit, 60, ("trl", *needs))
+    model = f"--config {{root}}/recipes/smollm2-135m/{config}/swan.yaml --model_name_or_path {{model}}"
+    place = "--report_to none --disable_tqdm true --save_strategy no --output_dir {work}/{slug}"
+    full = f"{model} {words} {place} --max_steps 100 --bf16 true"
+    rehearsed = INT8_SFT if config == "sft" else words  # one rehearsal for all weights, in 8 bits or not
+    tiny = f"{model} {rehearsed} {place} {TINY_GRPO if grpo else TINY_SFT} --cpu_threads 1"
+    return Stage(name, "fine-tuning", script, "", full, tiny, limit, 60, ("trl", *needs))
 
 
 TESTS = Stage(
@@ -161,7 +164,7 @@ STAGES = (
     RANKS,
     fine_tuning("SFT", "sft", SFT, 180),
     fine_tuning("SFT, LoRA", "sft-lora", SFT, 180, "peft"),
-    fine_tuning("SFT, int8", "sft", f"{SFT} --load_in_8bit_training", 180),
+    fine_tuning("SFT, int8", "sft", INT8_SFT, 180),
     quality("60M", 900, "adamw"),
     WHITENING,
     fine_tuning("GRPO", "grpo", "", 600, "reasoning_gym"),
