@@ -248,7 +248,7 @@ def test_tables_of_addresses_are_written_once(monkeypatch):
         start(kernel, *args, **options)
 
     monkeypatch.setattr(launch, "start", counted)
-    launch.forget_tables()
+    launch._table.cache_clear()
     tensors = [random(3, 4) for _ in range(20)]
     addresses = [tensor.data_ptr() for tensor in tensors]
     tables = [launch.pointer_table(some) for some in (tensors, tensors, tensors[:3])]
@@ -481,7 +481,7 @@ def launches(monkeypatch):
 
 def test_launches_grow_with_chunks_and_not_with_matrices(launches):
     counts = []
-    launch.forget_tables()  # an allocator may give these tensors the addresses of others before them
+    launch._table.cache_clear()  # an allocator may give these tensors the addresses of others before them
     for matrices in (3, 9):
         params = [torch.nn.Parameter(random(4, 6, dtype=torch.bfloat16, seed=i)) for i in range(matrices)]
         for p in params:

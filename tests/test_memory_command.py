@@ -92,10 +92,7 @@ def test_the_plot_is_a_picture(config_file, tmp_path, capsys):
         (["CONFIG", "--optim-args", "num_iteration=3"], "Did you mean 'num_iterations'?"),
         (["CONFIG", "--optim", "sgd", "--optim-args", "num_iterations=3"], "does not change its memory"),
         (["CONFIG", "--optim", "galore_adamw", "--optim-args", "rank=x"], "rank='x' is no integer"),
-        (
-            ["CONFIG", "--plot", "no/such/folder/memory.png"],
-            "cannot be written: No such file or directory\n",
-        ),
+        (["CONFIG", "--plot", "no/such/folder/memory.png"], "cannot be written: No such file or directory\n"),
         (["CONFIG", "--colour"], "unrecognized arguments: --colour"),
         ([], "required: MODEL"),
     ],

@@ -66,7 +66,6 @@ def _written(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 _table = lru_cache(_TABLES)(_written)
-forget_tables = _table.cache_clear
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:
