@@ -57,7 +57,7 @@ def test_the_best_rate_of_each_row_is_told(tmp_path):
         (tmp_path / f"{number}.json").write_text(json.dumps(record))
     keys = ("row", "learning_rate", "rates", "edge", "tokens")
     found = [tuple(record[key] for key in keys) for record in gpu_figures.of_quality(tmp_path)]
-    assert found == [("swan", 2e-3, 2, "highest", 24), ("adamw", 1e-3, 1, "only one", 24)]
+    assert found == [("swan", 2e-3, 2, "the highest", 24), ("adamw", 1e-3, 1, "the only one", 24)]
 
 
 # The page
@@ -71,7 +71,7 @@ RECORDS = {
         "eval_loss": 4.1304,
         "learning_rate": 4e-3,
         "rates": 3,
-        "edge": "lowest",
+        "edge": "the lowest",
         "tokens": 7864320,
     },
     "ranks": {"backend": "nccl", "processes": 2, "way": "", "optimizer": "", "failed": "Duplicate GPU | detected"},

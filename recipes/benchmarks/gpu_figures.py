@@ -101,15 +101,15 @@ def of_quality(runs: Path) -> Records:
 
 
 def edge(best: float, tried: Collection[float]) -> str:
-    """Say where the best learning rate has no neighbour, so that a better one may lie beyond it; else nothing.
+    """Say where the best learning rate lies among those tried: at an end a better one may lie beyond it.
 
     Example:
         >>> edge(0.5, {1.0, 0.5, 2.0}), edge(1.0, {1.0, 0.5, 2.0}), edge(1.0, {1.0})
-        ('lowest', '', 'only one')
+        ('the lowest', 'between', 'the only one')
     """
     if len(tried) == 1:
-        return "only one"
-    return "lowest" if best == min(tried) else "highest" if best == max(tried) else ""
+        return "the only one"
+    return {min(tried): "the lowest", max(tried): "the highest"}.get(best, "between")
 
 
 def _read(file: Path) -> Any:

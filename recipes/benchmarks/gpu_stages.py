@@ -112,12 +112,12 @@ def fine_tuning(name: str, config: str, words: str, limit: int, *needs: str) -> 
     """Return a stage of a fine-tuning recipe; it trains a model that is there already."""
     grpo = config == "grpo"
     script = "{root}/recipes/grpo.py" if grpo else "{root}/recipes/sft.py"
-    model = f"--config {{root}}/recipes/smollm2-135m/{config}/swan.yaml --model_name_or_path {{model}}"
-    place = "--report_to none --disable_tqdm true --save_strategy no --output_dir {work}/{slug}"
-    full = f"{model} {words} {place} --max_steps 100 --bf16 true"
+    shared = f"--config {{root}}/recipes/smollm2-135m/{config}/swan.yaml --model_name_or_path {{model}}"
+    shared += " --report_to none --disable_tqdm true --save_strategy no --output_dir {work}/{slug}"
     rehearsed = INT8_SFT if config == "sft" else words  # one rehearsal for all weights, in 8 bits or not
-    tiny = f"{model} {rehearsed} {place} {TINY_GRPO if grpo else TINY_SFT} --cpu_threads 1"
-    return Stage(name, "fine-tuning", script, "", full, tiny, limit, 60, ("trl", *needs))
+    tiny = f"{rehearsed} {TINY_GRPO if grpo else TINY_SFT} --cpu_threads 1"
+    full = f"{words} --max_steps 100 --bf16 true"
+    return Stage(name, "fine-tuning", script, shared, full, tiny, limit, 60, ("trl", *needs))
 
 
 TESTS = Stage(
