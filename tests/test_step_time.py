@@ -14,7 +14,8 @@ from step_time_rows import BASELINE, ROWS, SLOW, Row
 
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results"
-TABLES = ["step-time-cpu.json", "step-time-2-threads-cpu.json", "step-time-whitening-cpu.json"]
+AMX = ["step-time-whitening-amx-cpu.json", "step-time-whitening-amx-2-threads-cpu.json"]
+TABLES = ["step-time-cpu.json", "step-time-2-threads-cpu.json", "step-time-whitening-cpu.json", *AMX]
 
 
 def test_bytes_are_gradient_weight_and_state_once_each_way():

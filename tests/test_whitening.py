@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hf_stateless.norms.newton_schulz as module
 import hf_stateless.norms.polar_express as express
+from hf_stateless.norms import gram
 from hf_stateless.norms.gram import symmetric_product
 from hf_stateless.norms.projections import row_standardize, spectral
 from hf_stateless.norms.whitening import NS_DTYPES, WHITENINGS, eigh, newton_schulz, nsds, polar_express
@@ -318,6 +319,7 @@ def test_products_are_in_bfloat16_where_they_are_large_and_the_device_is_fast_in
 
 def test_what_is_fast_in_bfloat16_is_known_for_each_kind_of_device(monkeypatch):
     ask = express.multiplies_in_bfloat16.__wrapped__
+    monkeypatch.setattr(express, "cpu_has", gram.cpu_has.__wrapped__)
     for capabilities in ({"avx512_bf16": True}, {"amx_bf16": True}, {"avx512_f": True}, {}):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert ask("cpu") == any(name.endswith("bf16") for name in capabilities)
@@ -340,10 +342,39 @@ def test_a_symmetric_product_is_the_product(shape, dtype):
     assert relative_error(square, product.double() @ product.double()) <= (4e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("ns_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(300, 700), (700, 300), (2, 90, 400), (2, 3, 40, 9)])
+def test_on_a_cpu_a_result_lies_in_the_order_of_memory_and_the_gradient_stays(shape, ns_dtype):
+    grad = dense(*shape)
+    before = grad.clone()
+    result = polar_express(grad, ns_dtype=ns_dtype)
+    assert result.is_contiguous()
+    assert torch.equal(grad, before)
+    flat = torch.stack([polar_express(one, ns_dtype=ns_dtype) for one in grad.reshape(-1, *shape[-2:])])
+    assert torch.equal(result, flat.view(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("amx", [True, False])
+def test_symmetric_products_are_in_blocks_unless_these_cost_more_than_they_save(amx, dtype, monkeypatch):
+    monkeypatch.setattr(gram, "cpu_has", lambda *names: amx)
+    whole, in_blocks = (flops_of(lambda m=m: symmetric_product(*[dense(m, 40, dtype=dtype)] * 2)) for m in (256, 512))
+    assert whole == 2 * 256 * 256 * 40
+    share = in_blocks / (2 * 512 * 512 * 40)
+    assert share == (1 if amx and dtype == torch.bfloat16 else 0.625)
+
+
 @pytest.mark.parametrize(("shape", "share"), [((512, 512), 0.76), ((512, 1376), 0.83), ((1376, 512), 0.83)])
-def test_a_polar_express_step_on_a_cpu_has_fewer_products_than_a_step_of_muon(shape, share):
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_polar_express_step_on_a_cpu_has_no_more_products_than_a_step_of_muon(shape, share, amx, monkeypatch):
     """Counted: Muon takes two products with X, and one of the size of its Gram matrix."""
+    monkeypatch.setattr(gram, "cpu_has", lambda *names: amx)
     m, n = min(shape), max(shape)
+    flops = flops_of(lambda: polar_express(dense(*shape), ns_steps=1, ns_dtype="bfloat16"))
+    assert flops <= (1 if amx else share) * 2 * (2 * m * m * n + m**3)
+
+
+def flops_of(act):
     with FlopCounterMode(display=False) as counter:
-        polar_express(dense(*shape), ns_steps=1)
-    assert counter.get_total_flops() <= share * 2 * (2 * m * m * n + m**3)
+        act()
+    return counter.get_total_flops()

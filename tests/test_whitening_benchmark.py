@@ -66,16 +66,22 @@ def test_the_table_on_the_page_is_the_results():
 
 @pytest.mark.parametrize("model", ["60m", "130m"])
 def test_polar_express_of_a_layer_on_a_cpu_takes_at_most_what_muon_takes_in_the_results(model):
+    five_steps, one_step = layer_to_muon(RESULTS.name, model)
+    assert five_steps <= 1
+    assert one_step <= 0.25
+
+
+def layer_to_muon(results, model):
+    """What the matrices of a layer take with five steps in bfloat16 and with one, to torch's Muon."""
     hidden, intermediate = benchmark.MODELS[model]
-    records = {(*r["shape"], r["method"]): r for r in json.loads(RESULTS.read_text())["records"]}
+    records = {(*r["shape"], r["method"]): r for r in json.loads((RESULTS.parent / results).read_text())["records"]}
 
     def layer(method):
         square, wide = ((hidden, n, method) for n in (hidden, intermediate))
         return 4 * records[square]["milliseconds"] + 3 * records[wide]["milliseconds"]
 
     muon = layer("`torch.optim.Muon`, bf16")
-    assert layer("`polar_express`, `ns_dtype=bfloat16`") <= muon
-    assert layer(benchmark.ONE_STEP) <= 0.25 * muon
+    return layer("`polar_express`, `ns_dtype=bfloat16`") / muon, layer(benchmark.ONE_STEP) / muon
 
 
 @pytest.mark.parametrize("model", ["60m", "130m"])
@@ -85,6 +91,22 @@ def test_a_step_of_swan_on_a_cpu_takes_at_most_what_one_of_muon_takes_in_the_res
     ratios = {r["optimizer"]: r["ratio"] for r in records if (r["model"], r["dtype"]) == (model, dtype)}
     assert ratios["swan"] <= ratios["Muon (torch)"]
     assert ratios["sinkgd_polar"] <= 0.4 * ratios["Muon (torch)"]
+
+
+def test_what_the_page_tells_of_cpus_with_amx_is_the_results():
+    told = {"swan": [], "sinkgd_polar": []}
+    for name in ("", "-2-threads"):
+        records = json.loads((RESULTS.parent / f"step-time-whitening-amx{name}-cpu.json").read_text())["records"]
+        of_muon = {(r["model"], r["dtype"]): r["ratio"] for r in records if r["optimizer"] == "Muon (torch)"}
+        for r in records:
+            if r["optimizer"] in told:
+                told[r["optimizer"]].append(r["ratio"] / of_muon[r["model"], r["dtype"]])
+    assert {name: len(ratios) for name, ratios in told.items()} == {"swan": 8, "sinkgd_polar": 8}
+    swan, polar = (f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in told.values())
+    assert page_with(f"{swan} and {polar} times Muon's")
+    layers = [layer_to_muon("whitening-amx-cpu.json", model) for model in ("60m", "130m")]
+    (first, one), (second, other) = layers
+    assert page_with(f"takes {first:.2f}x and {second:.2f}x, one step of it {one:.2f}x and {other:.2f}x")
 
 
 def test_the_table_of_rounding_on_the_page_is_the_results():

@@ -72,7 +72,7 @@ class Chain:
             x = sr_sinkhorn(grad, self.num_iterations, dtype=wide if self.scale == "operator" else dtype or wide)
         else:
             # Bound to one name throughout, so that no step keeps the matrix before it alive.
-            x, pairs = grad.to(wide, copy=True), self._pairs
+            x, pairs = grad.detach().to(wide), self._pairs
             for _ in range(int(self.num_iterations)):
                 x = sr_sinkhorn(x, pairs) if pairs else x
                 for norm in (NORMS[name] for name in self.norms[2 * pairs :]):

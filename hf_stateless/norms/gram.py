@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+from .parts import as_batch, parts_in_cache
 
 
 # Devices that sum in float64; elsewhere gradients of a norm below 1e-19 count as zero.
@@ -11,6 +15,8 @@ _WITH_FLOAT64 = ("cpu", "cuda", "meta")
 _LARGEST_FACTOR = 2.0**126
 # Rows of a symmetric product that are computed at once: of its upper triangle only what lies in these blocks.
 _STRIP = 128
+# Rows up to which one product takes less time than its blocks (measured with one thread and with two).
+_WHOLE_UP_TO = 256
 
 
 def check_dtype(name: str | None, whitening: str, valid: tuple[str, ...]) -> None:
@@ -37,15 +43,31 @@ def wide_unit(grad: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, b
         (tensor([[0.6000, 0.8000]]), True)
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
+    tall = grad.shape[-2] > grad.shape[-1]
     x = grad.detach().to(wide)
+    norm = _norm(x)
+    factor = torch.where(norm == 0, 1, 1 / norm).clamp_max(_LARGEST_FACTOR).to(wide)
+    unit = torch.empty_like(x, dtype=dtype or wide)
+    if x.device.type == "cpu" and unit.dtype != wide:  # in parts, or there would be a copy of the whole in between
+        for matrices, rows in parts_in_cache(as_batch(x)):
+            as_batch(unit)[matrices, rows] = as_batch(x)[matrices, rows] * as_batch(factor)[matrices]
+    else:
+        torch.mul(x, factor, out=unit)
+    return in_order(restore(unit, tall)), tall
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Return the Frobenius norms (..., 1, 1) of matrices."""
     # Sums in float64: one over a whole matrix in float32 is off by 3e-5, which the iterations amplify, and squares of
     # 1e-30 would vanish in it.
-    sums = torch.float64 if x.device.type in _WITH_FLOAT64 else wide
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=sums)
-    factor = torch.where(norm == 0, 1, 1 / norm).clamp_max(_LARGEST_FACTOR).to(wide)
-    unit = torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype or wide))
-    tall = unit.shape[-2] > unit.shape[-1]
-    return (unit.mT if tall else unit), tall
+    sums = torch.float64 if x.device.type in _WITH_FLOAT64 else x.dtype
+    if x.device.type == "cpu":  # in parts, or there would be a copy of the whole in float64
+        of_rows = torch.empty(*x.shape[:-1], 1, dtype=sums)
+        for part in parts_in_cache(as_batch(x)):
+            as_batch(of_rows)[part] = torch.linalg.vector_norm(as_batch(x)[part], dim=-1, keepdim=True, dtype=sums)
+        x = of_rows
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=sums)
+    return norm
 
 
 def restore(x: Tensor, tall: bool) -> Tensor:
@@ -53,11 +75,17 @@ def restore(x: Tensor, tall: bool) -> Tensor:
     return x.mT if tall else x
 
 
-def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+def in_order(x: Tensor) -> Tensor:
+    """Return a matrix in the order of memory on a CPU, where whatever follows is faster with it."""
+    return x.contiguous() if x.device.type == "cpu" else x
+
+
+def symmetric_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return A B^T for matrices (..., m, n) where it is known to be symmetric, as X X^T and powers of it are.
 
-    On a CPU the blocks below the diagonal are computed and mirrored, little more than half of the products. Elsewhere
-    small products cost as much as what they save, up to sizes that nobody has measured here.
+    On a CPU the blocks below the diagonal are computed and mirrored, little more than half of the products, unless
+    products are so fast that to copy costs more: small ones, and those in bfloat16 with AMX. Elsewhere small products
+    cost as much as what they save, up to sizes that nobody has measured here.
 
     Example:
         >>> import torch
@@ -67,17 +95,17 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
         tensor([[ 5., 11.],
                 [11., 25.]])
     """
-    if a.device.type != "cpu":
-        return a @ b.mT
-    product = _lower(a, b)
+    if not _pays_in_blocks(a):
+        return a @ b.mT if out is None else (torch.mm if a.ndim == 2 else torch.bmm)(a, b.mT, out=out)
+    product = _lower(a, b, out)
     for top in range(_STRIP, a.shape[-2], _STRIP):
         rows = slice(top, top + _STRIP)
         product[..., :top, rows] = product[..., rows, :top].mT
     return product
 
 
-def quadratic(gram: Tensor, b: float, c: float) -> Tensor:
-    """Return b A + c A^2 for symmetric matrices A, a batch of them but on a CPU.
+def quadratic(gram: Tensor, b: float, c: float, out: Tensor | None = None) -> Tensor:
+    """Return b A + c A^2 for a symmetric matrix A or a batch of them.
 
     Example:
         >>> import torch
@@ -86,14 +114,45 @@ def quadratic(gram: Tensor, b: float, c: float) -> Tensor:
         tensor([[42.,  0.],
                 [ 0., 93.]])
     """
-    if gram.device.type == "cpu":
-        return symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b)
-    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    if _pays_in_blocks(gram):
+        return symmetric_product(gram, gram, out).mul_(c).add_(gram, alpha=b)
+    return add_product(gram, gram, gram, b, c, out)
 
 
-def _lower(a: Tensor, b: Tensor) -> Tensor:
+def add_product(x: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """Return beta X + alpha A B for matrices or batches of them.
+
+    Example:
+        >>> import torch
+        >>> from hf_stateless.norms.gram import add_product
+        >>> add_product(torch.ones(2, 2), torch.eye(2), torch.ones(2, 2), beta=2.0)
+        tensor([[3., 3.],
+                [3., 3.]])
+    """
+    return (torch.addmm if x.ndim == 2 else torch.baddbmm)(x, a, b, beta=beta, alpha=alpha, out=out)
+
+
+def _pays_in_blocks(a: Tensor) -> bool:
+    fast = a.dtype == torch.bfloat16 and cpu_has("amx_bf16")
+    return a.device.type == "cpu" and a.shape[-2] > _WHOLE_UP_TO and not fast
+
+
+@functools.cache
+def cpu_has(*instructions: str) -> bool:
+    """Tell whether this CPU has one of some instructions, by torch's names for them.
+
+    Example:
+        >>> from hf_stateless.norms.gram import cpu_has
+        >>> cpu_has("an instruction of no CPU")
+        False
+    """
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    return any(capabilities.get(name) for name in instructions)
+
+
+def _lower(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return A B^T with zeros above the diagonal, but for what lies in the strips."""
-    product = a.new_zeros(*a.shape[:-1], a.shape[-2])
+    product = a.new_zeros(*a.shape[:-1], a.shape[-2]) if out is None else out.zero_()
     for top in range(0, a.shape[-2], _STRIP):
         end = top + _STRIP
         product[..., top:end, :end] = a[..., top:end, :] @ b[..., :end, :].mT

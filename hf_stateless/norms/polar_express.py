@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .gram import check_dtype, quadratic, restore, symmetric_product, wide_unit
+from .gram import add_product, check_dtype, cpu_has, in_order, quadratic, restore, symmetric_product, wide_unit
+from .parts import as_batch
 
 
 POLAR_EXPRESS_DTYPES = ("float32", "bfloat16")
@@ -35,7 +36,7 @@ def polar_express(grad: Tensor, *, ns_steps: int = 5, ns_dtype: str | None = Non
 
     G in R^{m x n}, m <= n (the transpose is taken otherwise), starts as X = G / (1.01 ||G||_F). Five steps amplify
     small singular values about 990 times. They take fifteen products, of which ten are symmetric, as many as Muon's.
-    State kept: none. Temporaries: X and its next in the dtype of the products, and three m x m matrices.
+    State kept: none. Temporaries: X and its next in the dtype of the products, and two m x m matrices.
 
     Args:
         grad: (..., m, n) gradient.
@@ -59,18 +60,23 @@ def polar_express(grad: Tensor, *, ns_steps: int = 5, ns_dtype: str | None = Non
     """
     check_dtype(ns_dtype, "polar_express", POLAR_EXPRESS_DTYPES)
     unit, tall = wide_unit(grad, _dtype_of_products(grad) if ns_dtype is None else getattr(torch, ns_dtype))
-    x = unit.reshape(-1, *unit.shape[-2:])
+    x = as_batch(unit)
     # A CPU takes longer for a product of batches of one than for that of two matrices.
-    x = torch.stack([_steps(one, ns_steps) for one in x]) if x.device.type == "cpu" else _steps(x, ns_steps)
-    return restore(x.reshape(unit.shape).to(torch.promote_types(grad.dtype, torch.float32)), tall)
+    if x.device.type == "cpu":
+        white = [_steps(one, ns_steps) for one in x]
+        x = white[0] if len(white) == 1 else torch.stack(white)
+    else:
+        x = _steps(x, ns_steps)
+    return in_order(restore(x.reshape(unit.shape), tall)).to(torch.promote_types(grad.dtype, torch.float32))
 
 
 def _steps(x: Tensor, steps: int) -> Tensor:
-    """Run the steps on a matrix or a batch of them."""
-    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
+    """Run the steps on a matrix or a batch of them, which are overwritten: fresh memory costs a CPU much of a step."""
+    gram, spare = x.new_empty(*x.shape[:-1], x.shape[-2]), torch.empty_like(x)
+    polynomial = torch.empty_like(gram)
     for a, b, c in coefficients(steps):
-        gram = symmetric_product(x, x)
-        x = add_product(x, quadratic(gram, b, c), x, beta=a)
+        symmetric_product(x, x, out=gram)
+        x, spare = add_product(x, quadratic(gram, b, c, out=polynomial), x, a, out=spare), x
     return x
 
 
@@ -104,8 +110,7 @@ def multiplies_in_bfloat16(device_type: str) -> bool:
         True
     """
     if device_type == "cpu":
-        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        return cpu_has("avx512_bf16", "amx_bf16")
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device_type in ("xpu", "meta")

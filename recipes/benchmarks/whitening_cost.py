@@ -36,7 +36,10 @@ RATES = {torch.bfloat16: 990e12, torch.float16: 990e12, torch.float32: 67e12}
 """FLOP/s of an H100's matrix units, from its data sheet."""
 BANDWIDTH = 3.0e12
 """Bytes a second."""
-MOVE_NOTHING = (torch.ops.aten.empty_like, torch.ops.aten.empty, torch.ops.aten._unsafe_view)
+MOVE_NOTHING = (
+    *(torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty),
+    torch.ops.aten._unsafe_view,
+)
 MUON = "torch.optim.Muon"
 
 
@@ -49,14 +52,16 @@ class Count(TorchDispatchMode):
         self.flops: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if not func.is_view and func.overloadpacket not in MOVE_NOTHING:
-            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+            read = {name: value for name, value in kwargs.items() if name != "out"}  # what is the result
+            tensors = [t for t in tree_leaves((args, read, result)) if isinstance(t, Tensor)]
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)
         flops = flop_registry.get(func.overloadpacket)
         if flops:
             self.products += 1
-            self.flops[result.dtype] += flops(*args, **(kwargs or {}), out_val=result)
+            self.flops[result.dtype] += flops(*args, **kwargs, out_val=result)
         return result
 
     @property
