@@ -352,6 +352,8 @@ def test_on_a_cpu_a_result_lies_in_the_order_of_memory_and_the_gradient_stays(sh
     assert torch.equal(grad, before)
     flat = torch.stack([polar_express(one, ns_dtype=ns_dtype) for one in grad.reshape(-1, *shape[-2:])])
     assert torch.equal(result, flat.view(shape))
+    strided = grad.movedim(0, -1).clone().movedim(-1, 0)  # another order of memory, which no view makes a batch of
+    assert torch.equal(polar_express(strided, ns_dtype=ns_dtype), result)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

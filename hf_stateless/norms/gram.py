@@ -47,12 +47,12 @@ def wide_unit(grad: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, b
     x = grad.detach().to(wide)
     norm = _norm(x)
     factor = torch.where(norm == 0, 1, 1 / norm).clamp_max(_LARGEST_FACTOR).to(wide)
-    unit = torch.empty_like(x, dtype=dtype or wide)
-    if x.device.type == "cpu" and unit.dtype != wide:  # in parts, or there would be a copy of the whole in between
-        for matrices, rows in parts_in_cache(as_batch(x)):
-            as_batch(unit)[matrices, rows] = as_batch(x)[matrices, rows] * as_batch(factor)[matrices]
-    else:
-        torch.mul(x, factor, out=unit)
+    if x.device.type != "cpu":
+        unit = torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype or wide))
+        return restore(unit, tall), tall
+    unit, flat, factors = torch.empty(x.shape, dtype=dtype or wide), as_batch(x), as_batch(factor)
+    for matrices, rows in parts_in_cache(flat):  # or in bfloat16 there would be a copy of the whole in between
+        as_batch(unit)[matrices, rows] = flat[matrices, rows] * factors[matrices]
     return in_order(restore(unit, tall)), tall
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class Rates:
     """One row of the table of rates, which `rates=` names.
 
-    `finetuning` leaves every rate as it is: multiples cost 0.1 to 1 nat there. `pretraining` holds multiples of AdamW's
-    best single rate, measured with models of 1.3M parameters (`recipes/benchmarks/quality.py`). With 64 for embeddings
-    `swan` ends 0.036 lower after 200 steps and level after 600, where `sinkgd_polar` ends 0.02 higher.
+    `finetuning` leaves every rate as it is: multiples cost 0.1 to 1 nat there. `pretraining` holds multiples of
+    AdamW's best single rate, measured with models of 1.3M parameters (`recipes/benchmarks/quality.py`). With 64 for
+    embeddings `swan` ends 0.036 lower after 200 steps and level after 600, where `sinkgd_polar` ends 0.02 higher.
 
     Example:
         >>> from hf_stateless.optimizer.rates import RATES
