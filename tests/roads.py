@@ -21,7 +21,6 @@ METHODS = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__",
 # What is done for tensors on CPU alone, by their device: tensors of a GPU without contents show the other side.
 ON_CPU_ONLY = {
     ("sinkhorn.py", "_squares_"),
-    ("projections.py", "_in_range"),
     ("noise.py", "_key_value"),
     ("adamw.py", "_codebook"),
     ("adamw.py", "adamw_state"),

@@ -8,6 +8,7 @@ import torch
 from conftest import DTYPES, dense, gradients, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_stateless.norms.projections import NORMS, col_l2, frobenius, row_l2, row_standardize, sign, spectral
 
@@ -300,3 +301,11 @@ def test_one_column_has_nothing_to_centre_and_is_normalised_instead_of_lost():
 def test_unknown_whitening_is_refused_with_the_valid_names():
     with pytest.raises(ValueError, match=r"'cholesky'.*polar_express.*newton_schulz.*nsds.*eigh"):
         spectral(dense(3, 4), whitening="cholesky")
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (300, 60), (2, 60, 300)])
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_what_has_no_contents_is_projected_too(name, shape):
+    """As where a step's memory or messages are counted: nothing may depend on the numbers."""
+    with FakeTensorMode():
+        assert PROJECTIONS[name](torch.empty(shape)).shape == shape

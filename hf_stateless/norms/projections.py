@@ -20,8 +20,6 @@ from .whitening import WHITENINGS
 
 
 ROWS, COLUMNS = frozenset({"rows"}), frozenset({"columns"})
-# Norms of rows whose squares neither overflow nor vanish in float32.
-_SAFE_NORMS = (1e-12, 1e12)
 
 
 def _unit_range(grad: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -29,19 +27,6 @@ def _unit_range(grad: Tensor, dim: tuple[int, ...]) -> Tensor:
     x = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
     largest = torch.maximum(x.amax(dim, keepdim=True), x.amin(dim, keepdim=True).neg_())
     return x * power_of_two_inverse(largest)
-
-
-def _in_range(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient with its row norms, or `_unit_range` of it with these where squares would lose digits.
-
-    Only a CPU looks, which costs it less than the scaling.
-    """
-    if grad.device.type == "cpu" and grad.dtype == torch.float32:
-        norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
-        if ((norm > _SAFE_NORMS[0]) & (norm < _SAFE_NORMS[1])).all():
-            return grad, norm
-    x = _unit_range(grad, (-1,))
-    return x, torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 def power_of_two_inverse(largest: Tensor) -> Tensor:
@@ -119,14 +104,15 @@ def row_standardize(grad: Tensor) -> Tensor:
     References:
         SWAN, https://huggingface.co/papers/2412.13148, Algorithm 3 (GradNorm).
     """
-    if grad.shape[-1] == 1:
+    n = grad.shape[-1]
+    if n == 1:
         return row_l2(grad)
-    x, norm = _in_range(grad)
+    x = _unit_range(grad, (-1,))
     # Centring leaves rounding noise of a few eps in a constant row: below that a row counts as constant.
-    noise = 4 * torch.finfo(x.dtype).eps * norm
-    x = torch.sub(x, x.mean(-1, keepdim=True), out=None if x is grad else x)
+    noise = 4 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    x.sub_(x.mean(-1, keepdim=True))
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    _scale_to_(x, torch.where(norm <= noise, 0, norm), grad.shape[-1] ** 0.5)
+    _scale_to_(x, torch.where(norm <= noise, 0, norm), n**0.5)
     # Whitening amplifies what is left of the mean 6000 times; a second centring takes the rounding of the first out.
     return x.sub_(x.mean(-1, keepdim=True)).to(grad.dtype)
 
