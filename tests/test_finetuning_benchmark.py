@@ -28,6 +28,8 @@ TITLES = {
     (ALL, "reversal, all"): "SFT, all weights, lists",
     (ALL, "wordnet, lora of rank 8"): "SFT, LoRA of rank 8 on all layers",
     (ALL, "wordnet, lora of rank 32"): "SFT, LoRA of rank 32 on all layers",
+    (ALL, "reversal, lora of rank 8"): "SFT, LoRA of rank 8 on all layers, lists",
+    (ALL, "reversal, lora of rank 32"): "SFT, LoRA of rank 32 on all layers, lists",
     (SIX, "wordnet, layers, last 6 layers"): "SFT, weights of six layers",
     (SIX, "wordnet, lora of rank 8, last 6 layers"): "SFT, LoRA of rank 8 on six layers",
 }
