@@ -50,9 +50,10 @@ def wide_unit(grad: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, b
     if x.device.type != "cpu":
         unit = torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype or wide))
         return restore(unit, tall), tall
-    unit, flat, factors = torch.empty(x.shape, dtype=dtype or wide), as_batch(x), as_batch(factor)
+    unit = torch.empty(x.shape, dtype=dtype or wide)
+    units, flat, factors = as_batch(unit), as_batch(x), as_batch(factor)
     for matrices, rows in parts_in_cache(flat):  # or in bfloat16 there would be a copy of the whole in between
-        as_batch(unit)[matrices, rows] = flat[matrices, rows] * factors[matrices]
+        units[matrices, rows] = flat[matrices, rows] * factors[matrices]
     return in_order(restore(unit, tall)), tall
 
 
@@ -62,9 +63,10 @@ def _norm(x: Tensor) -> Tensor:
     # 1e-30 would vanish in it.
     sums = torch.float64 if x.device.type in _WITH_FLOAT64 else x.dtype
     if x.device.type == "cpu":  # in parts, or there would be a copy of the whole in float64
-        of_rows = torch.empty(*x.shape[:-1], 1, dtype=sums)
-        for part in parts_in_cache(as_batch(x)):
-            as_batch(of_rows)[part] = torch.linalg.vector_norm(as_batch(x)[part], dim=-1, keepdim=True, dtype=sums)
+        of_rows, flat = torch.empty(*x.shape[:-1], 1, dtype=sums), as_batch(x)
+        norms = as_batch(of_rows)
+        for part in parts_in_cache(flat):
+            norms[part] = torch.linalg.vector_norm(flat[part], dim=-1, keepdim=True, dtype=sums)
         x = of_rows
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=sums)
     return norm

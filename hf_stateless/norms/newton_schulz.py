@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .gram import check_dtype, decompose_gram, restore, wide_unit
+from .parts import as_batch
 
 
 NEWTON_SCHULZ_DTYPES = ("float32", "float16")
@@ -85,7 +86,7 @@ def _by_products(x: Tensor, steps: int, beta: float, longest: int) -> Tensor:
     """Iterate by matrix products alone, in the dtype of X, with a new Gram matrix after at most `longest` steps."""
     # A stage costs two products with X, and all but its first two steps two and a half Gram-sized ones more.
     length = 2 if x.shape[-1] < 1.5 * x.shape[-2] else longest
-    y = x.reshape(-1, *x.shape[-2:])
+    y = as_batch(x)
     for start in range(0, steps, length):
         y = _stage(y, min(length, steps - start), beta)
     return y.reshape(x.shape)

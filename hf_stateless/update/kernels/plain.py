@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...norms.parts import as_batch
 from ...weights.noise import RoundingKey
 from ...weights.stored import StoredWeight
 from ..layout import Layout
@@ -130,5 +131,4 @@ def as_stack(tensor: Tensor, layout: Layout) -> Tensor:
     """View a tensor as (matrices, m, n), m = out_features."""
     if layout.any_length:
         return tensor.view(1, 1, -1)
-    stack = tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(0, -3)
-    return layout.as_matrix(stack)
+    return layout.as_matrix(as_batch(tensor))
