@@ -1,4 +1,4 @@
-"""The Triton kernels against their torch twins: on a CUDA device where there is one, else in Triton's interpreter."""
+"""The Triton kernels for plain weights against their torch twins: on a CUDA device, or in Triton's interpreter."""
 
 import copy
 import math
@@ -6,9 +6,8 @@ import math
 import pytest
 import reference
 import torch
-import triton_interpreter  # noqa: F401
 from conftest import dense, relative_error
-from updates import multinorm_update_
+from kernel_runs import DEVICE, kernels, key_of, random, twin_, update_  # noqa: F401
 
 from hf_stateless import PRESETS, StatelessOptimizer
 from hf_stateless.ranks import alone
@@ -20,14 +19,9 @@ from hf_stateless.update.kernels import sinkgd as sinkgd_update
 from hf_stateless.update.layout import LAYOUTS as KINDS
 from hf_stateless.update.layout import layout_of
 from hf_stateless.update.write import write_update_
-from hf_stateless.weights.int8.codes import quantize_matrix
-from hf_stateless.weights.int8.sharded import Int8Shard, Place
-from hf_stateless.weights.int8.weight import Int8Weight
-from hf_stateless.weights.noise import rounding_key
 
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = [
     ("out_in", (7, 33)),
     ("out_in", (33, 7)),
@@ -43,46 +37,12 @@ LAYOUTS = [
 each_layout = pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
 
 
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    monkeypatch.setenv("HF_STATELESS_KERNELS", "triton")
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Long rows, several tiles of rows and several chunks, at sizes that an interpreter can do."""
     monkeypatch.setattr(sinkgd_update, "_LONGEST_ROW", 16)
     monkeypatch.setattr(sinkgd_update, "_LONG_ROWS", (4, 16))
     monkeypatch.setattr(sinkgd_update, "_TURNED", (8, 8))
-
-
-def random(*shape, dtype=torch.float32, **options):
-    return dense(*shape, dtype=dtype, **options).to(DEVICE)
-
-
-def key_of(index=0, step=1):
-    return rounding_key(0, index, torch.full((1,), float(step), device=DEVICE))
-
-
-def update_(weights, grads, keys=None, *, layout="out_in", num_iterations=5, lr=1.0, weight_decay=0.0):
-    options = {"lr": lr, "lr_scale": 1.0, "weight_decay": weight_decay, "layout": layout}
-    finite = multinorm_update_(
-        weights, grads, keys, norms=("row_l2", "col_l2"), num_iterations=num_iterations, **options
-    )
-    assert all(isinstance(flag, torch.Tensor) for flag in finite), "the twin did the work"
-    return [bool(flag) for flag in finite]
-
-
-def twin_(monkeypatch, weights, grads, keys=None, **options):
-    """The torch twin on the same device, one weight at a time."""
-    with monkeypatch.context() as patch:
-        patch.setenv("HF_STATELESS_KERNELS", "torch")
-        options = {"lr": 1.0, "weight_decay": 0.0, "layout": "out_in", "num_iterations": 5, **options}
-        flags = []
-        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-            key = None if keys is None else [keys[i]]
-            flags += multinorm_update_([weight], [grad], key, lr_scale=1.0, norms=("row_l2", "col_l2"), **options)
-    return flags
 
 
 def normalized(grad, **options):
@@ -294,84 +254,6 @@ def test_what_the_kernels_cannot_do_is_left_to_the_twin(layout, dtype, num_itera
 def test_an_empty_shard_is_left_to_the_twin():
     empty = torch.empty(0, 4, device=DEVICE)
     assert not sinkgd_update.fits([empty], [empty], KINDS["out_in"], 5)
-
-
-def int8_weight(rows, columns, group_size, seed=0):
-    weight = Int8Weight(*quantize_matrix(dense(rows, columns, scale=0.02, seed=seed), group_size))
-    weight.move_(lambda t: t.to(DEVICE))
-    weight.scale.data = weight.scale.data.to(DEVICE)
-    return weight
-
-
-GROUPS = [(5, 256, 64), (3, 254, 127), (4, 131, 128), (7, 300, None), (1, 1, None)]
-
-
-@pytest.mark.parametrize(("rows", "columns", "group_size"), GROUPS)
-@pytest.mark.parametrize("stochastic", [True, False])
-def test_an_8_bit_update_writes_the_bytes_of_the_twin(monkeypatch, rows, columns, group_size, stochastic):
-    """The products are exact, so that a multiply-add of the twin's processor rounds as a product and a sum do."""
-    kernel, twin = (int8_weight(rows, columns, group_size) for _ in range(2))
-    start, key = kernel.codes.clone(), key_of() if stochastic else None
-    update = random(rows, columns, seed=1)
-    write_update_(kernel, update.clone(), 2.0**-9, 1.0, key)
-    with monkeypatch.context() as patch:
-        patch.setenv("HF_STATELESS_KERNELS", "torch")
-        write_update_(twin, update.clone(), 2.0**-9, 1.0, key)
-    assert torch.equal(kernel.codes, twin.codes)
-    assert torch.equal(kernel.scale, twin.scale)
-    assert columns == 1 or not torch.equal(kernel.codes, start)
-
-
-@pytest.mark.parametrize(("first", "last"), [(0, 3), (3, 7), (6, 7)])
-def test_rows_of_an_8_bit_weight_are_rounded_as_in_the_whole_matrix(first, last):
-    whole, update = int8_weight(7, 256, 64), random(7, 256, seed=1)
-    place = Place(first=first, scale=whole.scale.data[first:last].clone())
-    shard = Int8Shard(whole.codes[first:last].clone(), place, whole.dtype)
-    assert shard.kernel == "int8"
-    write_update_(whole, update.clone(), 2.0**-9, 1.0, key_of())
-    write_update_(shard, update[first:last].clone(), 2.0**-9, 1.0, key_of())
-    assert torch.equal(shard.codes, whole.codes[first:last])
-    assert torch.equal(place.scale, whole.scale[first:last])
-
-
-def test_sinkgd_on_8_bit_weights_differs_from_the_twin_by_roundings_only(monkeypatch):
-    kernel, twin = ([int8_weight(40, 254, 127, seed=i) for i in range(2)] for _ in range(2))
-    grads, keys = [random(40, 254, dtype=torch.bfloat16, seed=i) for i in range(2)], [key_of(0), key_of(1)]
-    options = {"lr": 1e-3, "weight_decay": 0.1}
-    assert update_(kernel, grads, keys, **options) == [True, True]
-    twin_(monkeypatch, twin, grads, keys, **options)
-    for ours, theirs in zip(kernel, twin, strict=True):
-        assert (ours.codes != theirs.codes).sum() <= 100e-6 * ours.numel() + 1
-        assert (ours.codes.int() - theirs.codes.int()).abs().max() <= 1
-        assert torch.equal(ours.scale, theirs.scale)
-
-
-def test_an_update_of_zero_keeps_every_8_bit_byte():
-    weight = int8_weight(6, 254, 127)
-    codes, scale = weight.codes.clone(), weight.scale.clone()
-    write_update_(weight, torch.zeros(6, 254, device=DEVICE), 0.1, 1.0, key_of())
-    update_([weight], [torch.zeros(6, 254, device=DEVICE)], [key_of()], weight_decay=0.5)
-    assert torch.equal(weight.codes, codes)
-    assert torch.equal(weight.scale, scale)
-
-
-@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("rate", ["number", "tensor"])
-@pytest.mark.parametrize("choice", ["triton", "torch"])
-def test_a_flag_on_the_device_keeps_every_byte_whatever_the_update_holds(value, rate, choice, monkeypatch):
-    """With codes that no scale of ours would have, which a write of zero would change."""
-    monkeypatch.setenv("HF_STATELESS_KERNELS", choice)
-    factors = (0.1, 0.5) if rate == "number" else torch.tensor([0.1, 0.5], device=DEVICE).unbind()
-    for usable in (torch.tensor(False, device=DEVICE), torch.tensor(True, device=DEVICE)):
-        weights = [int8_weight(6, 254, 127), torch.nn.Parameter(random(6, 254, dtype=torch.bfloat16))]
-        weights[0].codes //= 2
-        for weight in weights:
-            before = [t.clone() for t in getattr(weight, "stored", (weight.detach(),))]
-            with torch.no_grad():
-                write_update_(weight, torch.full((6, 254), value, device=DEVICE), *factors, key_of(), usable)
-            after = getattr(weight, "stored", (weight.detach(),))
-            assert torch.equal(after[0], before[0]) == (not usable)
-            assert usable or torch.equal(after[-1], before[-1])
 
 
 @each_layout
