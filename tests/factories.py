@@ -3,6 +3,8 @@
 import pytest
 from transformers import TrainingArguments
 
+from hf_stateless.trainer.optim_args import parse_options
+
 
 ENVIRONMENT = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
 
@@ -24,3 +26,8 @@ def refusal(function, *args, **kwargs):
         function(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def message_of(name, given):
+    """The refusal of options for a name."""
+    return refusal(parse_options, name, given)
