@@ -113,8 +113,18 @@ def test_layerwise_updates_of_adapters_are_those_of_step(variant, name, folders,
         (lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=3, target_modules=["q_proj"]), "ADALORA"),
         (lambda: peft.IA3Config(task_type="CAUSAL_LM"), "IA3"),
         (lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
+        (
+            lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+            "P_TUNING",
+        ),
+        (
+            lambda: peft.PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8, prefix_projection=True
+            ),
+            "PREFIX_TUNING",
+        ),
     ],
-    ids=["adalora", "ia3", "prompt tuning"],
+    ids=["adalora", "ia3", "prompt tuning", "P-tuning", "prefix tuning"],
 )
 def test_methods_that_train_no_linear_layer_are_refused_by_name(config, method, folders, tmp_path):
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folders["SFT"]), config())

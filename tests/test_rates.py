@@ -61,17 +61,17 @@ def roles_of(optimizer):
     [
         ("llama", {}, (1, 1, 1)),
         ("llama", {"rates": "finetuning"}, (1, 1, 1)),
-        ("llama", {"rates": "pretraining"}, (32, 4, 16)),
-        ("llama", {"rates": "pretraining", "head_lr_scale": "2"}, (32, 2, 16)),
+        ("llama", {"rates": "pretraining"}, (48, 4, 16)),
+        ("llama", {"rates": "pretraining", "head_lr_scale": "2"}, (48, 2, 16)),
         ("llama", {"rates": "pretraining", "embedding_lr_scale": 1}, (1, 4, 16)),
         ("llama", GIVEN, (8, 2, 4)),
-        ("qwen3_moe", {"rates": "pretraining"}, (32, 4, 16)),
+        ("qwen3_moe", {"rates": "pretraining"}, (48, 4, 16)),
         ("llama_tied", {"rates": "pretraining"}, (4, None, 16)),
         ("gpt2", {"rates": "pretraining"}, (4, None, 16)),
         ("t5", {"rates": "pretraining"}, (4, None, 16)),
         ("llama_tied", {"rates": "pretraining", "embedding_lr_scale": 8}, (8, None, 16)),
         ("gpt2", {"embedding_lr_scale": 8}, (8, None, 1)),
-        ("bert", {"rates": "pretraining"}, (32, 4, 16)),
+        ("bert", {"rates": "pretraining"}, (48, 4, 16)),
         ("vit", {"rest_lr_scale": 2}, (None, 1, 2)),
     ],
     ids=str,
@@ -179,7 +179,7 @@ def test_the_scales_live_under_every_scheduler(make, make_model):
         seen.append([rates[role] / rates["matrix"] for role in ("embedding", "head", "rest")])
 
     moves(model, optimizer, steps=4, each_step=look)
-    assert torch.allclose(torch.tensor(seen), torch.tensor([32.0, 4.0, 16.0]))
+    assert torch.allclose(torch.tensor(seen), torch.tensor([48.0, 4.0, 16.0]))
 
 
 def test_a_learning_rate_that_is_a_tensor_is_scaled_too(make_model):
@@ -230,7 +230,7 @@ def test_a_resumed_run_goes_on_to_the_bit_and_says_nothing(options, make_model, 
 @pytest.mark.parametrize(
     ("before", "after", "told"),
     [
-        ({}, {"rates": "pretraining"}, ("embedding_lr_scale=1.0", "embedding_lr_scale=32.0")),
+        ({}, {"rates": "pretraining"}, ("embedding_lr_scale=1.0", "embedding_lr_scale=48.0")),
         ({"rates": "pretraining"}, {}, ("rest_lr_scale=16.0", "rest_lr_scale=1.0")),
         ({"head_lr_scale": 2}, {"head_lr_scale": 3}, ("head_lr_scale=2.0", "head_lr_scale=3.0")),
         ({"rest_lr_scale": 0}, {"embedding_lr_scale": 2}, ("rest_lr_scale=0.0", "rest_lr_scale=1.0")),
@@ -264,14 +264,14 @@ def test_a_checkpoint_from_before_there_were_scales_is_loaded(given, make_model)
 @pytest.mark.parametrize(
     ("kind", "given", "line"),
     [
-        ("llama", {"rates": "pretraining"}, "learning rates: embedding 32x, head 4x, rest 16x"),
+        ("llama", {"rates": "pretraining"}, "learning rates: embedding 48x, head 4x, rest 16x"),
         ("gpt2", {"rates": "pretraining"}, "learning rates: embedding 4x, rest 16x"),
         ("llama", {"head_lr_scale": 2.5}, "learning rates: head 2.5x"),
         ("llama", {}, ""),
         (
             "llama",
             {"rates": "pretraining", "embeddings": "stateless"},
-            "learning rates: embedding 32x, head 4x, rest 16x",
+            "learning rates: embedding 48x, head 4x, rest 16x",
         ),
     ],
     ids=str,
@@ -311,10 +311,10 @@ def test_a_trainer_takes_them_and_another_value_when_it_resumes(run, make_model)
     run(make_model("llama"), optim_args="rates=pretraining", **saving).train()
     trainer = run(make_model("llama"), optim_args="rates=pretraining,head_lr_scale=2", **{**saving, "max_steps": 4})
     trainer.train(resume_from_checkpoint=True)
-    assert scales_of(trainer.optimizer) == {"matrix": 1, "embedding": 32, "head": 2, "rest": 16}
+    assert scales_of(trainer.optimizer) == {"matrix": 1, "embedding": 48, "head": 2, "rest": 16}
     assert trainer.state.global_step == 4
     told = collect(trainer, ModelCard("---\n---\n"), {}).hyperparameters
-    assert [told[f"{scale} (adamw)"] for scale in SCALES] == [32, 2, 16]
+    assert [told[f"{scale} (adamw)"] for scale in SCALES] == [48, 2, 16]
 
 
 def test_the_scales_reach_what_is_trained_beside_adapters(make_model):

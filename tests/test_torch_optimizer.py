@@ -309,3 +309,37 @@ def test_a_step_keeps_no_memory_but_its_state():
     optimizer.step()
     state = sum(t.nbytes for entries in optimizer.state.values() for t in entries.values())
     assert held() - before <= state + 2**16
+
+
+@pytest.mark.parametrize("options", [{}, {"layout": "conv"}, {"norms": ("row_l2", "spectral")}], ids=str)
+def test_a_vector_among_matrices_is_refused_before_any_step(options):
+    optimizer = StatelessOptimizer([group(parameter(4, 5))], lr=0.1)
+    message = (
+        r"^Parameter 1 of a group of 'multinorm' has shape \(4,\), .* algorithm='adamw', or with layout='vector'\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group(parameter(4, 4), parameter(4), **options))
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group(group(parameter(4), layout="vector"))
+
+
+def test_a_run_that_has_diverged_does_not_fill_its_log(caplog):
+    params = [parameter(4, 5, seed=i) for i in range(8)]
+    optimizer = StatelessOptimizer([group(*params)], lr=0.1)
+    for _ in range(40):
+        for p in params:
+            p.grad = torch.full_like(p, float("nan"))
+        optimizer.step()
+    told = [record.getMessage() for record in caplog.records if "NaN or infinite" in record.getMessage()]
+    assert optimizer.updates_not_finite == 320
+    assert len(told) == 32 + 3  # and at 64, 128 and 256
+    assert told[-1].endswith("256 updates were left out so far; the next line is at 512.")
+
+
+def test_a_table_that_was_resized_under_a_live_optimizer_is_told_without_checkpoints():
+    table = parameter(6, 4)
+    optimizer = StatelessOptimizer([group(table, algorithm="adamw")], lr=0.1)
+    take_steps(optimizer, [1])
+    table.data, table.grad = torch.zeros(8, 4), None
+    with pytest.raises(ValueError, match=r"such as resize_token_embeddings, make a new optimizer\.$"):
+        take_steps(optimizer, [2])

@@ -161,4 +161,4 @@ def test_the_line_says_what_can_be_typed(run, make_model):
     (typed,) = re.findall(r'optim_args="([^"]*)"', NOTE)
     trainer = run(make_model("llama"), optim_args=typed)
     trainer.create_optimizer()
-    assert {g["role"]: rate_scale(g) for g in trainer.optimizer.param_groups}["embedding"] == 32
+    assert {g["role"]: rate_scale(g) for g in trainer.optimizer.param_groups}["embedding"] == 48

@@ -138,7 +138,8 @@ def check_same_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapp
         asked = f' (optim_args="{tables}")' if (tables := said(saved)) else ""
         raise ValueError(
             f"The checkpoint has the groups (algorithm, parameters) {sizes[0]}, this run has {sizes[1]}: use the "
-            f"same optim, embeddings{asked} and optim_target_modules. {_FROM_WEIGHTS}"
+            f"same optim, embeddings{asked} and optim_target_modules, and train the same parameters (what is frozen, "
+            f"adapters). {_FROM_WEIGHTS}"
         )
 
 
@@ -166,13 +167,16 @@ def checked_states(
     return every
 
 
-def check_state(state: Mapping[str, Tensor], made: Mapping[str, Tensor], name: str) -> None:
+def check_state(
+    state: Mapping[str, Tensor], made: Mapping[str, Tensor], name: str, advice: str = _FROM_WEIGHTS
+) -> None:
     """Refuse a state that is not of the shape of its parameter: an update would write past its end.
 
     Args:
         state: of one parameter; what `made` does not name is not looked at.
         made: what its rule would make, as tensors without contents.
         name: of the parameter.
+        advice: how to go on, which a checkpoint has and a running optimizer has not.
 
     Raises:
         ValueError: with the name, both shapes or dtypes, and what to type.
@@ -183,7 +187,7 @@ def check_state(state: Mapping[str, Tensor], made: Mapping[str, Tensor], name: s
         if not fits:
             raise ValueError(
                 f"The state of {name} has {key} of shape {got}, expected {tuple(shape)}: after a change of shape, "
-                f"such as resize_token_embeddings, make a new optimizer. {_FROM_WEIGHTS}"
+                f"such as resize_token_embeddings, make a new optimizer. {advice}".rstrip()
             )
         kinds = [tensor.is_floating_point() for tensor in (state[key], expected)]
         if kinds[0] != kinds[1] and not key.startswith("momentum"):  # whose dtype an option may have changed

@@ -18,6 +18,8 @@ from .unread_flags import UnreadFlags
 
 
 logger = logging.getLogger(__name__)
+# So many gradients that are not finite are told one by one: those of a small model, or of a large one in part.
+_EACH = 32
 
 
 class Skips(Protocol):
@@ -71,12 +73,19 @@ class SkipCounts:
         raise NotImplementedError
 
     def warn_skipped(self, index: int) -> None:
-        """Warn that the gradient of a parameter was not finite."""
+        """Warn that the gradient of a parameter was not finite: of the first ones each, later as often as they double.
+
+        A run that has diverged leaves out every update of every step, which would fill its log.
+        """
         self._not_finite += 1
+        count = self._not_finite
+        if count > _EACH and count.bit_count() > 1:
+            return
         logger.warning(
             "The gradient of %s has NaN or infinite entries: it is left unchanged in this step. "
-            "Look at the loss and the learning rate if this goes on.",
+            "Look at the loss and the learning rate if this goes on.%s",
             self.name_of(index),
+            f" {count} updates were left out so far; the next line is at {2 * count}." if count >= _EACH else "",
         )
 
 

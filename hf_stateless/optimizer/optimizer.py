@@ -313,7 +313,7 @@ class StatelessOptimizer(SkipCounts, torch.optim.Optimizer):
         case = (group["algorithm"], has_momentum(group), p.shape, shapes)
         if case not in self._checked:
             made = state_on_meta(RULES[group["algorithm"]], p, group)
-            check_state(state, made, self._name_of(p, group))
+            check_state(state, made, self._name_of(p, group), advice="")
             self._checked.add(case)
 
     def state_dict(self) -> dict[str, Any]:

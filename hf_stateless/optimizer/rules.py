@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..norms.chain import Chain
-from ..update.layout import layout_at, listed_layouts
+from ..update.layout import Layout, layout_at, listed_layouts
 from .adamw import ADAMW, ADAMW_8BIT
 from .lora_product import LORA_PRODUCT
 from .multinorm import MULTINORM
@@ -77,12 +77,21 @@ def complete_group(param_group: Mapping[str, Any], lr: float) -> dict[str, Any]:
     factors = param_group.get("params")
     _refuse_unnamed(factors, param_group.get("param_names"))
     for i, p in enumerate(factors if isinstance(factors, list | tuple) and "layout" in defaults else ()):
-        layout = layout_at({**defaults, **param_group}, i)
-        if layout.blocks > 1:
-            layout.sizes((p[1] if isinstance(p, tuple) else p).shape)
+        shape = (p[1] if isinstance(p, tuple) else p).shape
+        _refuse_shape(layout_at({**defaults, **param_group}, i), shape, f"Parameter {i} of a group of {algorithm!r}")
     if algorithm == "lora_product" and isinstance(factors, list | tuple) and len(factors) % 2:
         raise ValueError(f"A group of LoRA pairs has params A_0, B_0, A_1, B_1, ..., got {len(factors)} of them.")
     return {**defaults, **param_group}
+
+
+def _refuse_shape(layout: Layout, shape: Sequence[int], what: str) -> None:
+    """Refuse a parameter that is no matrix in this layout: a step would fail after others have been updated."""
+    if len(shape) < 2 and not layout.any_length:
+        raise ValueError(
+            f"{what} has shape {tuple(shape)}, and layout={layout.name!r} needs a matrix: give it a group of its own "
+            "with algorithm='adamw', or with layout='vector'."
+        )
+    layout.sizes(shape)
 
 
 def _refuse_unnamed(params: Any, names: Sequence[str] | None) -> None:

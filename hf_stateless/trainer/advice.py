@@ -66,7 +66,7 @@ def refuse_no_matrix(
         got = f"optim_target_modules={shown(target_modules)} matched no trainable matrix"
         value = _meant(target_modules, selectable) or ("all-linear" if all_linear else "")
         raise ValueError(f"{got}: {_why_unmatched(model, target_modules)}. {_choices(selectable, value)}")
-    if selectable:
+    if selectable and not _learns_prompts(model):
         convolutions = _convolutions(model, selectable)
         value = target_value(convolutions or selectable, selectable)
         raise ValueError(
@@ -232,6 +232,11 @@ def _instead(model: nn.Module, selectable: Mapping[str, Sequence[nn.Parameter]])
         found = f"of its linear layers it trains only what writes the output or chooses experts ({others})"
     wrapped = _parametrized(model.named_modules())
     return f"{found}; {_under_parametrization(wrapped)}" if wrapped else f"{found}, which AdamW updates"
+
+
+def _learns_prompts(model: nn.Module) -> bool:
+    """Tell whether PEFT trains virtual tokens, whose layers are there to make them."""
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def _nothing_to_select(model: nn.Module) -> str:

@@ -34,6 +34,8 @@ _LAST_ELSEWHERE = re.compile(rf"^fc$|{_OF_DETECTORS.pattern}")
 _OUT = re.compile(r"(^|\.)((fc|lin|linear)_)?out(put)?s?$")
 # Modules that read rather than write, though they may be called heads: attention has heads, and pools.
 _READS = re.compile(r"Atten|Attn|MultiHead|Pool")
+# Names of what makes inputs for a backbone, wherever it is declared.
+_READS_INPUT = re.compile(r"^embed_|^(in|input|pre)_proj(ection)?s?$")
 # Names of what leads from one part of a model into another.
 _BRIDGE = re.compile(r"proj(ect(ion|or)s?)?(_|\d|$)|adapter|connector|merger|resampl|bridge|align|pool|embed")
 _LAYERS = (GradientCheckpointingLayer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -162,13 +164,18 @@ def _outermost_transformers(module: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def _outside_backbone(inner: PreTrainedModel, places: list[_Place], by_id: dict[int, int]) -> Iterator[int]:
-    """Yield what lies outside the backbone of a transformers model, behind the layers that lie there too."""
+    """Yield what lies behind the backbone of a transformers model, and behind the layers that lie outside it too."""
     backbone = inner.base_model
     if backbone is inner:
         return
-    children = [child for child in inner.children() if all(m is not backbone for m in child.modules())]
-    outside = [by_id[id(m)] for child in children for m in child.modules() if id(m) in by_id]
-    last = max((i for i in outside if places[i].in_transformer), default=-1)
+    children = [child for name, child in inner.named_children() if not _READS_INPUT.search(name)]
+    # A norm alone ends the backbone, and a whole model beside it, such as a codec, has its own heads.
+    children = [child for child in children if not isinstance(child, PreTrainedModel)]
+    children = [child for child in children if next(_weights(child), None) is not None]
+    inside = {id(m) for m in backbone.modules()}
+    around = {id(m) for child in children for m in child.modules()} - inside
+    outside = [by_id[key] for key in around if key in by_id]
+    last = max([by_id[id(backbone)], *(i for i in outside if places[i].in_transformer)])
     yield from (i for i in outside if i > last)
 
 
@@ -190,9 +197,13 @@ def _named(places: list[_Place]) -> Iterator[int]:
         named = _HEAD.search(part) or at_end or (theirs and _OF_DETECTORS.search(part))
         if not named or place.in_layer or place.reads or isinstance(place.module, PreTrainedModel):
             continue
+        if "prompt" in place.name:  # what reads the prompts of SAM is called as what writes masks
+            continue
         inside = [i, *(j for j in range(i + 1, len(places)) if places[j].name.startswith(f"{place.name}."))]
         behind = max((j for j in inside if places[j].in_layer), default=i - 1)
-        yield from (j for j in inside if j > behind and not places[j].reads)
+        # A table that is looked up is an input, whatever its name.
+        behind_all = (j for j in inside if j > behind and not places[j].reads)
+        yield from (j for j in behind_all if not isinstance(places[j].module, nn.Embedding))
 
 
 def _as_large_as_vocabulary(places: list[_Place]) -> Iterator[int]:

@@ -52,7 +52,9 @@ def matrix_weights(module: nn.Module, convolutions: bool = False) -> Iterator[tu
         [((24, 8), 'out_in*3')]
     """
     if isinstance(module, nn.Linear):
-        yield from _own(module, {"weight": "out_in"})
+        # DeepSeek-V4 has one matrix for each group of inputs, as a convolution with groups has.
+        groups = getattr(module, "n_groups", 1)
+        yield from _own(module, {"weight": f"out_in*{groups}" if groups > 1 else "out_in"})
     elif isinstance(module, Conv1D):
         yield from _own(module, {"weight": "in_out"})
     elif isinstance(module, CONVOLUTIONS):

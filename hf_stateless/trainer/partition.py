@@ -196,7 +196,8 @@ def _embedding_keys(model: nn.Module) -> set[tuple[object, ...]]:
 
 def _is_table_of_rows(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None) if type(module).__name__.endswith("Embedding") else None
-    return isinstance(module, nn.Embedding) or (isinstance(weight, nn.Parameter) and weight.ndim == 2)
+    is_table = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return is_table or (isinstance(weight, nn.Parameter) and weight.ndim == 2)
 
 
 def _keys_of(model: nn.Module, heads: Heads) -> set[tuple[object, ...]]:

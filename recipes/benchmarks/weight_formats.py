@@ -25,7 +25,7 @@ from result_files import versions, write_results
 
 RECIPES = Path(__file__).parent.parent
 OPTIMIZERS = ("sinkgd", "swan")
-OPTIONS = "rates=pretraining,embeddings=row_moment"
+OPTIONS = "rates=pretraining,embedding_lr_scale=32,embeddings=row_moment"
 NEAREST = f"{OPTIONS},stochastic_rounding=false"
 FORMATS: dict[str, list[str]] = {
     "bf16": ["--optim_args", OPTIONS],
