@@ -197,7 +197,7 @@ def _named(places: list[_Place]) -> Iterator[int]:
         named = _HEAD.search(part) or at_end or (theirs and _OF_DETECTORS.search(part))
         if not named or place.in_layer or place.reads or isinstance(place.module, PreTrainedModel):
             continue
-        if "prompt" in place.name:  # what reads the prompts of SAM is called as what writes masks
+        if "prompt_encoder." in place.name:  # what reads the prompts of SAM is called as what writes masks
             continue
         inside = [i, *(j for j in range(i + 1, len(places)) if places[j].name.startswith(f"{place.name}."))]
         behind = max((j for j in inside if places[j].in_layer), default=i - 1)

@@ -53,7 +53,7 @@ def matrix_weights(module: nn.Module, convolutions: bool = False) -> Iterator[tu
     """
     if isinstance(module, nn.Linear):
         # DeepSeek-V4 has one matrix for each group of inputs, as a convolution with groups has.
-        groups = getattr(module, "n_groups", 1)
+        groups = getattr(module, "n_groups", 1) if "GroupedLinear" in type(module).__name__ else 1
         yield from _own(module, {"weight": f"out_in*{groups}" if groups > 1 else "out_in"})
     elif isinstance(module, Conv1D):
         yield from _own(module, {"weight": "in_out"})
