@@ -39,6 +39,9 @@ FORMS = {
 }
 
 
+_MESSAGES = 'messages: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
+
+
 @dataclass
 class DataArguments(ScriptArguments):
     """Where the rows come from; without any of these they are made by reasoning-gym."""
@@ -78,10 +81,10 @@ def load_rows(
         parts = example_rows(task, args.example_rows, args.example_tasks)
     else:
         parts = split_rows(_load_splits(args, mixture), args, mixture.test_split_size)
-    for rows in parts:
+    train, held_out = _head(parts[0], args.max_train_rows), _head(parts[1], args.max_eval_rows)
+    for rows in (train, held_out):
         check_form(rows, task, text_column)
-    train, held_out = parts
-    return _head(train, args.max_train_rows), _head(held_out, args.max_eval_rows)
+    return train, held_out
 
 
 def split_rows(splits: DatasetDict, args: DataArguments, test_size: float | None) -> tuple[Rows, Rows]:
@@ -151,7 +154,7 @@ def describe_rows(args: DataArguments, mixture: DatasetMixtureConfig) -> dict[st
 
 
 def check_form(rows: Rows, task: str, text_column: str = "text") -> None:
-    """Refuse rows without the columns of `task`, and chats that are not lists of messages."""
+    """Refuse rows without the columns of `task`, empty ones, and chats that are not lists of messages."""
     first = next(iter(rows), None)
     if first is None:
         raise InputError("No rows: the data is empty.")
@@ -160,14 +163,30 @@ def check_form(rows: Rows, task: str, text_column: str = "text") -> None:
     if form is None:
         expected = " or ".join("+".join(sorted(form, reverse=True)) for form in FORMS[task][:3])
         raise InputError(f"Got the columns {', '.join(first)}; expected {expected}.")
-    for column in sorted(form - {"input_ids", "conversations", text_column}):
-        value = first[column]
-        is_chat = isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
-        if not (value and is_chat) and not (isinstance(value, str) and column != "messages"):
-            raise InputError(
-                f"Column {column!r} holds {str(value)[:60]!r}, expected messages: "
-                '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
+    prompts = {"prompt"} & first.keys() if task == "dpo" else set()  # which may be part of both answers
+    for column in sorted((form | prompts) - {"input_ids", "conversations"}):
+        # Of a stream only the first row can be looked at.
+        values = rows.select_columns(column)[column] if isinstance(rows, Dataset) else [first[column]]
+        bad = [value for value in values if not _is_read(value, column, text_column)]
+        if bad:
+            others = (
+                f" {len(bad)} of {len(rows)} rows are like this: leave them out." if isinstance(rows, Dataset) else ""
             )
+            kinds = {text_column: "text.", "messages": _MESSAGES}
+            expected = kinds.get(column, f"text or {_MESSAGES}")
+            raise InputError(f"Column {column!r} holds {str(bad[0])[:60]!r}, expected {expected}{others}")
+
+
+def _is_read(value: object, column: str, text_column: str) -> bool:
+    """Tell whether TRL can read a value: text or, but in the column of texts, turns that say something each."""
+    if isinstance(value, str):
+        return column != "messages" or column == text_column
+    turns = value if isinstance(value, list) and column != text_column else []
+    said = [
+        isinstance(turn, dict) and "role" in turn and any(turn[key] is not None for key in turn.keys() - {"role"})
+        for turn in turns
+    ]
+    return bool(said) and all(said)
 
 
 def _load_splits(args: DataArguments, mixture: DatasetMixtureConfig) -> DatasetDict:

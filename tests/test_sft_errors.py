@@ -17,6 +17,7 @@ import dpo
 import finetuning_data
 import offline_model
 import sft
+from finetuning_data import check_form
 from finetuning_model import InputError, ModelArguments, find_model
 from finetuning_place import ROWS, RUN, run_in_process, user
 from trl import SFTConfig
@@ -75,6 +76,45 @@ def test_bad_input_is_answered_with_one_line_that_says_the_fix(arguments, workpl
     with pytest.raises(InputError, match=re.escape(BAD_INPUT[arguments])) as caught:
         run_in_process(sft, f"--model_name_or_path model --use_cpu {arguments}", monkeypatch)
     assert "\n" not in str(caught.value)
+
+
+CHAT = ROWS["chats"][0]["messages"]
+UNREADABLE = {
+    "no messages": ([{"messages": CHAT}, {"messages": None}], "Column 'messages' holds 'None', expected messages: "),
+    "an empty chat": ([{"messages": CHAT}, {"messages": []}], "Column 'messages' holds '[]', expected messages: "),
+    "a turn without words": (
+        [{"messages": CHAT}, {"messages": [{"role": "user", "content": None}]}],
+        "Column 'messages' holds \"[{'role': 'user', 'content': None}]\", expected messages: ",
+    ),
+    "no text": ([{"text": "words"}, {"text": None}], "Column 'text' holds 'None', expected text."),
+    "no completion": (
+        [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
+        "Column 'completion' holds 'None', expected text or messages: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_one_row_that_cannot_be_read_is_found_before_training(case, workplace, monkeypatch):
+    rows, told = UNREADABLE[case]
+    (workplace / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 6))
+    with pytest.raises(InputError, match=re.escape(told)) as caught:
+        run_in_process(sft, "--model_name_or_path model --use_cpu --train_files bad.jsonl", monkeypatch)
+    assert re.search(r" \d+ of \d+ rows are like this: leave them out\.$", str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_that_is_missing_in_one_row_is_found_by_dpo(workplace, monkeypatch):
+    rows = [{"prompt": prompt, "chosen": "b", "rejected": "c"} for prompt in ("a", None)]
+    (workplace / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 6))
+    with pytest.raises(InputError, match=r"^Column 'prompt' holds 'None', expected text or messages: "):
+        run_in_process(dpo, RUN + "--train_files bad.jsonl", monkeypatch)
+
+
+def test_calls_of_tools_say_something_without_words():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [{"messages": [{"role": "user", "content": "x"}, call]}, {"messages": CHAT}]
+    check_form(datasets.Dataset.from_list(rows), "sft")
 
 
 def test_rows_without_a_choice_are_refused_by_dpo(workplace, monkeypatch):
