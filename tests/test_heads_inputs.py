@@ -65,6 +65,15 @@ def test_what_stands_before_the_backbone_is_no_head():
     assert "factored" in {group["algorithm"] for group in groups}
 
 
+def test_a_table_inside_a_head_is_an_input():
+    """As of classes that a head looks up: only what is multiplied by its weight can be one with it."""
+    model = SpeechLlama(LlamaConfig(**SIZES, num_key_value_heads=2))
+    model.speaker_out = nn.ModuleDict({"voices": nn.Embedding(5, 32), "mix": nn.Linear(32, 32)})
+    assert roles(model)["speaker_out.voices.weight"] == "embedding"
+    assert not any(entry.tied for entry in partition_parameters(model))
+    assert roles(model)["speaker_out.mix.weight"] == "head"
+
+
 def test_an_encoder_that_is_called_the_backbone_has_no_heads_around_it():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=32, patch_size=8, num_register_tokens=2))

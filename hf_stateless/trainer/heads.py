@@ -82,6 +82,8 @@ def find_heads(model: nn.Module) -> Heads:
     outermost = list(_outermost_transformers(model))
     named = set(_named(places))
     heads = {i for inner in outermost for i in _outside_backbone(inner, places, by_id)} | named
+    # A table that is looked up is an input, whatever its name and its place; tied to a head it is found below.
+    heads = {i for i in heads if not isinstance(places[i].module, nn.Embedding)}
     heads |= {i for i, place in enumerate(places) if _is_labelled(place)}
     for inner in (place.module for place in places if isinstance(place.module, PreTrainedModel)):
         # A model may be made of others that have a head of their own (BLIP-2, encoder-decoder pairs).
@@ -201,9 +203,7 @@ def _named(places: list[_Place]) -> Iterator[int]:
             continue
         inside = [i, *(j for j in range(i + 1, len(places)) if places[j].name.startswith(f"{place.name}."))]
         behind = max((j for j in inside if places[j].in_layer), default=i - 1)
-        # A table that is looked up is an input, whatever its name.
-        behind_all = (j for j in inside if j > behind and not places[j].reads)
-        yield from (j for j in behind_all if not isinstance(places[j].module, nn.Embedding))
+        yield from (j for j in inside if j > behind and not places[j].reads)
 
 
 def _as_large_as_vocabulary(places: list[_Place]) -> Iterator[int]:
