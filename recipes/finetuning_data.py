@@ -12,7 +12,7 @@ import importlib.util
 import os
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
@@ -37,8 +37,6 @@ FORMS = {
     "sft": [{"messages"}, {"prompt", "completion"}, {"text"}, {"conversations"}, {"input_ids"}],
     "dpo": [{"chosen", "rejected"}],
 }
-
-
 _MESSAGES = 'messages: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
 
 
@@ -165,28 +163,31 @@ def check_form(rows: Rows, task: str, text_column: str = "text") -> None:
         raise InputError(f"Got the columns {', '.join(first)}; expected {expected}.")
     prompts = {"prompt"} & first.keys() if task == "dpo" else set()  # which may be part of both answers
     for column in sorted((form | prompts) - {"input_ids", "conversations"}):
-        # Of a stream only the first row can be looked at.
-        values = rows.select_columns(column)[column] if isinstance(rows, Dataset) else [first[column]]
+        values = _column(rows, column) if isinstance(rows, Dataset) else [first[column]]  # of a stream the first only
         bad = [value for value in values if not _is_read(value, column, text_column)]
         if bad:
-            others = (
-                f" {len(bad)} of {len(rows)} rows are like this: leave them out." if isinstance(rows, Dataset) else ""
-            )
-            kinds = {text_column: "text.", "messages": _MESSAGES}
-            expected = kinds.get(column, f"text or {_MESSAGES}")
-            raise InputError(f"Column {column!r} holds {str(bad[0])[:60]!r}, expected {expected}{others}")
+            expected = {text_column: "text.", "messages": _MESSAGES}.get(column, f"text or {_MESSAGES}")
+            line = f"Column {column!r} holds {str(bad[0])[:60]!r}, expected {expected}"
+            if isinstance(rows, Dataset):
+                line += f" {len(bad)} of {len(rows)} rows are like this: leave them out."
+            raise InputError(line)
+
+
+def _column(rows: Dataset, column: str) -> Iterator[object]:
+    """Yield the values of a column, read in batches: one by one takes four times as long."""
+    for batch in rows.select_columns(column).iter(1000):
+        yield from batch[column]
 
 
 def _is_read(value: object, column: str, text_column: str) -> bool:
     """Tell whether TRL can read a value: text or, but in the column of texts, turns that say something each."""
     if isinstance(value, str):
-        return column != "messages" or column == text_column
-    turns = value if isinstance(value, list) and column != text_column else []
-    said = [
-        isinstance(turn, dict) and "role" in turn and any(turn[key] is not None for key in turn.keys() - {"role"})
-        for turn in turns
-    ]
-    return bool(said) and all(said)
+        return column == text_column or column != "messages"
+    return column != text_column and isinstance(value, list) and bool(value) and all(map(_says_something, value))
+
+
+def _says_something(turn: object) -> bool:
+    return isinstance(turn, dict) and "role" in turn and any(turn[key] is not None for key in turn.keys() - {"role"})
 
 
 def _load_splits(args: DataArguments, mixture: DatasetMixtureConfig) -> DatasetDict:
