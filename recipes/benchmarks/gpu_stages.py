@@ -125,7 +125,7 @@ TESTS = Stage(
     "tests",
     "-m pytest",
     "-c {root}/pyproject.toml --rootdir {root} -p no:cacheprovider -q -rf --no-header",
-    '{gpu_tests} {root}/tests/test_kernels.py {root}/tests/test_kernels_int8.py -k "gpu or test_kernels" -n 4',
+    '{gpu_tests} -k "gpu or test_kernels" -n 4',
     "{root}/tests/test_whitening_gpu.py",
     240,
     30,
